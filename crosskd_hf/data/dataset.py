@@ -1,0 +1,135 @@
+"""Items of a training or an evaluation set: a resized image and, in training, its boxes."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+from crosskd_hf.data.coco import DetectionSplit
+from crosskd_hf.data.sampler import SampleKey, stable_seed
+from crosskd_hf.data.transforms import Multiscale, build_transform
+
+MIN_BOX_SIDE = 1.0  # pixels of the original image
+
+
+class DetectionDataset(Dataset[dict[str, Any]]):
+    """Decodes, resizes and augments the images of a split.
+
+    Items are dicts: `image` (3, h, w) uint8 RGB, resized; `image_id` int; `original_size` (height, width) in pixels;
+    and, in training, `class_labels` (G,) int64 and `boxes` (G, 4) float32, xyxy in pixels of the resized image.
+    Evaluation items have no boxes: the metrics read the ground truth from the split.
+
+    Augmentation is a function of (seed, epoch, index) alone, so that neither the number of workers, nor prefetching,
+    nor a resumed run changes it. Training leaves out crowd boxes, boxes less than 1 pixel wide or high, those of no
+    area and those outside the image.
+
+    Args:
+        split: see `load_coco` and `keep_for_training`.
+        train: augment, and give boxes.
+        short_side, long_side, multiscale, multiscale_short_sides, flip_probability: see `build_transform`.
+        seed: of the augmentation.
+
+    Raises:
+        ValueError: see `build_transform`.
+    """
+
+    def __init__(
+        self,
+        split: DetectionSplit,
+        *,
+        train: bool,
+        short_side: int = 800,
+        long_side: int = 1333,
+        multiscale: Multiscale = "none",
+        multiscale_short_sides: Sequence[int] = (),
+        flip_probability: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        self.split = split
+        self.train = train
+        self.seed = seed
+        self.transform = build_transform(
+            train=train,
+            short_side=short_side,
+            long_side=long_side,
+            multiscale=multiscale,
+            multiscale_short_sides=multiscale_short_sides,
+            flip_probability=flip_probability,
+        )
+        columns = ["image_id", "image", "file_name", "width", "height"]
+        self._rows = split.dataset.select_columns([*columns, "objects"] if train else columns)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
+        """The item of an index (at epoch 0) or of a `SampleKey`.
+
+        Raises:
+            IndexError: no such index.
+            ValueError: an image that cannot be read, or whose size is not the one in the annotation file.
+        """
+        key = key if isinstance(key, SampleKey) else SampleKey(0, operator.index(key))
+        if not 0 <= key.index < len(self):
+            raise IndexError(f"index {key.index} is outside a data set of {len(self)} images")
+        row = self._read(key.index)
+        sample: dict[str, Any] = {"image": tv_tensors.Image(F.pil_to_tensor(row["image"].convert("RGB")))}
+        if self.train:
+            sample["class_labels"], sample["boxes"] = training_boxes(row["objects"], row["height"], row["width"])
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which would also reseed the GPUs' generators, and those are not restored here.
+            torch.random.default_generator.manual_seed(stable_seed(self.seed, key.epoch, key.index))
+            sample = self.transform(sample)
+        item = {name: value.as_subclass(torch.Tensor) for name, value in sample.items()}
+        return {**item, "image_id": row["image_id"], "original_size": (row["height"], row["width"])}
+
+    def orientations(self) -> torch.Tensor:
+        """(N,) bool, True where the image is narrower than high. No image is decoded."""
+        columns = self._rows.with_format("torch", columns=["width", "height"])[:]
+        return columns["width"] < columns["height"]
+
+    def _read(self, index: int) -> dict[str, Any]:
+        try:
+            row = self._rows[index]
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises
+            record = self._rows.select_columns(["image_id", "file_name"])[index]
+            raise ValueError(
+                f"image {record['image_id']} ({record['file_name']}) cannot be read: {error}; restore or remove it"
+            ) from error
+        width, height = row["image"].size
+        if (width, height) != (row["width"], row["height"]):
+            raise ValueError(
+                f"image {row['image_id']} ({row['file_name']}) is {width} x {height} pixels, but the annotation file "
+                f"says {row['width']} x {row['height']}: its boxes would not fit; correct one or the other"
+            )
+        return row
+
+
+def training_boxes(
+    objects: dict[str, list[Any]], height: int, width: int
+) -> tuple[torch.Tensor, tv_tensors.BoundingBoxes]:
+    """The boxes of an image that are trained on.
+
+    Args:
+        objects: one row of the `objects` column, boxes [x, y, w, h].
+        height, width: of the original image, in pixels.
+
+    Returns:
+        (G,) int64 labels and (G, 4) float32 xyxy boxes in original pixels, not clipped yet.
+    """
+    labels, boxes = [], []
+    for (x, y, w, h), label, area, crowd in zip(
+        objects["bbox"], objects["category"], objects["area"], objects["iscrowd"], strict=True
+    ):
+        overlaps = min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0)
+        if not crowd and w >= MIN_BOX_SIDE and h >= MIN_BOX_SIDE and area > 0 and overlaps:
+            labels.append(label)
+            boxes.append([x, y, x + w, y + h])
+    return torch.tensor(labels, dtype=torch.int64), tv_tensors.BoundingBoxes(
+        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), format="XYXY", canvas_size=(height, width)
+    )

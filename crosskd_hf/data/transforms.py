@@ -1,0 +1,116 @@
+"""Resizing, multi-scale and flip, on uint8 images and their boxes."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+Multiscale = Literal["none", "range", "choice"]
+
+
+def resized_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
+    """The (height, width) in pixels at which an image fits into the two sides with its ratio kept.
+
+    Args:
+        height, width: of the image, in pixels, at least 1.
+        short_side: the most that the shorter side may become.
+        long_side: the most that the longer side may become.
+
+    Raises:
+        ValueError: a size below 1, or a short side above the long one.
+    """
+    if min(height, width) < 1:
+        raise ValueError(f"an image must be at least 1 x 1 pixel, got height {height} and width {width}")
+    if not 1 <= short_side <= long_side:
+        raise ValueError(f"the short side must be from 1 to the long side, got {short_side} and {long_side}")
+    factor = min(long_side / max(height, width), short_side / min(height, width))
+    # An image thousands of times longer than wide would round to no pixels.
+    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+
+
+class ResizeToFit(v2.Transform):
+    """Resize an image to `resized_size`, its boxes by the two rounded per-axis factors, clipped to the image.
+
+    Bilinear without antialiasing on uint8, within 1 grey level of the published training; with antialiasing the two
+    differ by up to 41. Draws come from torch's global generator.
+
+    Args:
+        short_side: in pixels; not used with `multiscale`.
+        long_side: in pixels.
+        multiscale: "none"; "range" draws the short side from the integers between two values, both included; "choice"
+            draws it from the given ones.
+        multiscale_short_sides: the values for the last two, in pixels.
+
+    Raises:
+        ValueError: sides that make no size, or do not go with `multiscale`.
+    """
+
+    def __init__(
+        self,
+        short_side: int,
+        long_side: int,
+        multiscale: Multiscale = "none",
+        multiscale_short_sides: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        sides = tuple(multiscale_short_sides)
+        if multiscale not in get_args(Multiscale):
+            raise ValueError(f"multiscale must be one of {', '.join(get_args(Multiscale))}, got {multiscale!r}")
+        if multiscale == "none" and sides:
+            raise ValueError(f'multiscale is "none" but multiscale_short_sides is {sides}; set one or the other')
+        if multiscale == "range" and (len(sides) != 2 or sides[0] > sides[1]):
+            raise ValueError(f'multiscale "range" needs multiscale_short_sides [lowest, highest], got {sides}')
+        if multiscale == "choice" and not sides:
+            raise ValueError('multiscale "choice" needs at least one of multiscale_short_sides')
+        for side in sides or (short_side,):
+            resized_size(1, 1, side, long_side)
+        self.short_side = short_side
+        self.long_side = long_side
+        self.multiscale = multiscale
+        self.multiscale_short_sides = sides
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the short side: torchvision calls this once a sample."""
+        height, width = v2.query_size(flat_inputs)
+        return {"size": list(resized_size(height, width, self._draw_short_side(), self.long_side))}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resize one of the sample's tensors."""
+        out = F.resize(inpt, params["size"], interpolation=v2.InterpolationMode.BILINEAR, antialias=False)
+        return F.clamp_bounding_boxes(out) if isinstance(out, tv_tensors.BoundingBoxes) else out
+
+    def _draw_short_side(self) -> int:
+        sides = self.multiscale_short_sides
+        if self.multiscale == "range":
+            return int(torch.randint(sides[0], sides[1] + 1, ()))
+        if self.multiscale == "choice":
+            return sides[int(torch.randint(len(sides), ()))]
+        return self.short_side
+
+
+def build_transform(
+    *,
+    train: bool,
+    short_side: int = 800,
+    long_side: int = 1333,
+    multiscale: Multiscale = "none",
+    multiscale_short_sides: Sequence[int] = (),
+    flip_probability: float = 0.5,
+) -> v2.Transform:
+    """The transform of a sample dict holding a `tv_tensors.Image` and, in training, `tv_tensors.BoundingBoxes`.
+
+    Args:
+        train: with False there is neither multi-scale nor flip.
+        short_side, long_side, multiscale, multiscale_short_sides: see `ResizeToFit`.
+        flip_probability: of a horizontal flip.
+
+    Raises:
+        ValueError: see `ResizeToFit`; a probability outside [0, 1].
+    """
+    if not train:
+        return ResizeToFit(short_side, long_side)
+    resize = ResizeToFit(short_side, long_side, multiscale, multiscale_short_sides)
+    return v2.Compose([resize, v2.RandomHorizontalFlip(flip_probability)])

@@ -1,0 +1,60 @@
+"""Losses between cross-head predictions and the teacher's own, both in the teacher's format (CrossKD, section 3.3)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..losses import EPS, bin_kl_loss, binary_kd_loss, box_iou, giou_loss
+from ..models.modeling_dense import DenseDetector, Predictions, Priors, level_sums
+
+
+@dataclass(frozen=True)
+class KDTargets:
+    """Where distillation happens and what it is divided by.
+
+    Attributes:
+        priors: the teacher's.
+        class_weights: (N, P) 1 or 0.
+        normalizer: scalar, of kd_cls and kd_box.
+        positive: (N, P) the student's positives, of kd_centerness; None where the student labels other priors.
+        class_normalizer: scalar, of kd_centerness.
+    """
+
+    priors: Priors
+    class_weights: Tensor
+    normalizer: Tensor
+    positive: Tensor | None
+    class_normalizer: Tensor
+
+
+def classification_kd_loss(cross: Predictions, teacher: Predictions, targets: KDTargets) -> Tensor:
+    """kd_cls: |p - p_teacher| * BCE, over all classes, a (levels,) tensor (equation 6)."""
+    loss = binary_kd_loss(cross.logits, teacher.logits).sum(dim=-1) * targets.class_weights
+    return level_sums(loss, targets.priors.level_sizes) / targets.normalizer
+
+
+def box_kd_loss(detector: DenseDetector, cross: Predictions, teacher: Predictions, targets: KDTargets) -> Tensor:
+    """kd_box, weighted by the teacher's highest class probability, a (levels,) tensor.
+
+    Distance distributions are compared by their KL divergence, over the sum of those weights on this rank. (The
+    reference doesn't bound that sum from below; 1 here, so that a batch without confidence can't blow up.)
+    Other detectors compare decoded boxes, by GIoU or -log IoU, over the normaliser.
+    """
+    weights = teacher.logits.sigmoid().amax(dim=-1) * targets.class_weights
+    normalizer = targets.normalizer
+    kind = detector.distillation.box_loss
+    if kind == "bin_kl":
+        loss = bin_kl_loss(cross.boxes.unflatten(-1, (4, -1)), teacher.boxes.unflatten(-1, (4, -1))).mean(dim=-1)
+        normalizer = weights.sum().clamp(min=1)
+    else:
+        boxes = detector.decode(cross.boxes, targets.priors)
+        teacher_boxes = detector.decode(teacher.boxes, targets.priors)
+        loss = giou_loss(boxes, teacher_boxes) if kind == "giou" else -box_iou(boxes, teacher_boxes).clamp(min=EPS).log()
+    return level_sums(loss * weights, targets.priors.level_sizes) / normalizer
+
+
+def centerness_kd_loss(cross: Predictions, teacher: Predictions, targets: KDTargets) -> Tensor:
+    """kd_centerness: BCE with the teacher's centerness at the student's positives, a (levels,) tensor."""
+    loss = F.binary_cross_entropy_with_logits(cross.centerness, teacher.centerness.sigmoid(), reduction="none")
+    return level_sums(loss * targets.positive, targets.priors.level_sizes) / targets.class_normalizer

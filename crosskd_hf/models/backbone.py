@@ -1,0 +1,128 @@
+"""A timm feature extractor as the backbone of a detector."""
+
+from collections.abc import Iterator
+
+import timm
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+from .configuration_dense import DenseDetectorConfig
+
+STRIDES = (8, 16, 32)
+
+
+class Backbone(nn.Module):
+    """C3, C4 and C5 of a timm `features_only` model.
+
+    Args:
+        config: `backbone`, `backbone_style`, `drop_path_rate`, `frozen_stages`, `train_batchnorm` are read.
+        pretrained: let timm load its ImageNet weights (over the network or from its cache).
+
+    Raises:
+        ValueError: if timm doesn't know the name, the model has no maps of strides 8, 16 and 32, or the style or
+            the number of frozen stages doesn't fit it.
+    """
+
+    def __init__(self, config: DenseDetectorConfig, pretrained: bool = False):
+        super().__init__()
+        self.body = _create_body(config, pretrained)
+        reductions = self.body.feature_info.reduction()
+        # The deepest map of a stride: some models have several.
+        self.indices = [len(reductions) - 1 - reductions[::-1].index(stride) for stride in STRIDES]
+        self.channels: list[int] = [self.body.feature_info.channels()[i] for i in self.indices]
+        # Transformer backbones may hand out channels-last maps.
+        self.channels_last = getattr(getattr(self.body, "model", self.body), "output_fmt", "NCHW") == "NHWC"
+        if config.backbone_style == "caffe":
+            _stride_on_first_convolution(self.body, config.backbone)
+        for parameter in frozen_parameters(self.body, config):
+            parameter.requires_grad_(False)
+        # from_pretrained builds the model on the meta device and then initialises what no checkpoint filled: timm has
+        # its own initialisation, which must stand.
+        for tensor in (*self.body.parameters(), *self.body.buffers()):
+            tensor._is_hf_initialized = True
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        """(N, 3, H, W) -> three maps (N, C_i, ceil(H / s), ceil(W / s)), s = 8, 16, 32."""
+        maps = self.body(pixel_values)
+        features = [maps[i] for i in self.indices]
+        if self.channels_last:
+            features = [feature.permute(0, 3, 1, 2).contiguous() for feature in features]
+        return features
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """BatchNorm keeps its ImageNet statistics while training (`norm_eval`): detector batches are too small."""
+        super().train(mode)
+        for module in batchnorms(self.body):
+            module.eval()
+        return self
+
+
+def _create_body(config: DenseDetectorConfig, pretrained: bool) -> nn.Module:
+    name = config.backbone
+    if not timm.is_model(name.split(".")[0]):
+        close = timm.list_models(f"*{name.split('.')[0][:5]}*")[:5]
+        raise ValueError(f"backbone {name!r} is no timm model. Close names: {', '.join(close) or 'none'}.")
+    options = {"drop_path_rate": config.drop_path_rate} if config.drop_path_rate else {}
+    try:
+        body = timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+    except (AttributeError, AssertionError, TypeError) as error:
+        raise ValueError(f"backbone {name!r} can't be used: timm gives no features_only version ({error}).") from error
+    reductions = body.feature_info.reduction()
+    missing = [stride for stride in STRIDES if stride not in reductions]
+    if missing:
+        raise ValueError(f"backbone {name!r} has maps of strides {reductions}; strides {missing} are missing.")
+    return body
+
+
+def batchnorms(module: nn.Module) -> Iterator[nn.Module]:
+    """Every BatchNorm inside `module`, timm's fused one included."""
+    for child in module.modules():
+        if isinstance(child, (nn.modules.batchnorm._BatchNorm, BatchNormAct2d)):
+            yield child
+
+
+def frozen_parameters(body: nn.Module, config: DenseDetectorConfig) -> Iterator[nn.Parameter]:
+    """Parameters that get no gradient: the stem and the first stages, and BatchNorm's if it isn't trained.
+
+    Raises:
+        ValueError: if the model has no stage with the stride that `frozen_stages` names.
+    """
+    if not config.train_batchnorm:
+        for norm in batchnorms(body):
+            yield from norm.parameters()
+    if config.frozen_stages < 1:
+        return
+    # Stage i ends at stride 2 ** (i + 1): 4, 8, 16, 32.
+    stride = 2 ** (config.frozen_stages + 1)
+    ends = [info["module"] for info in body.feature_info.info if info["reduction"] == stride]
+    modules = dict(body.named_modules())
+    last = ends[-1].replace(".", "_") if ends and ends[-1] not in modules else (ends[-1] if ends else None)
+    if last not in modules:
+        raise ValueError(
+            f"frozen_stages is {config.frozen_stages}, but backbone {config.backbone!r} has no stage of stride {stride} "
+            "to freeze up to; set frozen_stages to 0."
+        )
+    reached = False
+    for name, child in body.named_children():
+        if reached:
+            break
+        yield from child.parameters()
+        reached = name == last.split(".")[0]
+
+
+def _stride_on_first_convolution(body: nn.Module, name: str) -> None:
+    """Turn timm's ResNet into the "caffe" one: stages 2-4 subsample in their first 1x1 convolution, not in the 3x3."""
+    for stage in ("layer2", "layer3", "layer4"):
+        block = getattr(body, stage, [None])[0]
+        if not hasattr(block, "conv3") or not hasattr(block, "conv1"):
+            raise ValueError(f"backbone_style 'caffe' needs a bottleneck ResNet such as resnet50, not {name!r}.")
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+
+
+def initialise_buffers(backbone: nn.Module) -> None:
+    """Recompute timm's non-persistent buffers (Swin's relative position index), which no checkpoint holds."""
+    with torch.no_grad():
+        for module in backbone.modules():
+            if hasattr(module, "init_non_persistent_buffers"):
+                module.init_non_persistent_buffers()

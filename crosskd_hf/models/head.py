@@ -1,0 +1,162 @@
+"""The one head of every detector: a class tower and a box tower, shared by all levels."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What a detector's head is made of.
+
+    Attributes:
+        num_labels: classes; there is no background channel.
+        in_channels, channels: channels of the FPN levels and of the towers.
+        num_blocks: blocks (convolution, norm, ReLU) a tower.
+        num_levels: FPN levels.
+        num_anchors: priors a cell.
+        box_channels: numbers a prior's box output has.
+        group_norm: GroupNorm(32) after a bias-free convolution; otherwise a convolution with bias and no norm.
+        scale_boxes: a learned factor a level on the box output.
+        exp_boxes: exponential of the (scaled) box output (FCOS).
+        centerness_from: the tower centerness comes from, "cls" or "reg", or None.
+    """
+
+    num_labels: int
+    in_channels: int
+    channels: int
+    num_blocks: int
+    num_levels: int
+    num_anchors: int
+    box_channels: int
+    group_norm: bool
+    scale_boxes: bool
+    exp_boxes: bool = False
+    centerness_from: str | None = None
+
+
+@dataclass
+class HeadOutput:
+    """Predictions of a head, one tensor a level, as the convolutions give them.
+
+    Attributes:
+        logits: (N, anchors * labels, H, W).
+        boxes: (N, anchors * box_channels, H, W), scaled and exponentiated where the detector says so.
+        centerness: (N, anchors, H, W) logits, or None.
+        cls_taps, reg_taps: (N, channels, H, W) output of the tower block that was asked for, or None.
+    """
+
+    logits: list[Tensor]
+    boxes: list[Tensor]
+    centerness: list[Tensor] | None = None
+    cls_taps: list[Tensor] | None = None
+    reg_taps: list[Tensor] | None = None
+
+
+class TowerBlock(nn.Module):
+    """3x3 convolution, GroupNorm or nothing, ReLU."""
+
+    def __init__(self, in_channels: int, channels: int, group_norm: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, channels, 3, padding=1, bias=not group_norm)
+        # Fewer than 32 channels only in toy models: a group then needs at least one channel.
+        self.norm = nn.GroupNorm(min(32, channels), channels) if group_norm else nn.Identity()
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, C, H, W) -> the same before and after the ReLU."""
+        raw = self.norm(self.conv(features))
+        return raw, F.relu(raw)
+
+
+class DenseHead(nn.Module):
+    """Two towers and their prediction convolutions.
+
+    CrossKD (arXiv 2306.11369, section 3.2) is a call of the teacher's head with the student's aligned taps and
+    `start_block=k`.
+    """
+
+    def __init__(self, spec: HeadSpec):
+        super().__init__()
+        self.spec = spec
+        self.cls_tower = self._tower()
+        self.reg_tower = self._tower()
+        self.cls_predictor = nn.Conv2d(spec.channels, spec.num_anchors * spec.num_labels, 3, padding=1)
+        self.box_predictor = nn.Conv2d(spec.channels, spec.num_anchors * spec.box_channels, 3, padding=1)
+        if spec.centerness_from:
+            self.centerness_predictor = nn.Conv2d(spec.channels, spec.num_anchors, 3, padding=1)
+        if spec.scale_boxes:
+            self.scales = nn.ParameterList(nn.Parameter(torch.ones(())) for _ in range(spec.num_levels))
+
+    def _tower(self) -> nn.ModuleList:
+        spec = self.spec
+        return nn.ModuleList(
+            TowerBlock(spec.in_channels if i == 0 else spec.channels, spec.channels, spec.group_norm)
+            for i in range(spec.num_blocks)
+        )
+
+    def forward(
+        self,
+        cls_features: list[Tensor],
+        reg_features: list[Tensor] | None = None,
+        start_block: int = 0,
+        tap_index: int | None = None,
+        raw_taps: bool = False,
+    ) -> HeadOutput:
+        """Run both towers from block `start_block` on, then predict.
+
+        Args:
+            cls_features: a (N, C, H, W) map a level, input of the class tower's block `start_block`.
+            reg_features: the same for the box tower; the class tower's input if None.
+            start_block: first block to run; `num_blocks` runs the prediction convolutions only.
+            tap_index: number k of blocks after which the towers are tapped, counted from the FPN level: 0 taps the
+                input itself, k the output of block k. None taps nothing.
+            raw_taps: tap before block k's ReLU.
+
+        Raises:
+            ValueError: if `start_block` or `tap_index` is no number of blocks of this head.
+        """
+        spec = self.spec
+        for name, index in (("start_block", start_block), ("tap_index", tap_index)):
+            if index is not None and not 0 <= index <= spec.num_blocks:
+                raise ValueError(f"{name} is {index}, but the head has {spec.num_blocks} blocks a tower.")
+        if tap_index is not None and tap_index < start_block:
+            raise ValueError(f"tap_index {tap_index} lies before start_block {start_block}.")
+        output = HeadOutput([], [], [] if spec.centerness_from else None)
+        if tap_index is not None:
+            output.cls_taps, output.reg_taps = [], []
+        reg_features = cls_features if reg_features is None else reg_features
+        for level, (cls_feature, reg_feature) in enumerate(zip(cls_features, reg_features, strict=True)):
+            cls_feature, cls_tap = _run_tower(self.cls_tower, cls_feature, start_block, tap_index, raw_taps)
+            reg_feature, reg_tap = _run_tower(self.reg_tower, reg_feature, start_block, tap_index, raw_taps)
+            boxes = self.box_predictor(reg_feature)
+            if spec.scale_boxes:
+                boxes = boxes * self.scales[level]
+            output.logits.append(self.cls_predictor(cls_feature))
+            # exp overflows half precision at 11: always in fp32.
+            output.boxes.append(boxes.float().exp() if spec.exp_boxes else boxes)
+            if output.centerness is not None:
+                source = cls_feature if spec.centerness_from == "cls" else reg_feature
+                output.centerness.append(self.centerness_predictor(source))
+            if output.cls_taps is not None and output.reg_taps is not None:
+                output.cls_taps.append(cls_tap)
+                output.reg_taps.append(reg_tap)
+        return output
+
+
+def _run_tower(
+    tower: nn.ModuleList, features: Tensor, start_block: int, tap_index: int | None, raw_taps: bool
+) -> tuple[Tensor, Tensor]:
+    """The tower's output, and its tap (the input where no block is tapped)."""
+    tap = features
+    for index in range(start_block, len(tower)):
+        raw, features = tower[index](features)
+        if index + 1 == tap_index:
+            tap = raw if raw_taps else features
+    return features, tap
+
+
+def flatten_levels(maps: list[Tensor], channels: int) -> Tensor:
+    """Maps (N, A * channels, H, W) a level -> (N, sum of H * W * A, channels): level, then row, column, anchor."""
+    return torch.cat([m.permute(0, 2, 3, 1).reshape(m.shape[0], -1, channels) for m in maps], dim=1)

@@ -1,0 +1,215 @@
+"""The image processor of the dense detectors: resize, normalise, pad."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_processing_base import BatchFeature
+from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+from crosskd_hf.data.transforms import resized_size
+
+# Keyword arguments of `DenseDetectorImageProcessor`: grey levels 0..255, channels in the order that the model sees.
+RGB_IMAGENET: dict[str, Any] = {
+    "image_mean": [123.675, 116.28, 103.53],
+    "image_std": [58.395, 57.12, 57.375],
+    "do_flip_channel_order": False,
+}
+BGR_CAFFE: dict[str, Any] = {
+    "image_mean": [102.9801, 115.9465, 122.7717],
+    "image_std": [1.0, 1.0, 1.0],
+    "do_flip_channel_order": True,
+}
+
+
+class DenseDetectorImageProcessorKwargs(ImagesKwargs, total=False):
+    r"""
+    do_flip_channel_order (`bool`, *optional*, defaults to `False`):
+        Give the model BGR instead of RGB; `image_mean` and `image_std` are then in the order BGR too.
+    size_divisor (`int`, *optional*, defaults to 32):
+        The padded height and width are multiples of this.
+    """
+
+    do_flip_channel_order: bool
+    size_divisor: int
+
+
+class DenseDetectorImageProcessor(TorchvisionBackend):
+    """Prepares images for a dense detector, and keeps what its predictions are cut down with.
+
+    Images are resized to fit `size` with their ratio kept (bilinear on uint8, no antialiasing), normalised in grey
+    levels 0..255, and padded with zeros, right and bottom, to a multiple of `size_divisor` pixels.
+
+    Takes PIL images, arrays and tensors, one or a list, of any sizes. Floating point images may hold grey levels
+    0..255 or, as torchvision has it, 0..1; they are rounded to uint8 first.
+
+    Args:
+        score_threshold: predictions with a score up to this are dropped.
+        nms_threshold: IoU above which a prediction is suppressed by a better one of its class.
+        max_candidates: (prior, class) pairs a level that are decoded.
+        max_detections: predictions an image.
+        **kwargs: of transformers' image processors (`size`, `image_mean`, `image_std`, ...), and
+            `do_flip_channel_order`, `size_divisor`. `RGB_IMAGENET` and `BGR_CAFFE` are the two styles in use.
+
+    Raises:
+        ValueError: a threshold outside [0, 1], or a count below 1.
+    """
+
+    valid_kwargs = DenseDetectorImageProcessorKwargs
+    resample = PILImageResampling.BILINEAR
+    size = {"shortest_edge": 800, "longest_edge": 1333}  # noqa: RUF012 - transformers copies class attributes
+    default_to_square = False
+    image_mean = RGB_IMAGENET["image_mean"]
+    image_std = RGB_IMAGENET["image_std"]
+    do_convert_rgb = True
+    do_resize = True
+    do_rescale = False  # mean and std are in grey levels
+    do_normalize = True
+    do_pad = True
+    do_flip_channel_order = False
+    size_divisor = 32
+    model_input_names = ["pixel_values", "pixel_mask"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        *,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.6,
+        max_candidates: int = 1000,
+        max_detections: int = 100,
+        **kwargs: Unpack[DenseDetectorImageProcessorKwargs],
+    ) -> None:
+        super().__init__(**kwargs)  # type: ignore[misc] # takes every key of `valid_kwargs`
+        for name, value in (("score_threshold", score_threshold), ("nms_threshold", nms_threshold)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {value}")
+        for name, count in (
+            ("max_candidates", max_candidates),
+            ("max_detections", max_detections),
+            ("size_divisor", self.size_divisor),
+        ):
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        self.score_threshold = score_threshold
+        self.nms_threshold = nms_threshold
+        self.max_candidates = max_candidates
+        self.max_detections = max_detections
+
+    def process_image(
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        device: torch.device | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """One image as (3, h, w) uint8. Raises ValueError for values that are no grey levels, or other channels."""
+        if input_data_format is None and _channels_can_only_be_last(getattr(image, "shape", ())):
+            input_data_format = ChannelDimension.LAST
+        image = super().process_image(image, do_convert_rgb, input_data_format, device, **kwargs)
+        if image.shape[0] != 3:
+            raise ValueError(f"an image must have 3 channels, got shape {tuple(image.shape)}; set do_convert_rgb=True")
+        return _as_uint8(image)
+
+    def resize(
+        self,
+        image: torch.Tensor,
+        size: SizeDict,
+        resample: PILImageResampling | int | None = None,
+        antialias: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """(..., h, w) uint8 resized as `ResizeToFit` does it in training.
+
+        Raises:
+            ValueError: a `size` without `shortest_edge` and `longest_edge`.
+        """
+        if not (size.shortest_edge and size.longest_edge):
+            raise ValueError(f"size needs the keys shortest_edge and longest_edge, got {dict(size)}")
+        height, width = resized_size(image.shape[-2], image.shape[-1], size.shortest_edge, size.longest_edge)
+        return super().resize(image, SizeDict(height=height, width=width), resample, antialias)
+
+    def normalize_and_pad(self, images: Sequence[torch.Tensor]) -> BatchFeature:
+        """A batch from images that are resized already.
+
+        Args:
+            images: N tensors (3, h, w), uint8 RGB, of any sizes.
+
+        Returns:
+            `pixel_values` (N, 3, H, W) float32, 0 in the padding, and `pixel_mask` (N, H, W) bool, False there.
+            H and W are the largest height and width, rounded up to `size_divisor`.
+        """
+        return self._normalize_and_pad(images, **{name: getattr(self, name) for name in self._valid_kwargs_names})
+
+    def _preprocess(  # type: ignore[override] # named are the arguments that are read here
+        self,
+        images: list[torch.Tensor],
+        do_resize: bool,
+        size: SizeDict,
+        resample: PILImageResampling,
+        return_tensors: str | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        if do_resize:
+            images = [self.resize(image, size, resample) for image in images]
+        return self._normalize_and_pad(images, **kwargs).convert_to_tensors(return_tensors)
+
+    def _normalize_and_pad(
+        self,
+        images: Sequence[torch.Tensor],
+        *,
+        do_flip_channel_order: bool,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: tuple[float, ...],
+        image_std: tuple[float, ...],
+        do_pad: bool,
+        pad_size: SizeDict | None,
+        size_divisor: int,
+        **unused: Any,
+    ) -> BatchFeature:
+        height, width = max(image.shape[-2] for image in images), max(image.shape[-1] for image in images)
+        if do_pad:
+            height, width = -(-height // size_divisor) * size_divisor, -(-width // size_divisor) * size_divisor
+        if do_pad and pad_size is not None:
+            fixed_height, fixed_width = pad_size.height or 0, pad_size.width or 0
+            if fixed_height < height or fixed_width < width:
+                raise ValueError(f"pad_size {dict(pad_size)} is smaller than the batch, {height} x {width}")
+            height, width = fixed_height, fixed_width
+        if not do_pad and any(image.shape[-2:] != (height, width) for image in images):
+            raise ValueError("images of different sizes make a batch only with do_pad=True")
+
+        device = images[0].device
+        pixel_values = torch.zeros((len(images), 3, height, width), dtype=torch.float32, device=device)
+        pixel_mask = torch.zeros((len(images), height, width), dtype=torch.bool, device=device)
+        for index, image in enumerate(images):
+            h, w = image.shape[-2:]
+            region = pixel_values[index, :, :h, :w]  # filled in place: one pass less over memory than a copy each
+            region.copy_(image.flip(-3) if do_flip_channel_order else image)
+            if do_rescale:
+                region.mul_(rescale_factor)
+            if do_normalize:
+                self.normalize(region, image_mean, image_std, inplace=True)
+            pixel_mask[index, :h, :w] = True
+        return BatchFeature({"pixel_values": pixel_values, "pixel_mask": pixel_mask})
+
+
+def _channels_can_only_be_last(shape: Sequence[int]) -> bool:
+    # transformers takes (1, w, 3) for a grey image of height w: an image of one row is likelier. (3, w, 3) stays open.
+    return len(shape) == 3 and shape[-1] == 3 and shape[0] != 3
+
+
+def _as_uint8(image: torch.Tensor) -> torch.Tensor:
+    if image.dtype == torch.uint8:
+        return image
+    if image.dtype == torch.bool:
+        return image.to(torch.uint8) * 255
+    low, high = image.min().item(), image.max().item()
+    if not 0 <= low <= high <= 255:  # NaN fails here as well
+        raise ValueError(f"image values must be grey levels 0..255 (or 0..1 as floats), got {low} to {high}")
+    if image.is_floating_point() and high <= 1:
+        image = image * 255
+    return image.round().to(torch.uint8) if image.is_floating_point() else image.to(torch.uint8)

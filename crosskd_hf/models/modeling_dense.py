@@ -1,0 +1,316 @@
+"""The dense detector every architecture is made of: backbone -> FPN -> head -> losses or predictions."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from ..assigners import Assignment
+from .anchors import valid_cells
+from .backbone import Backbone, initialise_buffers
+from .configuration_dense import DenseDetectorConfig
+from .fpn import FPN
+from .head import DenseHead, HeadOutput, HeadSpec, flatten_levels
+
+
+@dataclass(frozen=True)
+class DistillationSpec:
+    """What distillation needs to know of a detector, as a teacher. The values are the published ones.
+
+    Attributes:
+        tap_index: number of tower blocks the student runs before the teacher's head takes over.
+        cls_weight, box_weight, centerness_weight: weights of kd_cls, kd_box, kd_centerness.
+        box_loss: "bin_kl" of distance distributions, "giou" or "log_iou" of decoded boxes.
+        normalizer: what a teacher and student of this same detector divide by: the student's "class" or "box" normaliser.
+        centerness: whether the teacher's centerness is mimicked.
+    """
+
+    tap_index: int
+    cls_weight: float
+    box_weight: float
+    box_loss: str
+    normalizer: str
+    centerness: bool = False
+    centerness_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Priors:
+    """A batch's priors.
+
+    Attributes:
+        levels: a (P_l, 4) xyxy anchor tensor, or (P_l, 2) point tensor, a level.
+        strides: (P, 1) stride of each prior's level.
+    """
+
+    levels: list[Tensor]
+    strides: Tensor
+
+    @property
+    def all(self) -> Tensor:
+        """(P, 4) or (P, 2)."""
+        return torch.cat(self.levels)
+
+    @property
+    def level_sizes(self) -> list[int]:
+        """Priors a level."""
+        return [len(level) for level in self.levels]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A head's output, flattened over levels, in fp32.
+
+    Attributes:
+        logits: (N, P, labels).
+        boxes: (N, P, box_channels), as the head gives them.
+        centerness: (N, P) logits, or None.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    centerness: Tensor | None
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """Padded ground truth of a batch: boxes (N, G, 4) xyxy pixels, labels (N, G), mask (N, G) True for real boxes."""
+
+    boxes: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class DetectionLosses:
+    """A detector's own losses and what distillation takes from them.
+
+    Attributes:
+        terms: loss name -> (levels,) tensor, weighted and normalised; their sum is the loss.
+        assignment: which prior learnt which box.
+        class_normalizer, box_normalizer: scalars, without gradient.
+    """
+
+    terms: dict[str, Tensor]
+    assignment: Assignment
+    class_normalizer: Tensor
+    box_normalizer: Tensor
+
+
+@dataclass
+class DenseDetectorOutput(ModelOutput):
+    """Output of a dense detector. P counts the priors of all levels.
+
+    Attributes:
+        loss: scalar, with labels only.
+        loss_dict: name -> scalar, with labels only.
+        logits: (N, P, labels).
+        pred_boxes: (N, P, 4) decoded boxes, xyxy pixels of `pixel_values`.
+        centerness: (N, P) logits, of detectors that have it.
+        image_sizes: (N, 2) height and width of each image without padding.
+        level_sizes: (N, levels) priors a level, the same for every image.
+        fpn_features: (N, C, H, W) a level, when `output_distillation`.
+        head: the head's output with its taps, when `output_distillation`.
+        detection: the detector's losses by level and its assignment, when `output_distillation` and labels.
+    """
+
+    loss: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    logits: Tensor | None = None
+    pred_boxes: Tensor | None = None
+    centerness: Tensor | None = None
+    image_sizes: Tensor | None = None
+    level_sizes: Tensor | None = None
+    fpn_features: list[Tensor] | None = None
+    head: HeadOutput | None = None
+    detection: DetectionLosses | None = None
+
+
+class DenseDetector(PreTrainedModel):
+    """Base of the detectors. A detector gives its head's shape, priors, decoding, assignment, losses and, for
+    distillation, a `DistillationSpec`; everything else is here."""
+
+    config_class = DenseDetectorConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = False
+    distillation: DistillationSpec
+
+    def __init__(self, config: DenseDetectorConfig, pretrained_backbone: bool = False):
+        super().__init__(config)
+        self.backbone = Backbone(config, pretrained=pretrained_backbone)
+        self.fpn = FPN(config, self.backbone.channels)
+        self.head = DenseHead(self.head_spec(config))
+        self.post_init()
+
+    # What a detector provides -----------------------------------------------------------------------------------
+
+    @staticmethod
+    def head_spec(config: DenseDetectorConfig) -> HeadSpec:
+        """Shape of the detector's head."""
+        raise NotImplementedError
+
+    def prior_levels(self, sizes: list[tuple[int, int]], device: torch.device) -> list[Tensor]:
+        """Anchors (P_l, 4) or points (P_l, 2) of each level, given its (height, width)."""
+        raise NotImplementedError
+
+    def decode(self, boxes: Tensor, priors: Priors) -> Tensor:
+        """Box outputs (N, P, box_channels) -> boxes (N, P, 4) xyxy pixels, not clipped."""
+        raise NotImplementedError
+
+    def assign(self, priors: Priors, valid: Tensor, truth: GroundTruth) -> Assignment:
+        """Which prior learns which box. `valid` (N, P) is False for priors beyond an image's own area."""
+        raise NotImplementedError
+
+    def detection_losses(
+        self, predictions: Predictions, priors: Priors, assignment: Assignment, truth: GroundTruth
+    ) -> DetectionLosses:
+        """The detector's loss terms."""
+        raise NotImplementedError
+
+    def matching_rule(self) -> tuple:
+        """What the priors and their assignment depend on: two detectors with the same one label the same priors."""
+        raise NotImplementedError
+
+    # What they share --------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        labels: list[dict[str, Tensor]] | None = None,
+        output_distillation: bool = False,
+        tap_index: int | None = None,
+        raw_taps: bool = False,
+        return_dict: bool | None = None,
+    ) -> DenseDetectorOutput:
+        """Detect, and compute the losses if there are labels.
+
+        Args:
+            pixel_values: (N, 3, H, W) normalised images, padded at the bottom and right.
+            pixel_mask: (N, H, W), 1 on the image, 0 on padding; None means no padding.
+            labels: a dict an image with `class_labels` (G,) int64 and `boxes` (G, 4) xyxy pixels of `pixel_values`.
+            output_distillation: also give FPN levels, the head's maps and taps, and the losses by level.
+            tap_index, raw_taps: which output of the towers to tap, see `DenseHead.forward`.
+            return_dict: False gives a tuple.
+
+        Raises:
+            ValueError: if labels and images differ in number.
+        """
+        features = self.fpn(self.backbone(pixel_values))
+        head = self.head(features, tap_index=tap_index, raw_taps=raw_taps)
+        predictions = self.flatten(head)
+        priors = self.priors(head)
+        image_sizes = unpadded_sizes(pixel_values, pixel_mask)
+        output = DenseDetectorOutput(
+            logits=predictions.logits,
+            pred_boxes=self.decode(predictions.boxes, priors),
+            centerness=predictions.centerness,
+            image_sizes=image_sizes,
+            level_sizes=image_sizes.new_tensor(priors.level_sizes, dtype=torch.long).expand(len(image_sizes), -1),
+        )
+        if output_distillation:
+            output.fpn_features, output.head = features, head
+        if labels is not None:
+            truth = pad_ground_truth(labels, len(pixel_values))
+            assignment = self.assign(priors, self.valid_priors(head, image_sizes), truth)
+            losses = self.detection_losses(predictions, priors, assignment, truth)
+            output.loss_dict = {name: term.sum() for name, term in losses.terms.items()}
+            output.loss = torch.stack(list(output.loss_dict.values())).sum()
+            if output_distillation:
+                output.detection = losses
+        return output if return_dict in (None, True) else output.to_tuple()
+
+    def flatten(self, head: HeadOutput) -> Predictions:
+        """The head's maps as (N, P, ...) tensors in fp32."""
+        spec = self.head.spec
+        centerness = None
+        if head.centerness is not None:
+            centerness = flatten_levels(head.centerness, 1).squeeze(-1).float()
+        return Predictions(
+            logits=flatten_levels(head.logits, spec.num_labels).float(),
+            boxes=flatten_levels(head.boxes, spec.box_channels).float(),
+            centerness=centerness,
+        )
+
+    def priors(self, head: HeadOutput) -> Priors:
+        """Priors of the head's maps."""
+        levels = self.prior_levels(_map_sizes(head), head.logits[0].device)
+        strides = [level.new_full((len(level), 1), s) for level, s in zip(levels, self.config.strides, strict=True)]
+        return Priors(levels, torch.cat(strides))
+
+    def valid_priors(self, head: HeadOutput, image_sizes: Tensor) -> Tensor:
+        """(N, P) bool: False for priors beyond an image's own size rounded up to `size_divisor`."""
+        config = self.config
+        return valid_cells(
+            _map_sizes(head), config.strides, image_sizes, config.size_divisor, self.head.spec.num_anchors
+        )
+
+    def class_weights(self, valid: Tensor) -> Tensor:
+        """(N, P) validity of the priors -> their class weights before any assignment."""
+        return valid.float()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Backbone):
+            initialise_buffers(module)
+        elif isinstance(module, FPN):
+            for conv in (m for m in module.modules() if isinstance(m, nn.Conv2d)):
+                init.xavier_uniform_(conv.weight)
+                init.zeros_(conv.bias)
+        elif isinstance(module, nn.GroupNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, DenseHead):
+            for conv in (m for m in module.modules() if isinstance(m, nn.Conv2d)):
+                init.normal_(conv.weight, std=0.01)
+                if conv.bias is not None:
+                    init.zeros_(conv.bias)
+            # A class probability of 0.01 everywhere at the start (RetinaNet, arXiv 1708.02002, section 4.1).
+            init.constant_(module.cls_predictor.bias, -math.log(99))
+            if module.spec.scale_boxes:
+                for scale in module.scales:
+                    init.ones_(scale)
+
+
+def _map_sizes(head: HeadOutput) -> list[tuple[int, int]]:
+    return [(level.shape[2], level.shape[3]) for level in head.logits]
+
+
+def unpadded_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
+    """(N, 2) float height and width of each image, from a mask (N, H, W) of 1 on the image and 0 on padding."""
+    if pixel_mask is None:
+        batch, _, height, width = pixel_values.shape
+        return torch.tensor([height, width], dtype=torch.float32, device=pixel_values.device).expand(batch, 2)
+    mask = pixel_mask.bool()
+    return torch.stack([mask.any(dim=2).sum(dim=1), mask.any(dim=1).sum(dim=1)], dim=1).float()
+
+
+def pad_ground_truth(labels: list[dict[str, Tensor]], batch: int) -> GroundTruth:
+    """Labels of each image -> one padded batch.
+
+    Raises:
+        ValueError: if there are not as many labels as images.
+    """
+    if len(labels) != batch:
+        raise ValueError(f"{len(labels)} labels were given for {batch} images; labels is a list with a dict an image.")
+    boxes = pad_sequence([label["boxes"].reshape(-1, 4).float() for label in labels], batch_first=True)
+    classes = pad_sequence([label["class_labels"] for label in labels], batch_first=True)
+    mask = pad_sequence([torch.ones_like(label["class_labels"], dtype=torch.bool) for label in labels], True)
+    return GroundTruth(boxes, classes, mask)
+
+
+def level_sums(values: Tensor, level_sizes: list[int]) -> Tensor:
+    """(N, P) -> (levels,): sum over images and a level's priors."""
+    return torch.stack([part.sum() for part in values.split(level_sizes, dim=1)])
+
+
+def positives_per_image(positive: Tensor) -> Tensor:
+    """Positives (N, P) summed over images, each image counting at least 1: the class normaliser on this rank."""
+    return positive.sum(dim=1).clamp(min=1).sum().float()

@@ -1,0 +1,370 @@
+"""Runs one golden case through the package and compares every recorded tensor and number."""
+
+import importlib.util
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from crosskd_hf.convert import load_reference_state, reference_keys
+from crosskd_hf.distillation.objective import distillation_losses, teacher_forward
+from crosskd_hf.distillation.settings import DistillationSettings
+from crosskd_hf.models import CONFIGS, MODELS
+from crosskd_hf.models.postprocess import select_detections
+from crosskd_hf.optimization import parameter_groups
+
+BACKBONES = {"swin_tiny": "swin_tiny_patch4_window7_224"}
+LOSS_NAMES = {
+    "loss_bbox": "loss_box",
+    "loss_cls_kd": "kd_cls",
+    "loss_reg_kd": "kd_box",
+    "losses_center_kd": "kd_centerness",
+    "loss_feat_kd": "kd_feature",
+}
+
+
+@dataclass
+class Comparison:
+    """Errors of one case: kind -> [numbers compared, largest error / its bar, largest error]."""
+
+    kinds: dict[str, list] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, kind: str, name: str, count: int, error: float, bar: float | None) -> None:
+        row = self.kinds.setdefault(kind, [0, 0.0, bar])
+        row[0] += count
+        row[1] = max(row[1], error)
+        if bar is not None and not error <= bar:
+            self.failures.append(f"{kind} {name}: error {error:.3g}, bar {bar:.3g}")
+
+    def equal(self, kind: str, name: str, ours, reference) -> None:
+        ours, reference = torch.as_tensor(ours), torch.as_tensor(reference)
+        same = ours.shape == reference.shape and bool((ours == reference).all())
+        self.add(kind, name, reference.numel(), 0.0 if same else float("inf"), 0.0)
+
+    @property
+    def count(self) -> int:
+        return sum(row[0] for row in self.kinds.values())
+
+    def summary(self) -> str:
+        cells = [
+            f"{kind} {n} ({error:.1e}{'' if bar is None else f' of {bar:.1e}'})"
+            for kind, (n, error, bar) in self.kinds.items()
+        ]
+        return f"{self.count} numbers: " + ", ".join(cells)
+
+
+def load_synth(folder: Path):
+    """The folder's generator of weights and images."""
+    path = folder / "synth.py"
+    path = path if path.is_file() else Path(__file__).parent / "golden" / "synth.py"
+    spec = importlib.util.spec_from_file_location("golden_synth", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build_model(setup: dict, role: str, state: list, seed: int, synth):
+    """A model from a case's `setup`, filled with the synthetic weights of the recorded keys."""
+    part = setup[role]
+    config = CONFIGS[setup["detector"]](
+        backbone=BACKBONES.get(part["backbone"], part["backbone"]),
+        backbone_style="caffe" if part["backbone_style"] == "caffe" else "pytorch",
+        frozen_stages=part["frozen_stages"],
+        train_batchnorm=part["trained_batchnorm"],
+        fpn_extra_convs=part["fpn_extra_convs"],
+        fpn_relu_before_p7=part["fpn_relu_before_p7"],
+        num_labels=setup["num_labels"],
+    )
+    model = MODELS[setup["detector"]](config)
+    weights = {key: torch.from_numpy(synth.synth_array(key, shape, seed)) for key, shape in state}
+    load_reference_state(model, weights)
+    return model
+
+
+class GoldenCase:
+    def __init__(self, folder: Path, name: str):
+        self.record = json.loads((folder / f"{name}.json").read_text())
+        self.tensors = load_file(folder / f"{name}.safetensors")
+        self.name, self.synth = self.record["case"], load_synth(folder)
+        self.setup, self.noise = self.record["setup"], self.record["noise"]
+        self.result = Comparison()
+        seed = self.record["seed"]
+        self.student = build_model(self.setup, "student", self.record["student_state"], seed, self.synth)
+        self.keys = reference_keys(self.student)
+        self.teacher = None
+        if "teacher" in self.setup:
+            state = self.record["teacher_state"]
+            self.teacher = build_model(self.setup, "teacher", state, seed + 1000, self.synth)
+            self.teacher.eval().requires_grad_(False)
+            spec = self.teacher.distillation
+            self.settings = DistillationSettings(
+                crosskd=1.0,
+                tap_index=self.setup["tap_index"],
+                raw_taps=False,
+                cls_weight=spec.cls_weight,
+                box_weight=spec.box_weight,
+                centerness_weight=spec.centerness_weight,
+                pkd=self.setup["pkd_weight"],
+            )
+        self.inputs = self._inputs()
+
+    def _inputs(self) -> dict:
+        batch, sizes = self.record["batch"], self.record["image_shapes"]
+        images = torch.from_numpy(self.synth.synth_image(self.name, batch, self.record["seed"]))
+        mask = torch.zeros(batch[0], *batch[2:], dtype=torch.long)
+        for i, (height, width) in enumerate(sizes):
+            mask[i, :height, :width] = 1
+        labels = [
+            {"class_labels": self.tensors[f"gt.{i}.labels"], "boxes": self.tensors[f"gt.{i}.boxes"]}
+            for i in range(batch[0])
+        ]
+        return {"pixel_values": images * mask[:, None], "pixel_mask": mask, "labels": labels}
+
+    def bar(self, base: float, noise: float) -> float:
+        return max(base, 10 * noise)
+
+    def run(self) -> Comparison:
+        """Compare everything: architecture, targets, probes, losses, gradients, predictions, steps."""
+        self.compare_architecture()
+        self.student.eval()
+        self.compare_predictions()
+        self.student.train()
+        terms, outputs, cross = self.losses()
+        self.compare_targets(outputs)
+        self.compare_probes(outputs, cross)
+        self.compare_losses(terms)
+        self.compare_gradients(terms)
+        self.compare_steps()
+        return self.result
+
+    def losses(self):
+        """(loss terms by level, student output, teacher output and cross-head output)."""
+        tap = {} if self.teacher is None else {"tap_index": self.settings.tap_index}
+        output = self.student(**self.inputs, output_distillation=True, **tap)
+        terms = dict(output.detection.terms)
+        teacher_output = None
+        if self.teacher is not None:
+            teacher_output = teacher_forward(self.teacher, self.inputs, self.settings)
+            terms |= distillation_losses(self.student, output, self.teacher, teacher_output, self.settings)
+        return terms, output, teacher_output
+
+    def compare_architecture(self) -> None:
+        recorded = [key for key, _ in self.record["student_state"]]
+        same = set(recorded) == set(self.keys.values())
+        self.result.equal("architecture", "state keys", [same] * len(recorded), [True] * len(recorded))
+        trained = [self.keys[key] for key, p in self.student.named_parameters() if p.requires_grad]
+        flags = [key in set(trained) for key in self.record["trainable"]]
+        self.result.equal("architecture", "trainable", flags, [True] * len(flags))
+        self.result.equal("architecture", "number of trainable", len(trained), len(self.record["trainable"]))
+
+    def compare_targets(self, output) -> None:
+        if not any(key.startswith("targets.") for key in self.tensors):
+            return
+        model, inputs = self.student, self.inputs
+        assignment = output.detection.assignment
+        priors = model.priors(output.head)
+        sizes = priors.level_sizes
+        truth = recorded_truth(inputs["labels"], assignment, model.config.num_labels, self.setup["detector"], priors)
+        labels, values, prefix = truth
+        for level, (label, positive, weight, value) in enumerate(
+            zip(
+                labels.split(sizes, 1),
+                assignment.positive.split(sizes, 1),
+                assignment.class_weights.split(sizes, 1),
+                values.split(sizes, 1),
+                strict=True,
+            )
+        ):
+            recorded = self.tensors[f"targets.labels.{level}"].long()
+            self.result.equal("targets", f"labels.{level}", label.reshape(recorded.shape), recorded)
+            key = f"targets.label_weights.{level}"
+            if key in self.tensors:
+                self.result.equal("targets", key, weight.to(torch.uint8), self.tensors[key])
+            reference = self.tensors[f"targets.{prefix}.{level}"]
+            ours = value[positive]
+            same_shape = ours.shape == reference.shape
+            error = float("inf") if not same_shape else (ours - reference).abs().max().item() if len(ours) else 0.0
+            # Boxes are copied; deltas and distances are computed, so that their last bit may differ.
+            self.result.add("targets", f"{prefix}.{level}", reference.numel(), error, 0.0 if self.copied else 2e-6)
+        if "targets_avg_factor" in self.record:
+            ours = output.detection.class_normalizer
+            self.result.equal("targets", "avg_factor", ours.item(), self.record["targets_avg_factor"])
+
+    @property
+    def copied(self) -> bool:
+        return self.setup["detector"] in ("gfl", "atss")
+
+    def compare_probes(self, output, teacher_output) -> None:
+        maps = probe_maps("student", output, bool(self.teacher))
+        if teacher_output is not None:
+            from crosskd_hf.distillation.crosskd import cross_pass
+
+            maps |= probe_maps("teacher", teacher_output, False)
+            cross = cross_pass(self.teacher, output.head, teacher_output.head, self.settings.tap_index)
+            maps |= head_maps("cross", cross)
+        recorded = {key[len("probe.") :] for key in self.tensors if key.startswith("probe.")}
+        assert recorded <= set(maps), sorted(recorded - set(maps))
+        for key in sorted(recorded):
+            reference, ours = self.tensors[f"probe.{key}"], maps[key].detach().float()
+            index = torch.from_numpy(self.synth.probe_index(f"{self.name}:{key}", ours.numel()))
+            scale = reference.abs().max().clamp(min=1e-12).item()
+            error = (ours.flatten()[index] - reference).abs().max().item() / scale
+            self.result.add("probes", key, reference.numel(), error, 1e-4)
+        for key, stats in self.record["stats"].items():
+            ours = maps[key].detach().double()
+            self.result.equal("architecture", f"shape of {key}", list(ours.shape), stats["shape"])
+            scale = max(abs(stats["mean"]), stats["std"], 1e-12)
+            errors = [abs(ours.mean().item() - stats["mean"]), abs(ours.std(correction=0).item() - stats["std"])]
+            self.result.add("probes", f"stats of {key}", 2, max(errors) / scale, 1e-4)
+
+    def compare_losses(self, terms) -> None:
+        bar = self.bar(1e-4, self.noise["losses"])
+        for name, values in merge_levels(self.record["losses"]).items():
+            ours = terms[name].detach()
+            ours = ours.sum(0, keepdim=True) if len(values) == 1 else ours
+            for level, (mine, reference) in enumerate(zip(ours.tolist(), values, strict=True)):
+                error = abs(mine - reference) / max(abs(reference), 1e-12) if mine != reference else 0.0
+                self.result.add("losses", f"{name}.{level}", 1, error, bar)
+        self.result.equal("losses", "names", len(terms), len(merge_levels(self.record["losses"])))
+        total = sum(term.sum().item() for term in terms.values())
+        reference = self.record["total_loss"]
+        self.result.add("losses", "total", 1, abs(total - reference) / reference, bar)
+
+    def compare_gradients(self, terms) -> None:
+        torch.stack([term.sum() for term in terms.values()]).sum().backward()
+        bar = self.bar(1e-3, self.noise["grad_norms"])
+        for key, parameter in self.student.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            norm, samples = self.record["grads"][self.keys[key]]
+            gradient = parameter.grad.flatten()
+            index = torch.from_numpy(
+                self.synth.probe_index(f"{self.name}:grad:{self.keys[key]}", gradient.numel(), 4)
+            )
+            ours, reference = gradient[index], torch.tensor(samples)
+            error = abs(gradient.norm().item() - norm) / max(norm, 1e-12) if norm else gradient.norm().item()
+            self.result.add("grad norms", key, 1, error, bar)
+            # One element of many: its error is measured against the parameter's typical or its own size.
+            scale = max(norm / gradient.numel() ** 0.5, reference.abs().max().item(), 1e-12)
+            error = (ours - reference).abs().max().item() / scale
+            self.result.add("grad samples", key, len(samples), error, bar)
+        self.student.zero_grad()
+
+    @torch.no_grad()
+    def compare_predictions(self) -> None:
+        output = self.student(self.inputs["pixel_values"], self.inputs["pixel_mask"])
+        counts = self.record["num_predictions"]
+        for i, size in enumerate(self.record["image_shapes"]):
+            ours = detections(self.student, output, i, size, (0.8, 0.8))
+            reference = {key: self.tensors[f"pred.{i}.{key}"] for key in ("scores", "labels", "boxes")}
+            self.result.equal("predictions", f"number.{i}", len(ours["scores"]), counts[i])
+            compare_detections(self.result, f"image {i}", ours, reference)
+
+    def compare_steps(self) -> None:
+        recipe = self.record["trajectory"]
+        fcos = self.setup["detector"] == "fcos"
+        groups = parameter_groups(
+            self.student,
+            learning_rate=recipe["lr"],
+            weight_decay=recipe["weight_decay"],
+            bias_lr_factor=2.0 if fcos else 1.0,
+            bias_weight_decay=not fcos,
+        )
+        optimizer = torch.optim.SGD(groups, lr=recipe["lr"], momentum=recipe["momentum"])
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        for step, (loss, norm) in enumerate(recipe["total_loss_and_grad_norm"]):
+            terms, _, _ = self.losses()
+            total = torch.stack([term.sum() for term in terms.values()]).sum()
+            optimizer.zero_grad()
+            total.backward()
+            ours_norm = torch.nn.utils.clip_grad_norm_(trained, recipe["clip_grad_norm"]).item()
+            optimizer.step()
+            bar = self.bar(1e-3, self.noise["step_losses"][step])
+            self.result.add("step losses", f"{step}", 1, abs(total.item() - loss) / abs(loss), bar)
+            self.result.add("step grad norms", f"{step}", 1, abs(ours_norm - norm) / norm, None)
+
+
+def recorded_truth(labels, assignment, num_labels, detector, priors):
+    """Labels (N, P) with background = number of labels, targets (N, P, 4) of positives, and the record's name."""
+    from crosskd_hf.assigners import gather_boxes, gather_labels
+    from crosskd_hf.models import box_coding
+    from crosskd_hf.models.modeling_dense import pad_ground_truth
+
+    truth = pad_ground_truth(labels, len(labels))
+    label = gather_labels(truth.labels, assignment.box_index)
+    label = torch.where(assignment.positive, label, num_labels)
+    boxes = gather_boxes(truth.boxes, assignment.box_index)
+    if detector == "retinanet":
+        return label, box_coding.boxes_to_deltas(priors.all.expand_as(boxes), boxes), "boxes"
+    if detector == "fcos":
+        return label, box_coding.boxes_to_distances(priors.all, boxes), "distances"
+    return label, boxes, "boxes"
+
+
+def head_maps(role: str, head) -> dict[str, torch.Tensor]:
+    maps = {}
+    for name, levels in (
+        ("logits", head.logits),
+        ("pred_boxes_raw", head.boxes),
+        ("centerness", head.centerness),
+    ):
+        maps |= {f"{role}.{name}.{i}": level for i, level in enumerate(levels or [])}
+    return maps
+
+
+def probe_maps(role: str, output, taps: bool) -> dict[str, torch.Tensor]:
+    maps = head_maps(role, output.head)
+    maps |= {f"{role}.fpn.{i}": level for i, level in enumerate(output.fpn_features)}
+    if taps:
+        maps |= {f"{role}.cls_tap.{i}": level for i, level in enumerate(output.head.cls_taps)}
+        maps |= {f"{role}.reg_tap.{i}": level for i, level in enumerate(output.head.reg_taps)}
+    return maps
+
+
+def merge_levels(losses: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Recorded terms under our names; `loss_feat_kd_0..4` become one list."""
+    merged: dict[str, list[float]] = {}
+    for name, values in losses.items():
+        base = name.rstrip("0123456789").rstrip("_") if name.startswith("loss_feat_kd_") else name
+        merged.setdefault(LOSS_NAMES.get(base, base), []).extend(values)
+    return merged
+
+
+def detections(model, output, index: int, image_size, scale) -> dict[str, torch.Tensor]:
+    return select_detections(
+        output.logits[index],
+        output.pred_boxes[index],
+        None if output.centerness is None else output.centerness[index],
+        output.level_sizes[index].tolist(),
+        tuple(image_size),
+        scale,
+        nms_threshold=model.config.nms_threshold,
+    )
+
+
+def compare_detections(result: Comparison, name: str, ours: dict, reference: dict) -> None:
+    """Each reference detection must be ours too, at the same place of the order but for tied scores."""
+    free = list(range(len(ours["scores"])))
+    scores, boxes, unmatched = 0.0, 0.0, 0
+    for i in range(len(reference["scores"])):
+        best = None
+        for j in sorted(free, key=lambda j, i=i: abs(j - i)):
+            if ours["labels"][j] != reference["labels"][i]:
+                continue
+            score_error = (ours["scores"][j] - reference["scores"][i]).abs().item()
+            box_error = (ours["boxes"][j] - reference["boxes"][i]).abs().max().item()
+            if score_error <= 1e-4 and box_error <= 0.05:
+                best = j
+                break
+        if best is None:
+            unmatched += 1
+            continue
+        free.remove(best)
+        scores, boxes = max(scores, score_error), max(boxes, box_error)
+    count = len(reference["scores"])
+    result.add("predictions", f"{name}: {unmatched} of {count} without a match", count, float(unmatched), 0.0)
+    result.add("boxes (px)", name, 4 * count, boxes, 0.05)
+    result.add("scores", name, count, scores, 1e-4)

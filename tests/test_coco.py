@@ -1,0 +1,209 @@
+import json
+import multiprocessing
+import os
+import pickle
+
+import pytest
+
+from crosskd_hf.data import coco
+from crosskd_hf.data.coco import keep_for_training, load_coco
+
+IMAGES = [(10, 40, 32), (5, 32, 40), (9, 31, 50)]
+
+
+@pytest.fixture
+def load(tmp_path):
+    return lambda root, split="mini", **kwargs: load_coco(root, split, cache_dir=tmp_path / "cache", **kwargs)
+
+
+def edit(root, change):
+    """Rewrite the annotation file after `change(content)`."""
+    file = root / "annotations" / "instances_mini.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def test_columns_are_the_file_and_labels_follow_the_sorted_ids(write_coco, load):
+    root = write_coco(
+        IMAGES,
+        [
+            (1, 5, 7, [1.5, 2.25, 3.1, 4.0]),
+            (2, 10, 3, [0, 0, 2, 2], {"iscrowd": 1, "area": 3.5}),
+            (3, 5, 3, [1, 1, 1, 1]),
+        ],
+    )
+    split = load(root)
+    assert (split.label_names, split.category_ids) == (("dog", "cat"), (3, 7))
+    assert split.id2label == {0: "dog", 1: "cat"} and split.label2id == {"dog": 0, "cat": 1}
+    assert split.dataset["image_id"][:] == [10, 5, 9]  # the file's order
+    row = split.dataset[1]
+    assert (row["file_name"], row["width"], row["height"], row["image"].size) == ("5.png", 32, 40, (32, 40))
+    assert row["objects"] == {
+        "id": [1, 3],
+        "bbox": [[1.5, 2.25, 3.1, 4.0], [1.0, 1.0, 1.0, 1.0]],  # float64: 3.1 is the file's 3.1
+        "category": [1, 0],
+        "area": [3.1 * 4.0, 1.0],
+        "iscrowd": [False, False],
+    }
+    crowd = split.dataset[0]["objects"]
+    assert crowd["iscrowd"] == [True] and crowd["area"] == [3.5]
+    assert split.dataset[2]["objects"]["id"] == []
+
+
+def test_cache_holds_paths_not_pixels(write_coco, load):
+    root = write_coco(IMAGES)
+    raw = load(root).dataset.with_format("arrow")[0]["image"][0].as_py()
+    assert raw == {"bytes": None, "path": str(root / "mini" / "10.png")}
+
+
+def test_second_load_does_not_parse_and_an_edited_file_is_parsed_again(write_coco, load, monkeypatch):
+    root = write_coco(IMAGES, [(1, 5, 7, [1, 1, 2, 2])])
+    calls = []
+    parse = coco.read_annotations
+    monkeypatch.setattr(coco, "read_annotations", lambda path: calls.append(path) or parse(path))
+    first, second = load(root), load(root)
+    assert len(calls) == 1
+    assert second.category_ids == first.category_ids == (3, 7) and second.label_names == first.label_names
+    file = root / "annotations" / "instances_mini.json"
+    edit(root, lambda content: content["annotations"][0].update(bbox=[1, 1, 2, 3]))  # same length: the time tells
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    assert load(root).dataset[1]["objects"]["bbox"] == [[1.0, 1.0, 2.0, 3.0]]
+    assert len(calls) == 2
+
+
+def _load_in_process(root, cache_dir, barrier, results):
+    barrier.wait()
+    split = load_coco(root, "mini", cache_dir=cache_dir)
+    results.put((len(split.dataset), split.category_ids))
+
+
+def test_processes_may_load_at_once(write_coco, tmp_path):
+    root = write_coco(IMAGES)
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(3), context.Queue()
+    arguments = (root, tmp_path / "cache", barrier, results)
+    processes = [context.Process(target=_load_in_process, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    answers = [results.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    assert answers == [(3, (3, 7))] * 3
+    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 1
+
+
+def test_pickled_split_maps_the_file_again(write_coco, load):
+    root = write_coco(IMAGES, [(i, 5, 7, [1, 1, 2, 2]) for i in range(2000)])
+    split = load(root)
+    assert len(pickle.dumps(split)) < 20_000
+    assert pickle.loads(pickle.dumps(split)).dataset["image_id"][:] == [10, 5, 9]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("images"), "has no list images"),
+        (lambda c: c.pop("annotations"), "has no list annotations"),
+        (lambda c: c.pop("categories"), "has no list categories"),
+        (lambda c: c.update(images={}), "has no list images"),
+        (lambda c: c["images"].clear(), "lists no images"),
+        (lambda c: c["categories"].clear(), "lists no categories"),
+        (lambda c: c["images"][1].update(id=10), "image id 10 appears twice"),
+        (lambda c: c["images"][1].update(id="a"), "image number 1: id must be an integer, got 'a'"),
+        (lambda c: c["images"][1].update(width=0), "image 5: width and height must be at least 1"),
+        (lambda c: c["images"][1].pop("height"), "image 5: height must be an integer, got None"),
+        (lambda c: c["images"][1].update(file_name="/etc/a.png"), "image 5: file_name '/etc/a.png' leaves"),
+        (lambda c: c["images"][1].update(file_name="a/../../b.png"), "image 5: file_name .* leaves"),
+        (lambda c: c["images"][1].update(file_name="..\\b.png"), "image 5: file_name .* leaves"),
+        (lambda c: c["images"][1].update(file_name=""), "image 5: file_name must be"),
+        (lambda c: c["categories"][1].update(id=7), "category id 7 appears twice"),
+        (lambda c: c["categories"][1].update(name="cat"), "two categories are named 'cat'"),
+        (lambda c: c["categories"][1].pop("name"), "category 3 has no name"),
+        (lambda c: c["annotations"][0].update(image_id=99), "annotation 21 is of image 99"),
+        (lambda c: c["annotations"][0].update(category_id=4), "annotation 21 is of category 4"),
+        (lambda c: c["annotations"][0].pop("bbox"), "annotation 21: bbox must be four"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "annotation 21: bbox must be four"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3, float("nan")]), "annotation 21: bbox must be four"),
+        (lambda c: c["annotations"][0].update(area=None), "annotation 21: area must be"),
+        (lambda c: c["annotations"][1].update(id=21), "annotation id 21 appears twice"),
+        (lambda c: c["annotations"][1].pop("id"), "annotation number 1: id must be an integer"),
+        (lambda c: c["annotations"][1].update(id=1.5), "annotation number 1: id must be an integer, got 1.5"),
+    ],
+)
+def test_unsound_files_are_named(write_coco, load, change, message):
+    root = write_coco(IMAGES, [(21, 5, 7, [1, 1, 2, 2]), (22, 5, 7, [1, 1, 2, 2])])
+    edit(root, change)
+    with pytest.raises(ValueError, match=message):
+        load(root)
+
+
+def test_what_a_file_may_leave_out(write_coco, load):
+    root = write_coco(IMAGES, [(21, 5, 7, [1, 1, 2, 4])])
+    edit(root, lambda c: [c["annotations"][0].pop(key) for key in ("area", "iscrowd")])
+    objects = load(root).dataset[1]["objects"]
+    assert (objects["area"], objects["iscrowd"]) == ([8.0], [False])
+
+
+def test_missing_files_are_named(write_coco, load, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data set folder .*nowhere does not exist; data\.path should be"):
+        load(tmp_path / "nowhere")
+    root = write_coco(IMAGES)
+    with pytest.raises(FileNotFoundError, match=r"annotation file .*instances_val\.json does not exist"):
+        load(root, "val")
+    with pytest.raises(FileNotFoundError, match=r"image folder .*elsewhere does not exist"):
+        load(root, images="elsewhere")
+    (root / "mini" / "5.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of the 3 images .* first is 5\.png \(image id 5\)"):
+        load(root)
+    (root / "annotations" / "instances_mini.json").write_text("{")
+    with pytest.raises(ValueError, match=r"instances_mini\.json is not a JSON file"):
+        load(root)
+    (root / "annotations" / "instances_mini.json").write_text("[1]")
+    with pytest.raises(ValueError, match="has no list images, annotations, categories"):
+        load(root)
+
+
+def test_keep_for_training(write_coco, load):
+    images = [(1, 32, 32), (2, 31, 99), (3, 99, 31), (4, 50, 50), (5, 50, 50)]
+    boxes = [(i, i, 3, [1, 1, 5, 5], {"iscrowd": int(i == 5)}) for i in (1, 2, 3, 5)]
+    split = load(write_coco(images, boxes))
+
+    def ids(**kwargs):
+        return keep_for_training(split, **kwargs).dataset["image_id"][:]
+
+    assert ids() == [1, 5]  # 2 and 3 have a side of 31, 4 has no box, 5 has a crowd box
+    assert ids(filter_empty=False) == [1, 4, 5]
+    assert ids(min_image_side=31) == [1, 2, 3, 5]
+    kept = keep_for_training(split)
+    assert (kept.label_names, kept.category_ids) == (split.label_names, split.category_ids)
+    assert keep_for_training(kept).dataset["image_id"][:] == [1, 5]  # a selection is read through its indices
+    assert len(split.dataset) == 5
+    with pytest.raises(ValueError, match="none of the 5 images is left"):
+        ids(min_image_side=100)
+
+
+def test_real_coco(coco_mini, load):
+    split = load(coco_mini, "val2017")
+    assert len(split.dataset) == 79 and len(split.label_names) == 80
+    assert split.category_ids[:13] == (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14) and split.category_ids[-1] == 90
+    assert split.id2label[0] == "person" and split.id2label[79] == "toothbrush"
+    content = json.loads((coco_mini / "annotations" / "instances_val2017.json").read_text())
+    assert sum(len(objects["id"]) for objects in split.dataset["objects"][:]) == len(content["annotations"])
+    by_id = {a["id"]: a for a in content["annotations"]}
+    for objects in split.dataset["objects"][:]:
+        for identifier, bbox, label, crowd in zip(
+            objects["id"], objects["bbox"], objects["category"], objects["iscrowd"], strict=True
+        ):
+            truth = by_id[identifier]
+            assert (bbox, split.category_ids[label], crowd) == (
+                truth["bbox"],
+                truth["category_id"],
+                bool(truth["iscrowd"]),
+            )
+    assert split.dataset[0]["image"].size == (640, 427)
+
+
+def test_real_other_layout(bccd, load):
+    split = load(bccd, "train", images="images")
+    assert (len(split.dataset), split.label_names) == (292, ("RBC", "WBC", "Platelets"))

@@ -1,0 +1,191 @@
+import os
+import pickle
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from crosskd_hf.data.coco import load_coco
+from crosskd_hf.data.dataset import DetectionDataset, training_boxes
+from crosskd_hf.data.sampler import SampleKey
+
+SMALL = {"short_side": 20, "long_side": 40}
+
+
+@pytest.fixture
+def split(write_coco, tmp_path):
+    root = write_coco(
+        [(1, 40, 20), (2, 20, 40), (3, 30, 30)], [(1, 1, 7, [4, 2, 10, 5]), (2, 1, 3, [0, 0, 9, 9], {"iscrowd": 1})]
+    )
+    return load_coco(root, "mini", cache_dir=tmp_path / "cache")
+
+
+def test_training_item(split):
+    item = DetectionDataset(split, train=True, short_side=40, long_side=90, flip_probability=0)[0]
+    assert set(item) == {"image", "image_id", "original_size", "class_labels", "boxes"}
+    assert type(item["image"]) is torch.Tensor and type(item["boxes"]) is torch.Tensor
+    assert (item["image"].shape, item["image"].dtype) == ((3, 40, 80), torch.uint8)
+    assert (item["image_id"], item["original_size"]) == (1, (20, 40))
+    assert item["class_labels"].tolist() == [1] and item["class_labels"].dtype == torch.int64
+    assert item["boxes"].tolist() == [[8, 4, 28, 14]] and item["boxes"].dtype == torch.float32
+
+
+def test_image_without_boxes(split):
+    item = DetectionDataset(split, train=True, **SMALL)[1]
+    assert item["boxes"].shape == (0, 4) and item["class_labels"].shape == (0,)
+
+
+def test_evaluation_item_has_no_boxes_and_no_augmentation(split):
+    dataset = DetectionDataset(
+        split, train=False, **SMALL, multiscale="range", multiscale_short_sides=(4, 8), flip_probability=1
+    )
+    item = dataset[2]
+    assert set(item) == {"image", "image_id", "original_size"}
+    assert item["image"].shape == (3, 20, 20) and item["original_size"] == (30, 30)
+
+
+@pytest.mark.parametrize(
+    ("bbox", "area", "crowd", "kept"),
+    [
+        ([5, 5, 1, 1], 1, False, True),
+        ([5, 5, 0.99, 1], 1, False, False),
+        ([5, 5, 1, 0.99], 1, False, False),
+        ([5, 5, 4, 4], 0, False, False),
+        ([5, 5, 4, 4], 0.01, False, True),
+        ([5, 5, 4, 4], 16, True, False),
+        ([-4, 5, 4, 4], 16, False, False),  # ends where the image begins
+        ([-3.9, 5, 4, 4], 16, False, True),
+        ([5, -4, 4, 4], 16, False, False),
+        ([30, 5, 4, 4], 16, False, False),  # begins where the image, 30 wide and 20 high, ends
+        ([29.9, 5, 4, 4], 16, False, True),
+        ([5, 20, 4, 4], 16, False, False),
+        ([5, 19.9, 4, 4], 16, False, True),
+    ],
+)
+def test_boxes_that_are_trained_on(bbox, area, crowd, kept):
+    objects = {"bbox": [bbox], "category": [3], "area": [area], "iscrowd": [crowd]}
+    labels, boxes = training_boxes(objects, height=20, width=30)
+    assert labels.tolist() == [3] * kept
+    x, y, w, h = bbox
+    assert boxes.tolist() == [pytest.approx([x, y, x + w, y + h])] * kept  # clipped only after resizing
+
+
+def test_box_corners_are_added_before_they_are_rounded_to_float32():
+    objects = {"bbox": [[306.76, 133.32, 121.48, 498.58]], "category": [0], "area": [1.0], "iscrowd": [False]}
+    corner = torch.tensor(306.76 + 121.48, dtype=torch.float32)
+    assert training_boxes(objects, 640, 480)[1][0, 2] == corner
+    assert corner != torch.tensor(306.76) + torch.tensor(121.48)  # so that the case tells
+
+
+def augmented(split, key, seed=0):
+    dataset = DetectionDataset(
+        split, train=True, short_side=8, long_side=400, multiscale="range", multiscale_short_sides=(8, 200), seed=seed
+    )
+    return dataset[key]
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index(split):
+    shape = augmented(split, SampleKey(3, 0))["image"].shape
+    torch.rand(5)
+    state = torch.get_rng_state()
+    assert augmented(split, SampleKey(3, 0))["image"].shape == shape
+    assert torch.equal(torch.get_rng_state(), state)  # the model's dropout is not disturbed
+    assert augmented(split, SampleKey(4, 0))["image"].shape != shape
+    assert augmented(split, SampleKey(3, 0), seed=1)["image"].shape != shape
+    assert augmented(split, SampleKey(3, 1))["image"].shape != shape[:1] + shape[:0:-1]  # image 2 is image 1 turned
+    assert augmented(split, 0)["image"].shape == augmented(split, SampleKey(0, 0))["image"].shape
+
+
+def test_both_flips_occur(split):
+    dataset = DetectionDataset(split, train=True, **SMALL)
+    lefts = [dataset[SampleKey(epoch, 0)]["boxes"][0, 0].item() for epoch in range(40)]
+    assert set(lefts) == {4.0, 26.0} and 10 < lefts.count(4.0) < 30
+
+
+def test_workers_change_nothing(split):
+    dataset = DetectionDataset(
+        split, train=True, short_side=8, long_side=400, multiscale="choice", multiscale_short_sides=range(8, 200)
+    )
+    keys = [SampleKey(epoch, index) for epoch in range(2) for index in range(3)]
+    here = [dataset[key]["image"].shape for key in keys]
+    for context in ("fork", "spawn"):
+        loader = DataLoader(
+            dataset, sampler=keys, batch_size=None, num_workers=2, multiprocessing_context=context, collate_fn=_shape
+        )
+        assert list(loader) == here
+
+
+def _shape(item):
+    return item["image"].shape
+
+
+def test_dataset_is_light_to_send_to_workers(split):
+    assert len(pickle.dumps(DetectionDataset(split, train=True))) < 20_000
+
+
+def test_orientations_do_not_decode(split):
+    dataset = DetectionDataset(split, train=True)
+    for row in split.dataset.with_format("arrow")[:]["image"].to_pylist():
+        os.unlink(row["path"])
+    assert dataset.orientations().tolist() == [False, True, False]  # a square one is not narrower than high
+    assert dataset.orientations().dtype == torch.bool
+
+
+def test_index_outside(split):
+    dataset = DetectionDataset(split, train=True)
+    assert len(list(dataset)) == len(dataset) == 3
+    for index in (3, -1):
+        with pytest.raises(IndexError, match=f"index {index} is outside a data set of 3"):
+            dataset[index]
+
+
+def test_unreadable_images_are_named(split):
+    paths = [row["path"] for row in split.dataset.with_format("arrow")[:]["image"].to_pylist()]
+    dataset = DetectionDataset(split, train=True)
+    os.unlink(paths[0])
+    with pytest.raises(ValueError, match=r"image 1 \(1\.png\) cannot be read"):
+        dataset[0]
+    with open(paths[1], "r+b") as file:
+        file.truncate(60)
+    with pytest.raises(ValueError, match=r"image 2 \(2\.png\) cannot be read"):
+        dataset[1]
+    Image.new("RGB", (30, 29)).save(paths[2])
+    with pytest.raises(ValueError, match=r"image 3 \(3\.png\) is 30 x 29 pixels, but .* says 30 x 30"):
+        dataset[2]
+
+
+@pytest.mark.parametrize(("mode", "color"), [("L", 90), ("RGBA", (90, 90, 90, 255)), ("1", 1), ("P", 3), ("CMYK", 0)])
+def test_images_become_rgb(split, mode, color):
+    path = split.dataset.with_format("arrow")[0]["image"][0].as_py()["path"]
+    image = Image.new(mode, (40, 20), color)
+    image.save(path, format="TIFF" if mode == "CMYK" else "PNG")
+    item = DetectionDataset(split, train=False, **SMALL)[0]
+    pixel = torch.tensor(image.convert("RGB").getpixel((0, 0)), dtype=torch.uint8)
+    assert torch.equal(item["image"], pixel[:, None, None].expand(3, 20, 40))
+
+
+def test_rotation_in_the_file_is_undone(split):
+    path = split.dataset.with_format("arrow")[0]["image"][0].as_py()["path"]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: stored 20 x 40, meant 40 x 20
+    image = Image.new("RGB", (20, 40))
+    image.paste((255, 255, 255), (0, 0, 20, 20))
+    image.save(path, format="PNG", exif=exif)
+    item = DetectionDataset(split, train=False, **SMALL)[0]
+    assert item["original_size"] == (20, 40)
+    assert item["image"][0, 0, [0, 19, 20, 39]].tolist() == [0, 0, 255, 255]  # up goes right
+
+
+def test_real_coco(coco_mini, tmp_path):
+    split = load_coco(coco_mini, "train2017", cache_dir=tmp_path)
+    dataset = DetectionDataset(split, train=True)
+    upright = dataset.orientations()
+    for index in range(0, len(dataset), 5):
+        item = dataset[index]
+        height, width = item["image"].shape[1:]
+        assert (min(height, width) == 800 and max(height, width) <= 1333) or max(height, width) == 1333
+        assert bool(upright[index]) == (width < height)
+        boxes = item["boxes"]
+        assert (boxes >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
+        assert (boxes[:, 2:] > boxes[:, :2]).all()

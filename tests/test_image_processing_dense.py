@@ -1,0 +1,158 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crosskd_hf.data.transforms import ResizeToFit
+from crosskd_hf.models.image_processing_dense import BGR_CAFFE, RGB_IMAGENET, DenseDetectorImageProcessor
+
+TINY = {"shortest_edge": 8, "longest_edge": 16}
+
+
+def grey(height, width, value=100):
+    return Image.new("RGB", (width, height), (value, value, value))
+
+
+def noise(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_normalisation_and_padding():
+    processor = DenseDetectorImageProcessor(size=TINY)
+    batch = processor(images=Image.new("RGB", (5, 4), (10, 20, 30)), return_tensors="pt")
+    assert set(batch) == {"pixel_values", "pixel_mask"}
+    assert batch["pixel_values"].shape == (1, 3, 32, 32) and batch["pixel_values"].dtype == torch.float32
+    pixel = torch.tensor([(10 - 123.675) / 58.395, (20 - 116.28) / 57.12, (30 - 103.53) / 57.375])
+    inside = batch["pixel_values"][0, :, :8, :10]
+    torch.testing.assert_close(inside, pixel[:, None, None].expand(3, 8, 10))
+    assert batch["pixel_values"].count_nonzero() == inside.numel()  # the padding is 0 after normalisation
+    assert batch["pixel_mask"].dtype == torch.bool
+    assert batch["pixel_mask"][0, :8, :10].all() and batch["pixel_mask"].sum() == 80
+
+
+def test_caffe_style_is_bgr():
+    batch = DenseDetectorImageProcessor(size=TINY, **BGR_CAFFE)(Image.new("RGB", (4, 4), (10, 20, 30)))
+    expected = [30 - 102.9801, 20 - 115.9465, 10 - 122.7717]
+    assert batch["pixel_values"][0, :, 0, 0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "padded"), [([(32, 64)], (32, 64)), ([(33, 64)], (64, 64)), ([(32, 65), (96, 1)], (96, 96))]
+)
+def test_padding_is_the_largest_of_the_batch_rounded_up(sizes, padded):
+    images = [torch.full((3, *size), 200, dtype=torch.uint8) for size in sizes]
+    batch = DenseDetectorImageProcessor().normalize_and_pad(images)
+    assert batch["pixel_values"].shape == (len(sizes), 3, *padded)
+    assert batch["pixel_mask"].flatten(1).sum(1).tolist() == [h * w for h, w in sizes]
+    assert torch.equal(batch["pixel_values"][:, 0] != 0, batch["pixel_mask"])
+
+
+def test_training_and_inference_pixels_are_equal():
+    image = noise(37, 53)
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    processor = DenseDetectorImageProcessor(size={"shortest_edge": 61, "longest_edge": 90})
+    training = processor.normalize_and_pad([ResizeToFit(61, 90)(tensor)])
+    for given in (Image.fromarray(image), image, tensor, tensor.contiguous(), tensor.float()):
+        inference = processor(images=given, return_tensors="pt")
+        assert torch.equal(inference["pixel_values"], training["pixel_values"])
+        assert torch.equal(inference["pixel_mask"], training["pixel_mask"])
+
+
+def test_a_mixed_batch_is_its_images_alone():
+    images = [Image.fromarray(noise(20, 30)), noise(30, 20, 1), torch.from_numpy(noise(25, 25, 2)).permute(2, 0, 1)]
+    processor = DenseDetectorImageProcessor(size={"shortest_edge": 40, "longest_edge": 60})
+    batch = processor(images=images, return_tensors="pt")
+    assert batch["pixel_values"].shape == (3, 3, 64, 64)
+    for index, image in enumerate(images):
+        alone, mask = processor(images=[image])["pixel_values"][0], batch["pixel_mask"][index]
+        h, w = mask.any(1).sum(), mask.any(0).sum()
+        assert torch.equal(batch["pixel_values"][index, :, :h, :w], alone[:, :h, :w])
+
+
+def test_one_pixel_and_one_row():
+    processor = DenseDetectorImageProcessor(size=TINY)
+    assert processor(grey(1, 1))["pixel_mask"].sum() == 8 * 8
+    assert processor(np.full((1, 1, 3), 9, np.uint8))["pixel_mask"].sum() == 8 * 8
+    assert processor(np.full((1, 40, 3), 9, np.uint8))["pixel_mask"].sum() == 1 * 16
+    assert processor(np.full((4, 40, 3), 9, np.uint8))["pixel_mask"].sum() == 2 * 16
+    assert processor(torch.zeros(3, 1, 40, dtype=torch.uint8))["pixel_mask"].sum() == 1 * 16
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
+def test_other_modes_become_rgb(mode):
+    assert DenseDetectorImageProcessor(size=TINY)(grey(4, 4).convert(mode))["pixel_values"].shape == (1, 3, 32, 32)
+
+
+def test_value_ranges():
+    processor = DenseDetectorImageProcessor(size=TINY)
+    expected = processor(grey(4, 4, 51))["pixel_values"]
+    for value in (0.2, 51.0, 51.3):  # torchvision's 0..1, grey levels, grey levels that are rounded
+        assert torch.equal(processor(torch.full((3, 4, 4), value))["pixel_values"], expected)
+    assert torch.equal(processor(np.full((4, 4, 3), 51, np.int64))["pixel_values"], expected)
+    assert torch.equal(processor(np.full((1, 4, 4), 51, np.uint8))["pixel_values"], expected)
+    for value in (-0.1, 255.1, float("nan")):
+        with pytest.raises(ValueError, match="must be grey levels"):
+            processor(torch.full((3, 4, 4), value))
+
+
+def test_settings_are_saved(tmp_path):
+    processor = DenseDetectorImageProcessor(
+        size={"shortest_edge": 400, "longest_edge": 640},
+        nms_threshold=0.5,
+        max_detections=7,
+        size_divisor=64,
+        **BGR_CAFFE,
+    )
+    processor.save_pretrained(tmp_path)
+    assert (tmp_path / "preprocessor_config.json").is_file()
+    loaded = DenseDetectorImageProcessor.from_pretrained(tmp_path)
+    assert loaded.to_dict() == processor.to_dict()
+    assert (loaded.nms_threshold, loaded.max_detections, loaded.size_divisor) == (0.5, 7, 64)
+    assert (loaded.score_threshold, loaded.max_candidates) == (0.05, 1000)
+    assert torch.equal(loaded(grey(5, 9))["pixel_values"], processor(grey(5, 9))["pixel_values"])
+
+
+def test_defaults():
+    processor = DenseDetectorImageProcessor()
+    assert dict(processor.size) == {"shortest_edge": 800, "longest_edge": 1333}
+    assert list(processor.image_mean) == RGB_IMAGENET["image_mean"]
+    assert (processor.score_threshold, processor.nms_threshold) == (0.05, 0.6)
+    assert (processor.max_candidates, processor.max_detections) == (1000, 100)
+
+
+def test_arguments_of_one_call():
+    processor = DenseDetectorImageProcessor(size=TINY)
+    assert processor(grey(4, 5), do_resize=False)["pixel_mask"].sum() == 20
+    assert processor(grey(4, 4), do_resize=False, do_pad=False)["pixel_values"].shape == (1, 3, 4, 4)
+    assert processor(grey(4, 4), pad_size={"height": 64, "width": 96})["pixel_values"].shape == (1, 3, 64, 96)
+    assert processor(grey(4, 4), do_normalize=False)["pixel_values"].max() == 100
+    scaled = processor(grey(4, 4), do_normalize=False, do_rescale=True)["pixel_values"].max()
+    assert scaled.item() == pytest.approx(100 / 255)
+    assert isinstance(processor(grey(4, 4), return_tensors="np")["pixel_values"], np.ndarray)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"nms_threshold": 1.01}, "nms_threshold must be from 0 to 1"),
+        ({"score_threshold": -0.01}, "score_threshold must be from 0 to 1"),
+        ({"max_candidates": 0}, "max_candidates must be at least 1"),
+        ({"max_detections": 0}, "max_detections must be at least 1"),
+        ({"size_divisor": 0}, "size_divisor must be at least 1"),
+    ],
+)
+def test_refused_settings(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DenseDetectorImageProcessor(**arguments)
+
+
+def test_refused_images_and_sizes():
+    processor = DenseDetectorImageProcessor(size=TINY)
+    with pytest.raises(ValueError, match="shortest_edge and longest_edge"):
+        processor(grey(4, 4), size={"height": 4, "width": 4})
+    with pytest.raises(ValueError, match="different sizes"):
+        processor([grey(4, 4), grey(4, 5)], do_pad=False)
+    with pytest.raises(ValueError, match="is smaller than the batch"):
+        processor(grey(4, 40), do_resize=False, pad_size={"height": 32, "width": 32})
+    with pytest.raises(ValueError, match="3 channels, got shape"):
+        processor(np.zeros((1, 8, 8), np.uint8), do_convert_rgb=False)
