@@ -1,0 +1,54 @@
+"""Cross-head knowledge distillation (CrossKD, arXiv 2306.11369) of dense object detectors, for Hugging Face.
+
+Importing the package registers its detectors with transformers' auto classes and its `object-detection` pipeline.
+"""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
+
+from .data.coco import DetectionSplit, keep_for_training, load_coco
+from .data.dataset import DetectionDataset
+from .evaluation import CocoEvaluator
+from .models import (
+    CONFIGS,
+    MODELS,
+    DenseDetector,
+    DenseDetectorConfig,
+    DenseDetectorOutput,
+    GFLConfig,
+    GFLForObjectDetection,
+)
+from .models.image_processing_dense import DenseDetectorImageProcessor
+from .recipe import DistillationSection, Recipe, load_recipe
+from .trainer import DetectionTrainer, DistillationTrainer
+from .training_args import DetectionTrainingArguments
+from .version import __version__
+
+for _name, _config in CONFIGS.items():
+    _model = MODELS[_name]
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModelForObjectDetection.register(_config, _model, exist_ok=True)
+    AutoImageProcessor.register(_config, fast_image_processor_class=DenseDetectorImageProcessor, exist_ok=True)
+    # The pipeline looks names up here, and warns about models that it doesn't find.
+    MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES[_config.model_type] = _model.__name__
+
+__all__ = [
+    "CocoEvaluator",
+    "DenseDetector",
+    "DenseDetectorConfig",
+    "DenseDetectorImageProcessor",
+    "DenseDetectorOutput",
+    "DetectionDataset",
+    "DetectionSplit",
+    "DetectionTrainer",
+    "DetectionTrainingArguments",
+    "DistillationSection",
+    "DistillationTrainer",
+    "GFLConfig",
+    "GFLForObjectDetection",
+    "Recipe",
+    "__version__",
+    "keep_for_training",
+    "load_coco",
+    "load_recipe",
+]

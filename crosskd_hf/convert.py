@@ -82,8 +82,9 @@ def load_reference_state(model: DenseDetector, state: dict[str, Tensor], source:
     model.load_state_dict({key: state[name].to(own[key].dtype) for key, name in names.items()}, strict=False)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """State dict of an MMDetection 2.x or 3.x `.pth` file, read with `weights_only=True`.
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
+    """State dict, and class names if there are any, of an MMDetection 2.x or 3.x `.pth` file, read with
+    `weights_only=True`.
 
     Raises:
         CheckpointError: for a file that is missing, damaged, holds no state dict, or names code outside
@@ -105,7 +106,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"checkpoint {path} holds no state dict of tensors.")
-    return dict(state)
+    return dict(state), _class_names(content.get("meta"))
+
+
+def _class_names(meta: object) -> tuple[str, ...] | None:
+    """Class names from a checkpoint's `meta`: `CLASSES` in 2.x, `dataset_meta.classes` (any case) in 3.x."""
+    if not isinstance(meta, dict):
+        return None
+    dataset = meta.get("dataset_meta")
+    for place in (meta, dataset if isinstance(dataset, dict) else {}):
+        for key, names in place.items():
+            if isinstance(key, str) and key.lower() == "classes" and isinstance(names, (list, tuple)):
+                return tuple(map(str, names))
+    return None
 
 
 @contextlib.contextmanager

@@ -320,6 +320,16 @@ def test_kept_as_small_numpy_arrays_of_their_own(given: torch.dtype, kept: type 
     assert evaluator.results()[0]["score"] == 0.5
 
 
+def test_widths_of_float32_corners_are_not_rounded_to_float32() -> None:
+    evaluator = CocoEvaluator(make_split({1: []}))
+    detection = found((0.5, 1, [0.1, 0.1, 100.3, 70.7]))
+    evaluator.update([1], [detection])
+    x1, y1, x2, y2 = detection["boxes"][0].tolist()
+    (annotation,) = evaluator._predictions({1}).anns.values()
+    assert annotation["bbox"] == [x1, y1, x2 - x1, y2 - y1]
+    assert annotation["area"] == (x2 - x1) * (y2 - y1)
+
+
 def test_fast_for_many_images() -> None:
     images = {image_id: [(0, [10.0, 10.0, 30.0, 30.0])] * 7 for image_id in range(5000)}
     evaluator = CocoEvaluator(make_split(images))

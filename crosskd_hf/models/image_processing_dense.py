@@ -11,6 +11,9 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from crosskd_hf.data.transforms import resized_size
 
+from .modeling_dense import DenseDetectorOutput
+from .postprocess import select_detections
+
 # Keyword arguments of `DenseDetectorImageProcessor`: grey levels 0..255, channels in the order that the model sees.
 RGB_IMAGENET: dict[str, Any] = {
     "image_mean": [123.675, 116.28, 103.53],
@@ -195,6 +198,50 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
                 self.normalize(region, image_mean, image_std, inplace=True)
             pixel_mask[index, :h, :w] = True
         return BatchFeature({"pixel_values": pixel_values, "pixel_mask": pixel_mask})
+
+
+    def post_process_object_detection(
+        self,
+        outputs: DenseDetectorOutput,
+        threshold: float = 0.5,
+        target_sizes: torch.Tensor | Sequence[tuple[int, int]] | None = None,
+    ) -> list[dict[str, torch.Tensor]]:
+        """A model's output as detections.
+
+        Args:
+            outputs: of a dense detector, for N images.
+            threshold: detections with a score up to this are left out, after non-maximum suppression. 0 keeps the
+                up to `max_detections` that COCO's metrics are computed from.
+            target_sizes: (N, 2) original (height, width) of each image, to whose pixels the boxes are scaled;
+                None leaves them in pixels of the model's input.
+
+        Returns:
+            a dict an image: `scores` (K,), best first, `labels` (K,) int64 and `boxes` (K, 4) xyxy.
+
+        Raises:
+            ValueError: if `target_sizes` doesn't have an entry an image.
+        """
+        sizes = outputs.image_sizes.tolist()
+        targets = sizes if target_sizes is None else [tuple(map(float, size)) for size in target_sizes]
+        if len(targets) != len(sizes):
+            raise ValueError(f"target_sizes has {len(targets)} entries for {len(sizes)} images")
+        results = []
+        for i, ((height, width), (target_height, target_width)) in enumerate(zip(sizes, targets, strict=True)):
+            found = select_detections(
+                outputs.logits[i],
+                outputs.pred_boxes[i],
+                None if outputs.centerness is None else outputs.centerness[i],
+                outputs.level_sizes[i].tolist(),
+                image_size=(height, width),
+                scale=(height / target_height, width / target_width),
+                score_threshold=self.score_threshold,
+                max_candidates=self.max_candidates,
+                nms_threshold=self.nms_threshold,
+                max_detections=self.max_detections,
+            )
+            keep = found["scores"] > threshold
+            results.append({name: value[keep] for name, value in found.items()})
+        return results
 
 
 def _channels_can_only_be_last(shape: Sequence[int]) -> bool:

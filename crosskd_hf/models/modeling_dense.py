@@ -140,6 +140,7 @@ class DenseDetector(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = False
+    accepts_loss_kwargs = False  # the losses are per-batch means: the Trainer divides them when it accumulates
     distillation: DistillationSpec
 
     def __init__(self, config: DenseDetectorConfig, pretrained_backbone: bool = False):

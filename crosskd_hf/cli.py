@@ -1,0 +1,87 @@
+"""The `crosskd` command: `crosskd train RECIPE`, `crosskd evaluate MODEL`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import AutoImageProcessor
+
+from . import train
+from .convert import CheckpointError
+from .data.coco import load_coco
+from .data.dataset import DetectionDataset
+from .evaluation import format_metrics
+from .factory import load_detector
+from .recipe import RecipeError, load_recipe
+from .trainer import EVALUATION_FOLDER, DetectionTrainer
+from .training_args import DetectionTrainingArguments
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `crosskd evaluate`. The data set is the recipe's that was saved beside the model."""
+    parser.add_argument("model", help="folder or Hub id of a saved detector")
+    parser.add_argument("--recipe", help="recipe whose data section to use (default: recipe.yaml in the model's folder)")
+    parser.add_argument("--data", help="data set in COCO layout, instead of the recipe's data.path")
+    parser.add_argument("--split", help="split to evaluate on, instead of the recipe's data.val_split")
+    parser.add_argument("--output-dir", help="where metrics and COCO results go (default: the model's folder)")
+    parser.add_argument("--batch-size", type=int, default=1, help="images a batch and process (default: 1)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that load images (default: 2)")
+    parser.add_argument("--max-images", type=int, help="only the first images of the split")
+
+
+def evaluate(arguments: argparse.Namespace) -> dict[str, float]:
+    """COCO metrics of a saved model; also written to OUTPUT_DIR/evaluation.
+
+    Raises:
+        RecipeError, CheckpointError, ValueError: if recipe, model or data can't be used.
+    """
+    folder = Path(arguments.model)
+    recipe = arguments.recipe or (folder / train.RECIPE_FILE if (folder / train.RECIPE_FILE).is_file() else "coco_val")
+    data = load_recipe(str(recipe)).data
+    model = load_detector(arguments.model, None, ())
+    processor = AutoImageProcessor.from_pretrained(arguments.model)
+    split = train.first_images(
+        load_coco(
+            arguments.data or data.path,
+            arguments.split or data.val_split,
+            annotations=data.annotations,
+            images=data.images,
+            cache_dir=data.cache_dir,
+        ),
+        arguments.max_images or data.max_val_images,
+    )
+    size = processor.size
+    dataset = DetectionDataset(
+        split, train=False, short_side=size["shortest_edge"], long_side=size["longest_edge"]
+    )
+    args = DetectionTrainingArguments(
+        output_dir=str(arguments.output_dir or (folder if folder.is_dir() else ".")),
+        per_device_eval_batch_size=arguments.batch_size,
+        dataloader_num_workers=arguments.workers,
+    )
+    trainer = DetectionTrainer(model, args, eval_dataset=dataset, processing_class=processor)
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        print(format_metrics({name.removeprefix("eval_"): value for name, value in metrics.items()}))
+        print(f"written to {Path(args.output_dir) / EVALUATION_FOLDER}")
+    return metrics
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `crosskd`."""
+    parser = argparse.ArgumentParser(prog="crosskd", description="Cross-head knowledge distillation of detectors.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train.add_arguments(commands.add_parser("train", help="run a recipe", description=train.__doc__))
+    add_evaluate_arguments(commands.add_parser("evaluate", help="COCO metrics of a saved model"))
+    arguments = parser.parse_args(argv)
+    if arguments.command == "train":
+        train.launch(arguments)
+        return
+    try:
+        evaluate(arguments)
+    except (RecipeError, CheckpointError, FileNotFoundError, ValueError) as error:
+        if PartialState().is_main_process:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(1) from error

@@ -1,0 +1,171 @@
+"""Recipe sections -> models and image processors."""
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from huggingface_hub.constants import HF_HOME
+from transformers import AutoModelForObjectDetection
+
+from .convert import CheckpointError, fetch, load_reference_state, read_checkpoint
+from .models import CONFIGS, MODELS
+from .models.configuration_dense import DenseDetectorConfig
+from .models.image_processing_dense import BGR_CAFFE, RGB_IMAGENET, DenseDetectorImageProcessor
+from .models.modeling_dense import DenseDetector
+from .recipe import ArchitectureSection, DataSection, ModelSection, TeacherSection
+
+logger = logging.getLogger(__name__)
+CACHE = Path(HF_HOME) / "crosskd_hf"
+
+
+def build_config(section: ArchitectureSection, label_names: Sequence[str]) -> DenseDetectorConfig:
+    """A detector's configuration from a recipe's architecture fields and the data's labels."""
+    return CONFIGS[section.detector](
+        backbone=section.backbone,
+        backbone_style=section.backbone_style,
+        drop_path_rate=section.drop_path_rate,
+        frozen_stages=section.frozen_stages,
+        train_batchnorm=section.train_batchnorm,
+        fpn_channels=section.fpn_channels,
+        fpn_extra_convs=section.fpn_extra_convs,
+        fpn_relu_before_p7=section.fpn_relu_before_p7,
+        head_channels=section.head_channels,
+        head_blocks=section.head_blocks,
+        id2label=dict(enumerate(label_names)),
+        label2id={name: i for i, name in enumerate(label_names)},
+    )
+
+
+def build_model(section: ModelSection, label_names: Sequence[str]) -> DenseDetector:
+    """The model a recipe trains: from a checkpoint, or new on a pretrained or random backbone.
+
+    Raises:
+        ValueError: if the backbone or its weights can't be used.
+        CheckpointError: if the checkpoint can't be used.
+    """
+    if section.checkpoint:
+        return load_detector(section.checkpoint, section, label_names)
+    config = build_config(section, label_names)
+    pretrained = section.backbone_weights == "pretrained"
+    try:
+        model = MODELS[section.detector](config, pretrained_backbone=pretrained)
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise ValueError(
+            f"the ImageNet weights of {section.backbone} can't be fetched ({str(error).splitlines()[0]}). Without "
+            "network, give a file as model.backbone_weights, or model.backbone_weights=random to start from scratch."
+        ) from error
+    if section.backbone_weights not in ("pretrained", "random"):
+        load_backbone_weights(model, section.backbone_weights)
+    return model
+
+
+def load_backbone_weights(model: DenseDetector, path: str) -> None:
+    """Fill the backbone from a file with timm's or torchvision's names (`.safetensors` or `.pth`).
+
+    Raises:
+        CheckpointError: if a key of the backbone is missing or has another shape.
+    """
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        state = load_file(path)
+    else:
+        state, _ = read_checkpoint(path)
+    body = model.backbone.body
+    own = body.state_dict()
+    wrong = [k for k, v in own.items() if "num_batches" not in k and (k not in state or state[k].shape != v.shape)]
+    if wrong:
+        raise CheckpointError(
+            f"{path} doesn't hold the weights of {model.config.backbone}: {len(wrong)} keys are missing or have "
+            f"another shape, such as {', '.join(wrong[:3])}."
+        )
+    body.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
+
+
+def load_teacher(section: TeacherSection, label_names: Sequence[str]) -> DenseDetector:
+    """The teacher of a recipe.
+
+    Args:
+        section: its checkpoint is a folder, a Hub id, an MMDetection `.pth` by path or URL, or "random" (for trials of
+            the machinery only). The architecture fields count for the last two.
+        label_names: the data's labels, which a `.pth` without names is taken to have.
+
+    Raises:
+        CheckpointError: if the checkpoint can't be used.
+    """
+    if section.checkpoint == "random":
+        logger.warning("the teacher has random weights: nothing can be learnt from it")
+        return MODELS[section.detector](build_config(section, label_names))
+    return load_detector(section.checkpoint, section, label_names)
+
+
+def load_detector(source: str, section: ArchitectureSection, label_names: Sequence[str]) -> DenseDetector:
+    """A whole detector from a folder, a Hub id, or an MMDetection `.pth` by path or URL (converted once and cached)."""
+    if source.endswith(".pth"):
+        # One process of each machine downloads and converts, the others then find the result.
+        with PartialState().local_main_process_first():
+            path = fetch(source, CACHE / "downloads") if "://" in source else Path(source)
+            folder = converted(path, section, label_names)
+        return AutoModelForObjectDetection.from_pretrained(folder)
+    try:
+        model = AutoModelForObjectDetection.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{source!r} can't be loaded as a detector ({str(error).splitlines()[0]}). Give the folder of a saved "
+            "model, a Hub id, or an MMDetection .pth file."
+        ) from error
+    if not isinstance(model, DenseDetector):
+        raise CheckpointError(
+            f"{source!r} is a {type(model).__name__}; only the dense detectors of this package can be used."
+        )
+    return model
+
+
+def converted(path: Path, section: ArchitectureSection, label_names: Sequence[str]) -> Path:
+    """Folder with the converted checkpoint; made on the first call, found again by the content's hash after that.
+
+    Raises:
+        CheckpointError: if the file doesn't hold the section's model.
+    """
+    state, names = read_checkpoint(path)
+    config = build_config(section, names or label_names)
+    key = hashlib.sha256(config.to_json_string(use_diff=False).encode())
+    with open(path, "rb") as file:
+        key.update(hashlib.file_digest(file, "sha256").digest() if hasattr(hashlib, "file_digest") else file.read())
+    folder = CACHE / "converted" / f"{path.stem}-{key.hexdigest()[:16]}"
+    if (folder / "config.json").is_file():
+        return folder
+    model = MODELS[section.detector](config)
+    load_reference_state(model, state, source=str(path))
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+    model.save_pretrained(partial)
+    build_processor(section, model.config).save_pretrained(partial)
+    try:
+        partial.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def build_processor(
+    section: ArchitectureSection, config: DenseDetectorConfig, data: DataSection | None = None
+) -> DenseDetectorImageProcessor:
+    """The image processor that goes with a model: pixel style of the backbone, sizes of the data section."""
+    style = BGR_CAFFE if section.backbone_style == "caffe" else RGB_IMAGENET
+    size = {} if data is None else {"size": {"shortest_edge": data.short_side, "longest_edge": data.long_side}}
+    return DenseDetectorImageProcessor(
+        nms_threshold=config.nms_threshold, size_divisor=config.size_divisor, **style, **size
+    )
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """(all, trained) parameters."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)

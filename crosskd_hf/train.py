@@ -1,0 +1,158 @@
+"""Run a recipe: `accelerate launch -m crosskd_hf.train RECIPE [section.key=value ...] [--dry-run]`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers.trainer_utils import get_last_checkpoint
+
+from .convert import CheckpointError
+from .data.coco import DetectionSplit, keep_for_training, load_coco
+from .data.dataset import DetectionDataset
+from .evaluation import format_metrics
+from .factory import build_model, build_processor, count_parameters, load_teacher
+from .recipe import DataSection, Recipe, RecipeError, load_recipe
+from .trainer import DetectionTrainer, DistillationTrainer
+
+RECIPE_FILE = "recipe.yaml"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a training run."""
+    parser.add_argument("recipe", help="a recipe's path, or the bare name of one that the package carries")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, print it, and stop")
+
+
+def load_split(data: DataSection, name: str) -> DetectionSplit:
+    """A split of the recipe's data set."""
+    return load_coco(
+        data.path, name, annotations=data.annotations, images=data.images, cache_dir=data.cache_dir
+    )
+
+
+def load_datasets(data: DataSection, seed: int) -> tuple[DetectionDataset, DetectionDataset]:
+    """The training and the evaluation set of a recipe."""
+    train = keep_for_training(
+        load_split(data, data.train_split), filter_empty=data.filter_empty, min_image_side=data.min_image_side
+    )
+    size = {"short_side": data.short_side, "long_side": data.long_side}
+    return (
+        DetectionDataset(
+            first_images(train, data.max_train_images),
+            train=True,
+            multiscale=data.multiscale,
+            multiscale_short_sides=data.multiscale_short_sides,
+            flip_probability=data.flip_probability,
+            seed=seed,
+            **size,
+        ),
+        DetectionDataset(first_images(load_split(data, data.val_split), data.max_val_images), train=False, **size),
+    )
+
+
+def first_images(split: DetectionSplit, count: int | None) -> DetectionSplit:
+    """The first images of a split; all if `count` is None."""
+    if count is None or count >= len(split.dataset):
+        return split
+    return DetectionSplit(split.dataset.select(range(count)), split.label_names, split.category_ids)
+
+
+def build_trainer(recipe: Recipe) -> DetectionTrainer:
+    """Everything a recipe describes, ready to train."""
+    args = recipe.training_arguments()
+    train_dataset, eval_dataset = load_datasets(recipe.data, args.seed)
+    names = train_dataset.split.label_names
+    model = build_model(recipe.model, names)
+    common = {
+        "args": args,
+        "train_dataset": train_dataset,
+        "eval_dataset": eval_dataset,
+        "processing_class": build_processor(recipe.model, model.config, recipe.data),
+    }
+    if recipe.teacher is None:
+        return DetectionTrainer(model, **common)
+    teacher = load_teacher(recipe.teacher, names)
+    return DistillationTrainer(model, teacher, distillation=recipe.distillation, **common)
+
+
+def describe(trainer: DetectionTrainer) -> str:
+    """What a run would do: parameters, data, batch, learning rate, steps."""
+    args = trainer.args
+    total, trained = count_parameters(trainer.model)
+    steps = trainer.steps_per_epoch
+    planned = args.max_steps if args.max_steps > 0 else round(steps * args.num_train_epochs)
+    lines = [
+        f"model              {trainer.model.config.model_type}, {trainer.model.config.backbone}: "
+        f"{total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained",
+    ]
+    if isinstance(trainer, DistillationTrainer):
+        config = trainer.teacher.config
+        total, _ = count_parameters(trainer.teacher)
+        lines.append(f"teacher            {config.model_type}, {config.backbone}: {total / 1e6:.2f} M parameters, frozen")
+        lines.append(f"distillation       {trainer.settings}")
+    lines += [
+        f"training images    {len(trainer.train_dataset)}",
+        f"validation images  {len(trainer.eval_dataset)}",
+        f"labels             {trainer.model.config.num_labels}",
+        f"effective batch    {args.global_batch_size} ({args.per_device_train_batch_size} a device x "
+        f"{args.world_size} processes x {args.gradient_accumulation_steps} accumulated)",
+        f"learning rate      {args.scaled_learning_rate:g} ({args.learning_rate:g} at batch "
+        f"{args.base_batch_size or args.global_batch_size})",
+        f"steps              {planned} ({steps} an epoch)",
+        f"output             {args.output_dir}",
+    ]
+    return "\n".join(lines)
+
+
+def run(recipe: Recipe, dry_run: bool = False) -> dict[str, float] | None:
+    """Train, evaluate and save as a recipe says. A run that was interrupted goes on from its last checkpoint.
+
+    Returns:
+        the final metrics, or None after a dry run.
+    """
+    trainer = build_trainer(recipe)
+    if trainer.is_world_process_zero():
+        print(describe(trainer), flush=True)
+    if dry_run:
+        return None
+    output = Path(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        recipe.save(output / RECIPE_FILE)
+    last = get_last_checkpoint(output) if output.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    trainer.save_model()
+    trainer.save_state()
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        print(format_metrics({name.removeprefix("eval_"): value for name, value in metrics.items()}))
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    return metrics
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of `train.py` and `python -m crosskd_hf.train`."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
+    add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    launch(arguments)
+
+
+def launch(arguments: argparse.Namespace) -> None:
+    """Run parsed arguments; what the user can mend ends in one message instead of a traceback."""
+    try:
+        run(load_recipe(arguments.recipe, arguments.overrides), dry_run=arguments.dry_run)
+    except (RecipeError, CheckpointError, FileNotFoundError, ValueError) as error:
+        if PartialState().is_main_process:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    finally:
+        PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""Trainers of dense detectors, alone and with a teacher, on transformers.Trainer."""
+
+import time
+from pathlib import Path
+
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.training_args import OptimizerNames
+
+from .data.coco import DetectionSplit
+from .data.collator import DetectionCollator
+from .data.dataset import DetectionDataset
+from .data.sampler import OrientationBatchSampler
+from .distillation.objective import distillation_losses, teacher_forward
+from .distillation.settings import check_pair, resolve_settings
+from .evaluation import CocoEvaluator
+from .models.image_processing_dense import DenseDetectorImageProcessor
+from .models.modeling_dense import DenseDetector
+from .monitoring import NonFiniteLossError, StepMonitor
+from .optimization import build_optimizer, multistep_scheduler, parameter_groups
+from .recipe import DistillationSection
+from .training_args import DetectionTrainingArguments
+
+EVALUATION_FOLDER = "evaluation"
+
+
+class DetectionTrainer(Trainer):
+    """Trains a detector alone.
+
+    Args:
+        model: a detector, or a folder or Hub id of one.
+        args: the training arguments.
+        train_dataset: a `DetectionDataset`, or a `DetectionSplit`, which is then resized as the processor does it.
+        eval_dataset: the same.
+        processing_class: the image processor, saved beside the model.
+        callbacks, optimizers: as in `transformers.Trainer`.
+
+    Raises:
+        ValueError: if the data's labels aren't the model's.
+    """
+
+    def __init__(
+        self,
+        model: DenseDetector,
+        args: DetectionTrainingArguments,
+        train_dataset: DetectionDataset | DetectionSplit | None = None,
+        eval_dataset: DetectionDataset | DetectionSplit | None = None,
+        processing_class: DenseDetectorImageProcessor | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        processor = processing_class or DenseDetectorImageProcessor(nms_threshold=model.config.nms_threshold)
+        datasets = {}
+        for name, data, train in (("train_dataset", train_dataset, True), ("eval_dataset", eval_dataset, False)):
+            datasets[name] = _as_dataset(data, processor, train, args.seed)
+            _check_labels(model, datasets[name], name)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=DetectionCollator(processor),
+            processing_class=processor,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            **datasets,
+        )
+        # The losses are normalised within a batch, so an accumulated batch is their mean.
+        self.loss_is_scaled_for_ga = False
+        self.monitor = StepMonitor(self.args.device)
+        self.train_sampler: OrientationBatchSampler | None = None
+        self.add_callback(_TrainingHooks(self))
+
+    # Data -------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of one orientation, dealt out to the processes."""
+        if self.train_dataset is None:
+            raise ValueError("training needs a train_dataset")
+        self.train_sampler = OrientationBatchSampler(
+            self.train_dataset.orientations(),
+            self.args.per_device_train_batch_size,
+            seed=self.args.seed,
+            group=self.args.group_by_orientation,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        loader = DataLoader(self.train_dataset, batch_sampler=self.train_sampler, **self._loader_options())
+        return self.accelerator.prepare(loader)
+
+    def get_eval_dataloader(self, eval_dataset: DetectionDataset | DetectionSplit | None = None) -> DataLoader:
+        """Every image exactly once over all processes, in the same batches however many there are."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("evaluation needs an eval_dataset")
+        dataset = _as_dataset(dataset, self.processing_class, False, self.args.seed)
+        batches = BatchSampler(SequentialSampler(dataset), self.args.per_device_eval_batch_size, drop_last=False)
+        # Not through accelerate: filling up the last round with repeated images changes its batches and their padding.
+        share = BatchSamplerShard(
+            batches, self.accelerator.num_processes, self.accelerator.process_index, even_batches=False
+        )
+        return DataLoader(dataset, batch_sampler=share, **self._loader_options())
+
+    def _loader_options(self) -> dict:
+        workers = self.args.dataloader_num_workers
+        return {
+            "collate_fn": self.data_collator,
+            "num_workers": workers,
+            "pin_memory": self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            "persistent_workers": self.args.dataloader_persistent_workers and workers > 0,
+            "prefetch_factor": self.args.dataloader_prefetch_factor if workers > 0 else None,
+        }
+
+    def get_batch_samples(self, *args, **kwargs):
+        """Fetch batches, timed."""
+        start = time.perf_counter()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self.monitor.seconds["data_time"] += time.perf_counter() - start
+        return batches
+
+    # Optimisation -----------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """SGD as the published recipes use it, or any optimizer that transformers names."""
+        if self.optimizer is None:
+            model = model or self.model
+            if self.args.optim == OptimizerNames.SGD:
+                self.optimizer = build_optimizer(model, self.args)
+            else:
+                groups = parameter_groups(
+                    model,
+                    learning_rate=self.args.scaled_learning_rate,
+                    weight_decay=self.args.weight_decay,
+                    bias_lr_factor=self.args.bias_lr_factor,
+                    bias_weight_decay=self.args.bias_weight_decay,
+                )
+                optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+                self.optimizer = optimizer_class(groups, **{**options, "lr": self.args.scaled_learning_rate})
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """Warm-up and milestones of the arguments, or transformers' scheduler if there are no milestones."""
+        if self.lr_scheduler is None and self.args.lr_milestones is not None:
+            self.lr_scheduler = multistep_scheduler(optimizer or self.optimizer, self.args, self.steps_per_epoch)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps an epoch."""
+        if self.train_sampler is None:
+            self.get_train_dataloader()
+        batches = -(-len(self.train_sampler) // self.accelerator.num_processes)
+        return max(1, -(-batches // self.args.gradient_accumulation_steps))
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        """Forward and backward, timed."""
+        start = time.perf_counter()
+        loss = super().training_step(*args, **kwargs)
+        self.monitor.seconds["step_time"] += time.perf_counter() - start
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Sum of all loss terms, each kept for the log."""
+        terms, outputs = self.loss_terms(model, inputs)
+        factor = self.monitor.record(terms, self._step)
+        loss = torch.stack(list(terms.values())).sum() * factor
+        return (loss, outputs) if return_outputs else loss
+
+    def loss_terms(self, model: nn.Module, inputs: dict) -> tuple[dict[str, Tensor], object]:
+        """Name -> scalar of every loss term, and the model's output."""
+        outputs = model(**inputs)
+        return outputs.loss_dict, outputs
+
+    @property
+    def _step(self) -> int:
+        return self.state.global_step + 1
+
+    def mask_non_finite_step(self) -> None:
+        """Tell the optimizer, on the device, to leave everything as it is if a gradient isn't finite.
+
+        Fused optimizers read `found_inf` (it is how GradScaler talks to them) and then change neither parameters nor
+        their own state. For others the gradients are set to zero, which leaves weight decay and momentum.
+        """
+        if self.accelerator.scaler is not None:
+            return
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        bad = ~torch.nn.utils.get_total_norm(gradients).isfinite()
+        self.monitor.record_gradient(bad, self._step)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if all(group.get("fused") for group in optimizer.param_groups):
+            optimizer.found_inf = bad.float()
+        else:
+            for gradient in gradients:
+                gradient.copy_(torch.where(bad, 0.0, gradient))
+
+    # Log --------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add every loss term, the times and the memory to a training log.
+
+        Raises:
+            NonFiniteLossError: if a term or gradient was not finite since the last log. The updates of such steps were
+                masked out; the model as it is then is saved first.
+        """
+        if not ({"loss", "train_loss"} & set(logs)):
+            super().log(logs, start_time)
+            return
+        try:
+            averages = self.monitor.averages(self.accelerator.gather)
+        except NonFiniteLossError as error:
+            self._save_checkpoint(self.model_wrapped, trial=None)
+            raise NonFiniteLossError(
+                f"{error}. That step's update was masked out, training is stopped, and the state is saved in "
+                f"{self._latest_checkpoint()}. Usual causes: a learning rate too high for this batch size, no warm-up, "
+                "half precision, or broken boxes in the data."
+            ) from None
+        super().log({**logs, **averages}, start_time)
+
+    def _latest_checkpoint(self) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+    # Evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """COCO metrics of the eval data. Predictions are post-processed at once, and raw outputs never kept.
+
+        The detections are written to `output_dir/evaluation` as COCO results, the numbers beside them.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        evaluator = CocoEvaluator(dataloader.dataset.split)
+        self.callback_handler.eval_dataloader = dataloader
+        for batch in dataloader:
+            evaluator.update(batch["image_ids"].tolist(), self.detect(model, batch))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        evaluator.gather()
+        model.train(was_training)
+        metrics = [self._metrics(evaluator, metric_key_prefix) if self.accelerator.is_main_process else None]
+        metrics = broadcast_object_list(metrics)[0]
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(
+            predictions=None, label_ids=None, metrics=named, num_samples=len(dataloader.dataset)
+        )
+
+    def _metrics(self, evaluator: CocoEvaluator, prefix: str) -> dict[str, float]:
+        metrics = evaluator.compute()
+        evaluator.save(Path(self.args.output_dir) / EVALUATION_FOLDER, metrics, prefix=f"{prefix}_")
+        return metrics
+
+    @torch.no_grad()
+    def detect(self, model: DenseDetector, batch: dict) -> list[dict[str, Tensor]]:
+        """Detections of a batch in original pixels: `scores`, `labels`, `boxes` xyxy an image."""
+        inputs = self._prepare_inputs({name: batch[name] for name in ("pixel_values", "pixel_mask")})
+        with self.accelerator.autocast():
+            outputs = model(**inputs)
+        return self.processing_class.post_process_object_detection(
+            outputs, threshold=0.0, target_sizes=batch["original_sizes"]
+        )
+
+
+class DistillationTrainer(DetectionTrainer):
+    """Trains a student with a teacher: CrossKD and, if asked for, feature distillation.
+
+    Args:
+        model: the student.
+        teacher: a detector, or a folder or Hub id of one. It is frozen, kept outside of DDP and never saved.
+        distillation: which terms, with which weights; None gives CrossKD as published for the teacher's detector.
+        args, train_dataset, eval_dataset, processing_class, callbacks, optimizers: see `DetectionTrainer`.
+
+    Raises:
+        ValueError: if the student can't learn from this teacher, naming what differs.
+    """
+
+    def __init__(
+        self,
+        model: DenseDetector,
+        teacher: DenseDetector | str,
+        args: DetectionTrainingArguments,
+        train_dataset: DetectionDataset | DetectionSplit | None = None,
+        eval_dataset: DetectionDataset | DetectionSplit | None = None,
+        processing_class: DenseDetectorImageProcessor | None = None,
+        distillation: DistillationSection | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        if not isinstance(teacher, DenseDetector):
+            from transformers import AutoModelForObjectDetection
+
+            teacher = AutoModelForObjectDetection.from_pretrained(teacher)
+        self.settings = resolve_settings(distillation or DistillationSection(), teacher)
+        check_pair(model, teacher, self.settings)
+        super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers)
+        # Plain, not prepared by accelerate: it has no gradients to average and must not count as the trained model.
+        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
+
+    def loss_terms(self, model: nn.Module, inputs: dict) -> tuple[dict[str, Tensor], object]:
+        """The student's own terms, and those of the distillation."""
+        settings = self.settings
+        outputs = model(
+            **inputs, output_distillation=True, tap_index=settings.tap_index, raw_taps=settings.raw_taps
+        )
+        student = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            teacher_outputs = teacher_forward(self.teacher, inputs, settings)
+            terms = distillation_losses(student, outputs, self.teacher, teacher_outputs, settings)
+        return outputs.loss_dict | {name: term.sum() for name, term in terms.items()}, outputs
+
+
+class _TrainingHooks(TrainerCallback):
+    """The two moments at which the trainer needs a word: a new epoch, and gradients that are complete."""
+
+    def __init__(self, trainer: DetectionTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # On the sampler itself: after a resume in mid-epoch accelerate's wrappers don't pass the epoch on.
+        if self.trainer.train_sampler is not None:
+            self.trainer.train_sampler.set_epoch(int(state.epoch or 0))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.mask_non_finite_step()
+
+
+def _as_dataset(data, processor: DenseDetectorImageProcessor, train: bool, seed: int) -> DetectionDataset | None:
+    if data is None or isinstance(data, DetectionDataset):
+        return data
+    if not isinstance(data, DetectionSplit):
+        raise ValueError(
+            f"a data set must be a DetectionDataset or a DetectionSplit (see crosskd_hf.load_coco), not {type(data).__name__}"
+        )
+    size = processor.size
+    return DetectionDataset(
+        data, train=train, short_side=size["shortest_edge"], long_side=size["longest_edge"], seed=seed
+    )
+
+
+def _check_labels(model: DenseDetector, dataset: DetectionDataset | None, name: str) -> None:
+    if dataset is None:
+        return
+    mine = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    theirs = list(dataset.split.label_names)
+    if mine != theirs:
+        raise ValueError(
+            f"{name} has {len(theirs)} labels ({', '.join(theirs[:5])}, ...), the model {len(mine)} "
+            f"({', '.join(mine[:5])}, ...): give the model id2label=split.id2label."
+        )
