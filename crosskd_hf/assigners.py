@@ -110,3 +110,62 @@ def _mean_plus_std(values: Tensor, mask: Tensor) -> Tensor:
     mean = torch.where(mask, values, 0.0).sum(dim=-1) / count.clamp(min=1)
     squares = torch.where(mask, values - mean.unsqueeze(-1), 0.0).pow(2).sum(dim=-1)
     return mean + (squares / (count - 1).clamp(min=1)).sqrt()
+
+
+def max_iou_assign(
+    anchors: Tensor, valid: Tensor, boxes: Tensor, box_mask: Tensor, positive_iou: float, negative_iou: float
+) -> Assignment:
+    """Assignment by the highest IoU (Faster R-CNN, arXiv 1506.01497, section 3.1.2, with RetinaNet's thresholds).
+
+    An anchor whose best IoU reaches `positive_iou` is positive, below `negative_iou` it is background, between the two
+    it is ignored (class weight 0). Then every box makes all anchors positive that are tied at its best IoU, also those
+    matched before; later boxes win. A box that overlaps no anchor makes none positive. (In the reference such a box
+    would tie with every anchor.)
+
+    Args:
+        anchors: (P, 4) xyxy.
+        valid: (N, P) bool; others take no part.
+        boxes, box_mask: padded ground truth.
+        positive_iou, negative_iou: thresholds, the first inclusive.
+    """
+    class_weights = valid.to(anchors.dtype)
+    if boxes.shape[1] == 0:
+        empty = torch.zeros_like(valid)
+        return Assignment(empty, empty.long(), class_weights)
+    usable = box_mask.unsqueeze(-1) & valid.unsqueeze(1)
+    ious = torch.where(usable, box_iou(anchors, boxes.unsqueeze(2)), -1.0)  # (N, G, P)
+    best_iou, box_index = ious.max(dim=1)
+    box_best = ious.amax(dim=2, keepdim=True)
+    number = torch.arange(boxes.shape[1], device=boxes.device)[:, None]
+    forced = torch.where((ious == box_best) & (box_best > 0), number, -1).amax(dim=1)
+    box_index = torch.where(forced >= 0, forced, box_index)
+    positive = (best_iou >= positive_iou) | (forced >= 0)
+    ignored = ~positive & (best_iou >= negative_iou)
+    return Assignment(positive, torch.where(positive, box_index, 0), class_weights * ~ignored)
+
+
+def point_assign(
+    points: Tensor, lower: Tensor, upper: Tensor, boxes: Tensor, box_mask: Tensor
+) -> Assignment:
+    """Points inside a box learn it, if its size suits their level (FCOS, arXiv 1904.01355, section 3.2).
+
+    Of several boxes the smallest wins, the first on a tie. Every point has class weight 1, also on padding.
+
+    Args:
+        points: (P, 2) xy.
+        lower, upper: (P,) range of the largest distance to a side, both ends inclusive.
+        boxes, box_mask: padded ground truth.
+    """
+    batch, num_boxes = box_mask.shape
+    class_weights = boxes.new_ones(batch, len(points))
+    if num_boxes == 0:
+        empty = torch.zeros(batch, len(points), dtype=torch.bool, device=boxes.device)
+        return Assignment(empty, empty.long(), class_weights)
+    corners = boxes.unsqueeze(2)  # (N, G, 1, 4)
+    distances = torch.cat([points - corners[..., :2], corners[..., 2:] - points], dim=-1)  # (N, G, P, 4)
+    farthest = distances.amax(dim=-1)
+    suits = (distances.amin(dim=-1) > 0) & (farthest >= lower) & (farthest <= upper) & box_mask.unsqueeze(-1)
+    areas = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    smallest, box_index = torch.where(suits, areas.unsqueeze(-1), float("inf")).min(dim=1)
+    positive = smallest.isfinite()
+    return Assignment(positive, torch.where(positive, box_index, 0), class_weights)

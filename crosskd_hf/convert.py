@@ -2,7 +2,12 @@
 
 import contextlib
 import hashlib
+import http.client
+import pickletools
 import re
+import shutil
+import urllib.request
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +18,17 @@ from .models.modeling_dense import DenseDetector
 
 PREDICTORS = {
     "crosskd_gfl": {"cls_predictor": "gfl_cls", "box_predictor": "gfl_reg"},
+    "crosskd_retinanet": {"cls_predictor": "retina_cls", "box_predictor": "retina_reg"},
+    "crosskd_fcos": {
+        "cls_predictor": "conv_cls",
+        "box_predictor": "conv_reg",
+        "centerness_predictor": "conv_centerness",
+    },
+    "crosskd_atss": {
+        "cls_predictor": "atss_cls",
+        "box_predictor": "atss_reg",
+        "centerness_predictor": "atss_centerness",
+    },
 }
 # Buffers a checkpoint may hold that carry nothing: counters and constants that are computed here.
 IGNORED_KEYS = re.compile(
@@ -20,7 +36,11 @@ IGNORED_KEYS = re.compile(
 )
 # Packages whose objects MMDetection 3.x leaves beside the weights. They become inert stand-ins; nothing is imported.
 FOREIGN_PACKAGES = ("mmengine", "mmcv", "mmdet", "numpy")
-FOREIGN_NAMES = ("_codecs.encode",)
+# getattr: how mmengine's HistoryBuffer pickles its own methods; as a stand-in it looks nothing up.
+FOREIGN_NAMES = ("_codecs.encode", "builtins.getattr")
+DOWNLOAD_TIMEOUT = 60  # seconds without a byte
+# Magic number, protocol, platform, content: the pickles of the format before torch 1.6.
+LEGACY_PICKLES = 4
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[^.]+$")
 
 
@@ -100,11 +120,13 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], tuple[str, ...
         raise
     except Exception as error:
         raise CheckpointError(
-            f"checkpoint {path} can't be read safely (weights_only=True): {str(error).splitlines()[0]} "
+            f"checkpoint {path} can't be read safely (weights_only=True): {_first_line(error)} "
             "It is damaged, incomplete, or holds objects other than weights; fetch it again from its publisher."
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not state or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise CheckpointError(f"checkpoint {path} holds no state dict of tensors.")
     return dict(state), _class_names(content.get("meta"))
 
@@ -126,9 +148,10 @@ def _inert_foreign_classes(path: Path) -> Iterator[None]:
     """Let the unpickler build empty stand-ins for MMDetection's own classes, and for nothing else."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # a pre-1.6 file, which torch can't list: the loader itself refuses what it doesn't know
-        names = []
-    refused = [n for n in names if n.split(".")[0] not in FOREIGN_PACKAGES and n not in FOREIGN_NAMES]
+    except Exception:  # torch lists only zip files
+        # Of an older one the names that need a stand-in are found here; the loader refuses all others.
+        names = [name for name in _names_in_legacy_file(path) if _is_foreign(name)]
+    refused = [name for name in names if not _is_foreign(name)]
     if refused:
         raise CheckpointError(
             f"checkpoint {path} refused: besides weights it names {', '.join(refused)}, which MMDetection never "
@@ -136,6 +159,28 @@ def _inert_foreign_classes(path: Path) -> Iterator[None]:
         )
     with torch.serialization.safe_globals([(_stand_in(name), name) for name in names]):
         yield
+
+
+def _is_foreign(name: str) -> bool:
+    return name.split(".")[0] in FOREIGN_PACKAGES or name in FOREIGN_NAMES
+
+
+def _names_in_legacy_file(path: Path) -> set[str]:
+    """What the pickles of a `_use_new_zipfile_serialization=False` file name, read without running them."""
+    names = set()
+    try:
+        with open(path, "rb") as file:
+            for _ in range(LEGACY_PICKLES):
+                for opcode, argument, _ in pickletools.genops(file):
+                    if opcode.name == "GLOBAL":
+                        names.add(re.sub(r"^__builtin__\.", "builtins.", argument.replace(" ", ".")))
+    except Exception:  # damaged, or no checkpoint: the loader says so
+        pass
+    return names
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _stand_in(name: str) -> type:
@@ -176,22 +221,33 @@ def check_hash(path: str | Path) -> None:
         )
 
 
+def _download(url: str, path: Path) -> None:
+    request = urllib.request.Request(url, headers={"User-Agent": "crosskd_hf"})
+    with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response, open(path, "wb") as file:
+        shutil.copyfileobj(response, file)
+        promised = response.headers.get("Content-Length")
+    if promised and path.stat().st_size != int(promised):
+        raise OSError(f"the connection broke after {path.stat().st_size} of {promised} bytes")
+
+
 def fetch(url: str, folder: str | Path) -> Path:
     """Download a checkpoint once into `folder`, checking the hash in its name; returns its path.
 
     Raises:
         CheckpointError: if the address can't be reached or the content doesn't match the hash.
     """
-    folder = Path(folder)
-    target = folder / url.rsplit("/", 1)[-1]
+    name = url.rsplit("/", 1)[-1]
+    if not HASH_IN_NAME.search(name):  # nothing else tells two files of one name from each other
+        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}"
+    target = Path(folder) / name
     if not target.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"partial-{target.name}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"partial-{uuid.uuid4().hex}-{target.name}")
         try:
-            torch.hub.download_url_to_file(url, str(partial), progress=False)
+            _download(url, partial)
             check_hash(partial)
             partial.replace(target)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise CheckpointError(
                 f"{url} can't be fetched ({error}). Without network, download it elsewhere and give its path instead."
             ) from error

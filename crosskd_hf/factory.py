@@ -31,6 +31,7 @@ def build_config(section: ArchitectureSection, label_names: Sequence[str]) -> De
         drop_path_rate=section.drop_path_rate,
         frozen_stages=section.frozen_stages,
         train_batchnorm=section.train_batchnorm,
+        freeze_batchnorm_statistics=section.freeze_batchnorm_statistics,
         fpn_channels=section.fpn_channels,
         fpn_extra_convs=section.fpn_extra_convs,
         fpn_relu_before_p7=section.fpn_relu_before_p7,

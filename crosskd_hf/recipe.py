@@ -10,7 +10,7 @@ import importlib.resources
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -20,7 +20,7 @@ import yaml
 
 from .training_args import DetectionTrainingArguments
 
-DETECTORS = ("gfl",)
+DETECTORS = ("gfl", "retinanet", "fcos", "atss")
 RECIPE_PACKAGE = "crosskd_hf.recipes"
 
 
@@ -52,6 +52,7 @@ class ArchitectureSection:
     drop_path_rate: float = setting(0.0, "stochastic depth of the backbone", minimum=0, maximum=1)
     frozen_stages: int = setting(1, "stages without gradient; 1 is stem and stage 1, 0 nothing", minimum=0, maximum=4)
     train_batchnorm: bool = setting(True, "train the scale and shift of the backbone's BatchNorm")
+    freeze_batchnorm_statistics: bool = setting(True, "keep pretrained BatchNorm statistics; false to train from scratch")
     fpn_channels: int = setting(256, "channels of the FPN levels", minimum=1)
     fpn_extra_convs: str = setting("on_output", "P6 from P5 or from C5", ("on_output", "on_input"))
     fpn_relu_before_p7: bool = setting(False, "ReLU before the convolution of P7")
@@ -290,6 +291,8 @@ def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
     seen = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a single word", key_node.start_mark)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
         seen.add(key)
@@ -305,7 +308,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is no UTF-8 text ({error}).") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: such as the date 2024-13-45
         raise RecipeError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold the sections {', '.join([*SECTIONS, 'training'])}, not {content!r:.50}.")
@@ -318,8 +321,8 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     if not equals or len(parts) > 2 or not all(parts):
         raise RecipeError(f"override {override!r} must look like section.key=value, or section=null.")
     try:
-        value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError as error:
+        value = yaml.load(text, Loader=_UniqueKeyLoader) if text else ""  # noqa: S506
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"override {override!r}: {text!r} is no valid YAML value ({error}).") from error
     if len(parts) == 1:
         if value is not None:
@@ -412,6 +415,8 @@ def _cast_number(value: Any, hint: type) -> Any:
         number = float(value)
     except ValueError:
         raise ValueError(f"is no {kind}") from None
+    except OverflowError:
+        raise ValueError("is too large") from None
     if not math.isfinite(number):
         raise ValueError("is not finite")
     if hint is int:

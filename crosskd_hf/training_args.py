@@ -1,29 +1,54 @@
 """Training arguments: transformers' own, with detection's defaults and the few settings it lacks."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
 WARMUP_STYLES = ("linear", "constant")
-# What the trainer can't work with otherwise -> why.
-FIXED = {
+# What the trainer can't work with otherwise, or would silently ignore -> (value, why).
+FIXED: dict[str, tuple[Any, str]] = {
     "remove_unused_columns": (False, "the data sets read images and boxes from columns the model doesn't name"),
     "eval_do_concat_batches": (False, "detections have a different number an image"),
     "logging_nan_inf_filter": (False, "it hides losses that are not finite; the trainer stops at them"),
+    "label_smoothing_factor": (0.0, "the detectors' losses know no label smoothing"),
+    "train_sampling_strategy": ("random", "batches are drawn by image orientation (see group_by_orientation)"),
+    "auto_find_batch_size": (False, "the learning rate is scaled for per_device_train_batch_size"),
 }
+# Lowest and highest value. Not in the fields' metadata: HfArgumentParser hands that to argparse as it is.
+LIMITS: dict[str, tuple[float, float]] = {
+    "learning_rate": (0.0, math.inf),
+    "weight_decay": (0.0, math.inf),
+    "momentum": (0.0, 1.0),
+    "warmup_start_factor": (0.0, 1.0),
+    "lr_gamma": (0.0, 1.0),
+    "bias_lr_factor": (0.0, math.inf),
+    "max_grad_norm": (0.0, math.inf),
+    "base_batch_size": (1, math.inf),
+    "per_device_train_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+}
+
+# The fields a problem lies in, and what is wrong with them. The text starts with a field's name.
+Problem = tuple[tuple[str, ...], str]
 
 
 @dataclass
 class DetectionTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` for detectors: SGD, a multi-step schedule, COCO's AP as the best model's metric.
+    """`transformers.TrainingArguments` for detectors: SGD, a multi-step schedule, COCO's AP as the best checkpoint's.
+
+    The defaults are the published 1x schedule (CrossKD, arXiv 2306.11369, section 4; MMDetection's `schedule_1x`).
+    Units: learning rates are per update, warm-up is counted in updates, milestones in epochs, batch sizes in images.
 
     Raises:
-        ValueError: naming the field, its value and what to do.
+        ValueError: naming every field that can't be, its value and what to do.
     """
 
     optim: str = field(default="sgd", metadata={"help": "Optimizer; sgd is the published one."})
-    learning_rate: float = field(default=0.01, metadata={"help": "Learning rate at a global batch of base_batch_size."})
+    learning_rate: float = field(default=0.01, metadata={"help": "Learning rate at a batch of base_batch_size."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay."})
     momentum: float = field(default=0.9, metadata={"help": "Momentum of SGD."})
     base_batch_size: int | None = field(
@@ -31,11 +56,13 @@ class DetectionTrainingArguments(TrainingArguments):
         metadata={"help": "The learning rate is scaled by the real global batch over this; null: not scaled."},
     )
     num_train_epochs: float = field(default=12.0, metadata={"help": "Epochs."})
-    warmup_steps: float = field(default=500, metadata={"help": "Iterations of warm-up."})
+    warmup_steps: float = field(
+        default=500, metadata={"help": "Updates of warm-up; below 1: as a part of all updates. 0: none."}
+    )
     warmup_style: str = field(default="linear", metadata={"help": "linear (rising) or constant warm-up."})
     warmup_start_factor: float = field(default=0.001, metadata={"help": "Learning rate factor at the first step."})
     lr_milestones: list[float] | None = field(
-        default_factory=lambda: [8, 11],
+        default_factory=lambda: [8.0, 11.0],
         metadata={"help": "Epochs after which lr_gamma applies; null: transformers' lr_scheduler_type instead."},
     )
     lr_gamma: float = field(default=0.1, metadata={"help": "Learning rate factor at each milestone."})
@@ -49,43 +76,25 @@ class DetectionTrainingArguments(TrainingArguments):
     )
     metric_for_best_model: str | None = field(default="AP", metadata={"help": "Metric of the best checkpoint."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether that metric should be high."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "Experiment trackers."})
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must stay false."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep; null: all."})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Experiment trackers."})
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["labels"], metadata={"help": "Model inputs that are labels."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false."})
     eval_do_concat_batches: bool = field(default=False, metadata={"help": "Must stay false."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay false."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
 
     def __post_init__(self) -> None:
-        for name, (value, reason) in FIXED.items():
-            if getattr(self, name) != value:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must stay {value}: {reason}.")
-        if self.warmup_style not in WARMUP_STYLES:
-            raise ValueError(f"warmup_style is {self.warmup_style!r}; it must be one of {', '.join(WARMUP_STYLES)}.")
-        for name, low, high in (
-            ("learning_rate", 0.0, math.inf),
-            ("weight_decay", 0.0, math.inf),
-            ("momentum", 0.0, 1.0),
-            ("warmup_start_factor", 0.0, 1.0),
-            ("lr_gamma", 0.0, 1.0),
-            ("bias_lr_factor", 0.0, math.inf),
-            ("base_batch_size", 1, math.inf),
-            ("per_device_train_batch_size", 1, math.inf),
-            ("per_device_eval_batch_size", 1, math.inf),
-        ):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{name} is {value}; it must be from {low} to {high}.")
-        late = [m for m in self.lr_milestones or [] if not 0 < m < self.num_train_epochs]
-        if late and self.max_steps <= 0:
-            raise ValueError(
-                f"lr_milestones {late} lie outside the {self.num_train_epochs:g} epochs of num_train_epochs: the "
-                "learning rate would never be lowered there. Change either; [] keeps it constant."
-            )
+        # Before transformers' own: its __post_init__ sets up the process group, and these mistakes need none.
+        if problems := training_problems(vars(self)):
+            raise ValueError("\n".join(message for _, message in problems))
         super().__post_init__()
 
     @property
     def global_batch_size(self) -> int:
-        """Images an optimizer step, over all processes."""
+        """Images an optimizer step, over all processes and accumulated batches."""
         return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
 
     @property
@@ -94,3 +103,57 @@ class DetectionTrainingArguments(TrainingArguments):
         if self.base_batch_size is None:
             return self.learning_rate
         return self.learning_rate * self.global_batch_size / self.base_batch_size
+
+
+def training_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """What is wrong with training values, without building the arguments (which sets up devices and processes).
+
+    Args:
+        values: every field of `DetectionTrainingArguments` by name.
+
+    Returns:
+        the fields and text of each problem; what only transformers checks is not among them.
+    """
+    problems: list[Problem] = []
+    for name, (fixed, reason) in FIXED.items():
+        if values[name] != fixed:
+            problems.append(((name,), f"{name} is {values[name]!r}, but must stay {fixed!r}: {reason}."))
+    for name, (low, high) in LIMITS.items():
+        value = values[name]
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            problems.append(((name,), f"{name} is {value}; it must be {limits}."))
+    return problems + _schedule_problems(values)
+
+
+def _schedule_problems(values: Mapping[str, Any]) -> list[Problem]:
+    problems: list[Problem] = []
+    style, milestones, warmup = values["warmup_style"], values["lr_milestones"], values["warmup_steps"]
+    epochs, max_steps = values["num_train_epochs"], values["max_steps"]
+    if style not in WARMUP_STYLES:
+        problems.append((("warmup_style",), f"warmup_style is {style!r}; it must be {' or '.join(WARMUP_STYLES)}."))
+    if max_steps > 0 and warmup > max_steps:
+        text = f"warmup_steps is {warmup:g}, but training ends after max_steps {max_steps}: lower it; 0 is no warm-up."
+        problems.append((("warmup_steps", "max_steps"), text))
+    if values["optim"] == "sgd" and values["optim_args"]:
+        text = f"optim_args {values['optim_args']!r} is not read with optim sgd: set momentum and weight_decay."
+        problems.append((("optim", "optim_args"), text))
+    if milestones is None:
+        if style == "constant":
+            text = "warmup_style constant needs lr_milestones: transformers' own schedules warm up linearly from 0."
+            problems.append((("warmup_style", "lr_milestones"), text))
+        return problems
+    # max_steps overrides the epochs, so that there the last milestones may well never be reached.
+    late = [m for m in milestones if not 0 < m < (math.inf if max_steps > 0 else epochs)]
+    if late:
+        text = (
+            f"lr_milestones {late} lie outside the {epochs:g} epochs of num_train_epochs: the learning rate would "
+            "never be lowered there. Change either; [] keeps it constant."
+        )
+        problems.append((("lr_milestones", "num_train_epochs", "max_steps"), text))
+    if list(milestones) != sorted(set(milestones)):
+        problems.append((("lr_milestones",), f"lr_milestones {milestones} must rise from each epoch to the next."))
+    if values["lr_scheduler_type"] != "linear" or values["lr_scheduler_kwargs"]:
+        text = f"lr_scheduler_type and lr_scheduler_kwargs need lr_milestones null; with {milestones} nothing reads them."
+        problems.append((("lr_scheduler_type", "lr_scheduler_kwargs", "lr_milestones"), text))
+    return problems

@@ -1,10 +1,32 @@
 """The detectors."""
 
-from .configuration_dense import DenseDetectorConfig, GFLConfig
+from .atss import ATSSForObjectDetection
+from .configuration_dense import ATSSConfig, DenseDetectorConfig, FCOSConfig, GFLConfig, RetinaNetConfig
+from .fcos import FCOSForObjectDetection
 from .gfl import GFLForObjectDetection
 from .modeling_dense import DenseDetector, DenseDetectorOutput
+from .retinanet import RetinaNetForObjectDetection
 
-CONFIGS = {"gfl": GFLConfig}
-MODELS = {"gfl": GFLForObjectDetection}
+CONFIGS = {"gfl": GFLConfig, "retinanet": RetinaNetConfig, "fcos": FCOSConfig, "atss": ATSSConfig}
+MODELS = {
+    "gfl": GFLForObjectDetection,
+    "retinanet": RetinaNetForObjectDetection,
+    "fcos": FCOSForObjectDetection,
+    "atss": ATSSForObjectDetection,
+}
 
-__all__ = ["CONFIGS", "MODELS", "DenseDetector", "DenseDetectorConfig", "DenseDetectorOutput", "GFLConfig", "GFLForObjectDetection"]
+__all__ = [
+    "CONFIGS",
+    "MODELS",
+    "ATSSConfig",
+    "ATSSForObjectDetection",
+    "DenseDetector",
+    "DenseDetectorConfig",
+    "DenseDetectorOutput",
+    "FCOSConfig",
+    "FCOSForObjectDetection",
+    "GFLConfig",
+    "GFLForObjectDetection",
+    "RetinaNetConfig",
+    "RetinaNetForObjectDetection",
+]

@@ -28,6 +28,41 @@ def square_anchors(
     return anchors
 
 
+def octave_anchors(
+    sizes: list[tuple[int, int]],
+    strides: list[int],
+    base_scale: float,
+    ratios: list[float],
+    scales_per_octave: int,
+    device: torch.device,
+) -> list[Tensor]:
+    """Anchors of several shapes a cell, centred on the cell's corner `stride * i` (RetinaNet, arXiv 1708.02002, 4).
+
+    Args:
+        sizes, strides: (height, width) and pixels a cell, a level.
+        base_scale: side of the square anchor of the first scale, in strides.
+        ratios: height / width; the outer order.
+        scales_per_octave: scales 2^(i / n); the inner order.
+        device: of the result.
+
+    Returns:
+        (H * W * ratios * scales, 4) xyxy a level.
+    """
+    root = torch.tensor(ratios, device=device).sqrt()[:, None]
+    octave = torch.tensor([2 ** (i / scales_per_octave) for i in range(scales_per_octave)], device=device)
+    half_width, half_height = (1 / root * octave).flatten() / 2, (root * octave).flatten() / 2
+    shapes = base_scale * torch.stack([-half_width, -half_height, half_width, half_height], dim=-1)
+    anchors = []
+    for grid, stride in zip(grid_offsets(sizes, strides, device), strides, strict=True):
+        anchors.append((grid.repeat(1, 2)[:, None] + shapes * stride).reshape(-1, 4))
+    return anchors
+
+
+def cell_centers(sizes: list[tuple[int, int]], strides: list[int], device: torch.device) -> list[Tensor]:
+    """The point in the middle of each cell, stride * (i + 0.5): a (H * W, 2) xy tensor a level (FCOS)."""
+    return [grid + stride / 2 for grid, stride in zip(grid_offsets(sizes, strides, device), strides, strict=True)]
+
+
 def valid_cells(
     sizes: list[tuple[int, int]], strides: list[int], image_sizes: Tensor, size_divisor: int, num_anchors: int
 ) -> Tensor:

@@ -26,6 +26,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: DenseDetectorConfig, pretrained: bool = False):
         super().__init__()
+        self.freeze_statistics = config.freeze_batchnorm_statistics
         self.body = _create_body(config, pretrained)
         reductions = self.body.feature_info.reduction()
         # The deepest map of a stride: some models have several.
@@ -53,8 +54,9 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> "Backbone":
         """BatchNorm keeps its ImageNet statistics while training (`norm_eval`): detector batches are too small."""
         super().train(mode)
-        for module in batchnorms(self.body):
-            module.eval()
+        if self.freeze_statistics:
+            for module in batchnorms(self.body):
+                module.eval()
         return self
 
 

@@ -20,7 +20,9 @@ class DenseDetectorConfig(PreTrainedConfig):
             convolution, as the FCOS checkpoints were trained.
         drop_path_rate (`float`): stochastic depth of the backbone.
         frozen_stages (`int`): stages that get no gradient, stem included; 0 freezes nothing, 1 the stem and stage 1.
-        train_batchnorm (`bool`): whether the backbone's BatchNorm scale and shift are trained. Its statistics never are.
+        train_batchnorm (`bool`): whether the backbone's BatchNorm scale and shift are trained.
+        freeze_batchnorm_statistics (`bool`): BatchNorm keeps its pretrained mean and variance while training. False is
+            for training from scratch, where there are none.
         fpn_channels (`int`): channels of every FPN level.
         fpn_extra_convs (`str`): P6 is made `"on_output"` (from P5) or `"on_input"` (from C5).
         fpn_relu_before_p7 (`bool`): ReLU on P6 before the convolution that makes P7 (FCOS).
@@ -36,6 +38,7 @@ class DenseDetectorConfig(PreTrainedConfig):
     drop_path_rate: float = 0.0
     frozen_stages: int = 1
     train_batchnorm: bool = True
+    freeze_batchnorm_statistics: bool = True
     fpn_channels: int = 256
     fpn_extra_convs: str = "on_output"
     fpn_relu_before_p7: bool = False
@@ -78,3 +81,76 @@ class GFLConfig(DenseDetectorConfig):
     quality_focal_beta: float = 2.0
     box_loss_weight: float = 2.0
     dfl_loss_weight: float = 0.25
+
+
+@strict
+class RetinaNetConfig(DenseDetectorConfig):
+    r"""
+    RetinaNet (Lin et al., ICCV 2017, arXiv 1708.02002).
+
+    Args:
+        anchor_base_scale (`int`): side of the first square anchor, in strides.
+        anchor_ratios (`list[float]`): height / width of the anchors.
+        anchor_scales_per_octave (`int`): scales between two levels.
+        positive_iou (`float`): an anchor with this IoU or more is positive.
+        negative_iou (`float`): one below this is background; one between the two is ignored.
+        focal_alpha (`float`): weight of positives in the focal loss.
+        focal_gamma (`float`): exponent of the focal loss.
+    """
+
+    model_type = "crosskd_retinanet"
+
+    nms_threshold: float = 0.5
+    anchor_base_scale: int = 4
+    anchor_ratios: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
+    anchor_scales_per_octave: int = 3
+    positive_iou: float = 0.5
+    negative_iou: float = 0.4
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+
+
+@strict
+class FCOSConfig(DenseDetectorConfig):
+    r"""
+    FCOS (Tian et al., ICCV 2019, arXiv 1904.01355), as MMDetection trained it: without its later tricks.
+
+    Args:
+        regress_ranges (`list[list[float]]`): lowest and highest distance to a side that each level learns, inclusive;
+            the last level's upper end is unbounded.
+        focal_alpha (`float`): weight of positives in the focal loss.
+        focal_gamma (`float`): exponent of the focal loss.
+    """
+
+    model_type = "crosskd_fcos"
+
+    nms_threshold: float = 0.5
+    regress_ranges: list[list[float]] = field(
+        default_factory=lambda: [[-1.0, 64.0], [64.0, 128.0], [128.0, 256.0], [256.0, 512.0], [512.0, 1e8]]
+    )
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+
+
+@strict
+class ATSSConfig(DenseDetectorConfig):
+    r"""
+    ATSS (Zhang et al., CVPR 2020, arXiv 1912.02424).
+
+    Args:
+        anchor_scale (`int`): side of the square anchor, in strides.
+        assigner_topk (`int`): candidates a level and box.
+        delta_stds (`list[float]`): scale of the box deltas.
+        focal_alpha (`float`): weight of positives in the focal loss.
+        focal_gamma (`float`): exponent of the focal loss.
+        box_loss_weight (`float`): weight of the GIoU loss.
+    """
+
+    model_type = "crosskd_atss"
+
+    anchor_scale: int = 8
+    assigner_topk: int = 9
+    delta_stds: list[float] = field(default_factory=lambda: [0.1, 0.1, 0.2, 0.2])
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+    box_loss_weight: float = 2.0

@@ -6,9 +6,8 @@ IoU. Assignment is ATSS.
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..assigners import Assignment, atss_assign, gather_boxes, gather_labels
+from ..assigners import Assignment, atss_assign
 from ..distributed import mean_over_ranks
 from ..losses import box_iou, distribution_focal_loss, giou_loss, quality_focal_loss
 from .anchors import square_anchors
@@ -22,7 +21,9 @@ from .modeling_dense import (
     GroundTruth,
     Predictions,
     Priors,
+    class_targets,
     level_sums,
+    matched_boxes,
     positives_per_image,
 )
 
@@ -35,17 +36,7 @@ class GFLForObjectDetection(DenseDetector):
 
     @staticmethod
     def head_spec(config: GFLConfig) -> HeadSpec:
-        return HeadSpec(
-            num_labels=config.num_labels,
-            in_channels=config.fpn_channels,
-            channels=config.head_channels,
-            num_blocks=config.head_blocks,
-            num_levels=len(config.strides),
-            num_anchors=1,
-            box_channels=4 * (config.reg_max + 1),
-            group_norm=True,
-            scale_boxes=True,
-        )
+        return HeadSpec.of(config, box_channels=4 * (config.reg_max + 1))
 
     def prior_levels(self, sizes: list[tuple[int, int]], device: torch.device) -> list[Tensor]:
         return square_anchors(sizes, self.config.strides, self.config.anchor_scale, device)
@@ -66,18 +57,15 @@ class GFLForObjectDetection(DenseDetector):
         config, positive = self.config, assignment.positive
         centers = box_centers(priors.all)
         boxes = self.decode(predictions.boxes, priors)
-        # A prior without a box gets its own anchor as a stand-in: finite everywhere, weighted by 0.
-        targets = torch.where(
-            positive.unsqueeze(-1), gather_boxes(truth.boxes, assignment.box_index), priors.all.expand_as(boxes)
-        )
+        targets = matched_boxes(truth, assignment, stand_in=priors.all)
         class_normalizer = mean_over_ranks(positives_per_image(positive))
         # Boxes count as much as the detector already believes in them.
         weights = predictions.logits.detach().sigmoid().amax(dim=-1) * positive
         box_normalizer = mean_over_ranks(weights.sum()).clamp(min=1)
 
-        quality = box_iou(boxes.detach(), targets) * positive
-        labels = F.one_hot(gather_labels(truth.labels, assignment.box_index), config.num_labels)
-        cls_loss = quality_focal_loss(predictions.logits, labels * quality.unsqueeze(-1), config.quality_focal_beta)
+        quality = box_iou(boxes.detach(), targets).unsqueeze(-1)
+        quality = quality * class_targets(truth, assignment, config.num_labels)
+        cls_loss = quality_focal_loss(predictions.logits, quality, config.quality_focal_beta)
         cls_loss = cls_loss.sum(dim=-1) * assignment.class_weights
 
         bins = (boxes_to_distances(centers, targets) / priors.strides).clamp(min=0, max=config.reg_max - 0.1)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .configuration_dense import DenseDetectorConfig
+
 
 @dataclass(frozen=True)
 class HeadSpec:
@@ -35,6 +37,33 @@ class HeadSpec:
     scale_boxes: bool
     exp_boxes: bool = False
     centerness_from: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        config: DenseDetectorConfig,
+        *,
+        num_anchors: int = 1,
+        box_channels: int = 4,
+        group_norm: bool = True,
+        scale_boxes: bool = True,
+        exp_boxes: bool = False,
+        centerness_from: str | None = None,
+    ) -> "HeadSpec":
+        """The spec of a configuration's sizes and a detector's shape."""
+        return cls(
+            num_labels=config.num_labels,
+            in_channels=config.fpn_channels,
+            channels=config.head_channels,
+            num_blocks=config.head_blocks,
+            num_levels=len(config.strides),
+            num_anchors=num_anchors,
+            box_channels=box_channels,
+            group_norm=group_norm,
+            scale_boxes=scale_boxes,
+            exp_boxes=exp_boxes,
+            centerness_from=centerness_from,
+        )
 
 
 @dataclass

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from ..assigners import Assignment
+from ..assigners import Assignment, gather_boxes, gather_labels
 from .anchors import valid_cells
 from .backbone import Backbone, initialise_buffers
 from .configuration_dense import DenseDetectorConfig
@@ -305,6 +306,20 @@ def pad_ground_truth(labels: list[dict[str, Tensor]], batch: int) -> GroundTruth
     classes = pad_sequence([label["class_labels"] for label in labels], batch_first=True)
     mask = pad_sequence([torch.ones_like(label["class_labels"], dtype=torch.bool) for label in labels], True)
     return GroundTruth(boxes, classes, mask)
+
+
+def matched_boxes(truth: GroundTruth, assignment: Assignment, stand_in: Tensor) -> Tensor:
+    """(N, P, 4) the box of each positive prior; elsewhere `stand_in` (P, 4), so that every term computed from it is
+    finite before it is weighted by 0."""
+    boxes = gather_boxes(truth.boxes, assignment.box_index)
+    return torch.where(assignment.positive.unsqueeze(-1), boxes, stand_in)
+
+
+def class_targets(truth: GroundTruth, assignment: Assignment, num_labels: int) -> Tensor:
+    """(N, P, labels) 1 at the label of a positive prior, 0 elsewhere."""
+    labels = gather_labels(truth.labels, assignment.box_index)
+    targets = F.one_hot(labels, num_labels) * assignment.positive.unsqueeze(-1)
+    return targets.to(truth.boxes.dtype)
 
 
 def level_sums(values: Tensor, level_sizes: list[int]) -> Tensor:

@@ -1,0 +1,87 @@
+"""FCOS: a point a cell, no anchors (Tian et al., ICCV 2019, arXiv 1904.01355)."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
+
+from ..assigners import Assignment, point_assign
+from ..distributed import mean_over_ranks
+from ..losses import EPS, box_iou
+from .anchors import cell_centers
+from .box_coding import centerness, distances_to_boxes
+from .configuration_dense import FCOSConfig
+from .head import HeadSpec
+from .modeling_dense import (
+    DenseDetector,
+    DetectionLosses,
+    DistillationSpec,
+    GroundTruth,
+    Predictions,
+    Priors,
+    class_targets,
+    level_sums,
+    matched_boxes,
+)
+
+
+class FCOSForObjectDetection(DenseDetector):
+    """FCOS detector; see `DenseDetector.forward` for inputs and outputs."""
+
+    config_class = FCOSConfig
+    distillation = DistillationSpec(tap_index=2, cls_weight=0.4, box_weight=0.75, box_loss="log_iou", normalizer="box")
+
+    @staticmethod
+    def head_spec(config: FCOSConfig) -> HeadSpec:
+        return HeadSpec.of(config, exp_boxes=True, centerness_from="cls")
+
+    def prior_levels(self, sizes: list[tuple[int, int]], device: torch.device) -> list[Tensor]:
+        return cell_centers(sizes, self.config.strides, device)
+
+    def decode(self, boxes: Tensor, priors: Priors) -> Tensor:
+        return distances_to_boxes(priors.all, boxes)
+
+    def assign(self, priors: Priors, valid: Tensor, truth: GroundTruth) -> Assignment:
+        # FCOS doesn't look at validity: points on padding are background like any other.
+        ranges = torch.cat(
+            [
+                level.new_tensor(limits).expand(len(level), 2)
+                for level, limits in zip(priors.levels, self.config.regress_ranges, strict=True)
+            ]
+        )
+        return point_assign(priors.all, ranges[:, 0], ranges[:, 1], truth.boxes, truth.mask)
+
+    def class_weights(self, valid: Tensor) -> Tensor:
+        return torch.ones_like(valid, dtype=torch.float32)
+
+    def matching_rule(self) -> tuple:
+        config = self.config
+        return config.model_type, tuple(config.strides), tuple(map(tuple, config.regress_ranges))
+
+    def detection_losses(
+        self, predictions: Predictions, priors: Priors, assignment: Assignment, truth: GroundTruth
+    ) -> DetectionLosses:
+        config, positive, points = self.config, assignment.positive, priors.all
+        around = torch.cat([points - priors.strides, points + priors.strides], dim=-1)
+        boxes = matched_boxes(truth, assignment, stand_in=around)
+        target = centerness(points, boxes)
+        weights = target * positive
+        class_normalizer = mean_over_ranks(positive.sum().float()).clamp(min=1)
+        box_normalizer = mean_over_ranks(weights.sum()).clamp(min=EPS)
+
+        labels = class_targets(truth, assignment, config.num_labels)
+        cls_loss = sigmoid_focal_loss(predictions.logits, labels, config.focal_alpha, config.focal_gamma).sum(dim=-1)
+        box_loss = -box_iou(self.decode(predictions.boxes, priors), boxes).clamp(min=EPS).log() * weights
+        centerness_loss = F.binary_cross_entropy_with_logits(predictions.centerness, target, reduction="none")
+
+        sizes = priors.level_sizes
+        return DetectionLosses(
+            terms={
+                "loss_cls": level_sums(cls_loss, sizes) / class_normalizer,
+                "loss_box": level_sums(box_loss, sizes) / box_normalizer,
+                "loss_centerness": level_sums(centerness_loss * positive, sizes) / class_normalizer,
+            },
+            assignment=assignment,
+            class_normalizer=class_normalizer,
+            box_normalizer=box_normalizer,
+        )

@@ -1,0 +1,82 @@
+"""RetinaNet: focal loss on nine anchors a cell (Lin et al., ICCV 2017, arXiv 1708.02002)."""
+
+import torch
+from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
+
+from ..assigners import Assignment, max_iou_assign
+from .anchors import octave_anchors
+from .box_coding import boxes_to_deltas, deltas_to_boxes
+from .configuration_dense import RetinaNetConfig
+from .head import HeadSpec
+from .modeling_dense import (
+    DenseDetector,
+    DetectionLosses,
+    DistillationSpec,
+    GroundTruth,
+    Predictions,
+    Priors,
+    class_targets,
+    level_sums,
+    matched_boxes,
+    positives_per_image,
+)
+
+
+class RetinaNetForObjectDetection(DenseDetector):
+    """RetinaNet detector; see `DenseDetector.forward` for inputs and outputs."""
+
+    config_class = RetinaNetConfig
+    distillation = DistillationSpec(tap_index=3, cls_weight=1.0, box_weight=1.0, box_loss="giou", normalizer="class")
+
+    @staticmethod
+    def head_spec(config: RetinaNetConfig) -> HeadSpec:
+        num_anchors = len(config.anchor_ratios) * config.anchor_scales_per_octave
+        return HeadSpec.of(config, num_anchors=num_anchors, group_norm=False, scale_boxes=False)
+
+    def prior_levels(self, sizes: list[tuple[int, int]], device: torch.device) -> list[Tensor]:
+        config = self.config
+        return octave_anchors(
+            sizes,
+            config.strides,
+            config.anchor_base_scale,
+            config.anchor_ratios,
+            config.anchor_scales_per_octave,
+            device,
+        )
+
+    def decode(self, boxes: Tensor, priors: Priors) -> Tensor:
+        return deltas_to_boxes(priors.all, boxes)
+
+    def assign(self, priors: Priors, valid: Tensor, truth: GroundTruth) -> Assignment:
+        config = self.config
+        return max_iou_assign(
+            priors.all, valid, truth.boxes, truth.mask, config.positive_iou, config.negative_iou
+        )
+
+    def matching_rule(self) -> tuple:
+        config = self.config
+        anchors = (config.anchor_base_scale, tuple(config.anchor_ratios), config.anchor_scales_per_octave)
+        return config.model_type, tuple(config.strides), anchors, config.positive_iou, config.negative_iou
+
+    def detection_losses(
+        self, predictions: Predictions, priors: Priors, assignment: Assignment, truth: GroundTruth
+    ) -> DetectionLosses:
+        config = self.config
+        targets = class_targets(truth, assignment, config.num_labels)
+        cls_loss = sigmoid_focal_loss(predictions.logits, targets, config.focal_alpha, config.focal_gamma)
+        cls_loss = cls_loss.sum(dim=-1) * assignment.class_weights
+        deltas = boxes_to_deltas(priors.all, matched_boxes(truth, assignment, stand_in=priors.all))
+        box_loss = (predictions.boxes - deltas).abs().sum(dim=-1) * assignment.positive
+        # Of this rank only: the reference doesn't average RetinaNet's normaliser over ranks.
+        normalizer = positives_per_image(assignment.positive)
+        sizes = priors.level_sizes
+        return DetectionLosses(
+            terms={
+                "loss_cls": level_sums(cls_loss, sizes) / normalizer,
+                "loss_box": level_sums(box_loss, sizes) / normalizer,
+            },
+            assignment=assignment,
+            class_normalizer=normalizer,
+            box_normalizer=normalizer,
+        )

@@ -1,0 +1,171 @@
+"""Training arguments: defaults, scaling, refusals."""
+
+import dataclasses
+import inspect
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from crosskd_hf.training_args import FIXED, LIMITS, DetectionTrainingArguments, training_problems
+
+
+def arguments(tmp_path, **values) -> DetectionTrainingArguments:
+    return DetectionTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **values)
+
+
+def with_defaults(**values) -> dict:
+    fields = dataclasses.fields(DetectionTrainingArguments)
+    defaults = {
+        f.name: f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        for f in fields
+        if f.init
+    }
+    return defaults | values
+
+
+def test_defaults_are_the_published_schedule(tmp_path):
+    args = arguments(tmp_path)
+    assert (args.optim, args.learning_rate, args.momentum, args.weight_decay) == ("sgd", 0.01, 0.9, 1e-4)
+    assert (args.num_train_epochs, args.lr_milestones, args.lr_gamma) == (12, [8, 11], 0.1)
+    assert (args.warmup_steps, args.warmup_start_factor, args.warmup_style) == (500, 0.001, "linear")
+    assert (args.per_device_train_batch_size, args.base_batch_size, args.max_grad_norm) == (2, 16, 0.0)
+    assert (args.bias_lr_factor, args.bias_weight_decay) == (1.0, True)
+    assert (args.metric_for_best_model, args.greater_is_better, args.report_to) == ("AP", True, [])
+    assert args.label_names == ["labels"]
+
+
+def test_lists_aren_t_shared(tmp_path):
+    arguments(tmp_path).lr_milestones.append(99.0)
+    assert arguments(tmp_path).lr_milestones == [8, 11]
+
+
+def test_own_fields_only_add_to_transformers():
+    base = {f.name for f in dataclasses.fields(TrainingArguments)}
+    assert {f.name for f in dataclasses.fields(DetectionTrainingArguments)} - base == {
+        "momentum",
+        "base_batch_size",
+        "warmup_style",
+        "warmup_start_factor",
+        "lr_milestones",
+        "lr_gamma",
+        "bias_lr_factor",
+        "bias_weight_decay",
+        "group_by_orientation",
+    }
+
+
+def test_every_own_field_has_a_help_text_and_known_names():
+    fields = {f.name: f for f in dataclasses.fields(DetectionTrainingArguments)}
+    assert all(fields[name].metadata["help"] for name in inspect.get_annotations(DetectionTrainingArguments))
+    assert set(FIXED) | set(LIMITS) <= set(fields)
+
+
+def test_command_line_parser_takes_them(tmp_path):
+    (args,) = HfArgumentParser(DetectionTrainingArguments).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--use_cpu", "true", "--lr_milestones", "2", "3.5", "--warmup_style", "constant"]
+    )
+    assert args.lr_milestones == [2, 3.5]
+    assert args.warmup_style == "constant"
+
+
+@pytest.mark.parametrize(
+    ("per_device", "accumulation", "base", "batch", "rate"),
+    [(2, 1, 16, 2, 0.00125), (4, 4, 16, 16, 0.01), (8, 4, 16, 32, 0.02), (8, 4, None, 32, 0.01)],
+)
+def test_learning_rate_follows_the_global_batch(tmp_path, per_device, accumulation, base, batch, rate):
+    args = arguments(
+        tmp_path,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation,
+        base_batch_size=base,
+    )
+    assert args.global_batch_size == batch
+    assert args.scaled_learning_rate == pytest.approx(rate)
+
+
+def test_global_batch_counts_the_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(DetectionTrainingArguments, "world_size", property(lambda self: 8))
+    args = arguments(tmp_path)
+    assert (args.global_batch_size, args.scaled_learning_rate) == (16, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"remove_unused_columns": True}, "remove_unused_columns is True, but must stay False: the data sets"),
+        ({"eval_do_concat_batches": True}, "eval_do_concat_batches is True"),
+        ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter is True"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is 'group_by_length'"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size is True"),
+        ({"warmup_style": "cosine"}, "warmup_style is 'cosine'; it must be linear or constant"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0; it must be at least 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf"),
+        ({"momentum": 1.5}, "momentum is 1.5; it must be from 0.0 to 1.0"),
+        ({"lr_gamma": 2}, "lr_gamma is 2"),
+        ({"warmup_start_factor": -0.1}, "warmup_start_factor is -0.1"),
+        ({"bias_lr_factor": -2.0}, "bias_lr_factor is -2.0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0"),
+        ({"base_batch_size": 0}, "base_batch_size is 0; it must be at least 1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
+        ({"num_train_epochs": 10}, r"lr_milestones \[11.0\] lie outside the 10 epochs"),
+        ({"lr_milestones": [0, 8]}, r"lr_milestones \[0\] lie outside"),
+        ({"lr_milestones": [11, 8]}, "must rise"),
+        ({"lr_milestones": [8, 8]}, "must rise"),
+        ({"max_steps": 100}, "warmup_steps is 500, but training ends after max_steps 100"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type and lr_scheduler_kwargs need lr_milestones null"),
+        ({"lr_milestones": None, "warmup_style": "constant"}, "warmup_style constant needs lr_milestones"),
+        ({"optim_args": "nesterov=True"}, "optim_args 'nesterov=True' is not read with optim sgd"),
+    ],
+)
+def test_refused_with_field_and_value(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **values)
+    problems = training_problems(with_defaults(**values))
+    assert len(problems) == 1
+    fields, text = problems[0]
+    assert set(fields) & (set(values) | {"lr_milestones", "warmup_steps"})
+    assert text.startswith(fields[0])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"lr_milestones": []},
+        {"lr_milestones": None},
+        {"lr_milestones": None, "lr_scheduler_type": "cosine"},
+        {"lr_milestones": [0.5]},
+        {"max_steps": 4, "warmup_steps": 0},
+        {"max_steps": 4, "warmup_steps": 4},
+        {"max_steps": 4, "warmup_steps": 0.5},
+        {"max_steps": 1000, "num_train_epochs": 1},
+        {"optim": "adamw_torch", "optim_args": "eps=1e-6"},
+        {"base_batch_size": None},
+        {"num_train_epochs": 24, "lr_milestones": [16, 22]},
+    ],
+)
+def test_accepted(tmp_path, values):
+    arguments(tmp_path, **values)
+
+
+def test_all_problems_are_told_at_once(tmp_path):
+    with pytest.raises(ValueError) as error:
+        arguments(tmp_path, momentum=2.0, warmup_style="none", remove_unused_columns=True)
+    for name in ("momentum", "warmup_style", "remove_unused_columns"):
+        assert name in str(error.value)
+
+
+def test_transformers_own_checks_still_run(tmp_path):
+    with pytest.raises(ValueError, match="warmup_steps"):
+        arguments(tmp_path, warmup_steps=-1)
+
+
+def test_replace_keeps_them_valid(tmp_path):
+    args = arguments(tmp_path)
+    assert dataclasses.replace(args, learning_rate=0.02).learning_rate == 0.02
+
+
+def test_every_own_problem_is_found_without_building_arguments():
+    assert training_problems(with_defaults()) == []
