@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .models.modeling_dense import DenseDetector
+from .models.swin import merge_order
 
 PREDICTORS = {
     "crosskd_gfl": {"cls_predictor": "gfl_cls", "box_predictor": "gfl_reg"},
@@ -34,6 +35,7 @@ PREDICTORS = {
 IGNORED_KEYS = re.compile(
     r".*\.num_batches_tracked|bbox_head\.integral\.project|.*\.relative_position_index|data_preprocessor\..*"
 )
+LEGACY_FCOS = re.compile(r"^bbox_head\.fcos_(cls|reg|centerness)\.")
 # Packages whose objects MMDetection 3.x leaves beside the weights. They become inert stand-ins; nothing is imported.
 FOREIGN_PACKAGES = ("mmengine", "mmcv", "mmdet", "numpy")
 # getattr: how mmengine's HistoryBuffer pickles its own methods; as a stand-in it looks nothing up.
@@ -53,7 +55,8 @@ def reference_key(key: str, model: DenseDetector) -> str:
     predictors = PREDICTORS[model.config.model_type]
     num_laterals = len(model.fpn.lateral_convs)
     rules = (
-        (r"backbone\.body\.(.+)", lambda m: f"backbone.{m[1]}"),
+        (r"backbone\.norms\.(\d+)\.(.+)", lambda m: f"backbone.norm{int(m[1]) + 1}.{m[2]}"),
+        (r"backbone\.body\.(.+)", lambda m: f"backbone.{_swin_key(m[1]) if model.backbone.is_swin else m[1]}"),
         (r"fpn\.lateral_convs\.(\d+)\.(.+)", lambda m: f"neck.lateral_convs.{m[1]}.conv.{m[2]}"),
         (r"fpn\.output_convs\.(\d+)\.(.+)", lambda m: f"neck.fpn_convs.{m[1]}.conv.{m[2]}"),
         (r"fpn\.extra_convs\.(\d+)\.(.+)", lambda m: f"neck.fpn_convs.{int(m[1]) + num_laterals}.conv.{m[2]}"),
@@ -69,6 +72,36 @@ def reference_key(key: str, model: DenseDetector) -> str:
     raise KeyError(f"{key} has no counterpart in MMDetection")
 
 
+SWIN_NAMES = (
+    (r"patch_embed\.proj\.", "patch_embed.projection."),
+    (r"layers_(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) - 1}.downsample."),
+    (r"layers_(\d+)\.blocks\.", r"stages.\1.blocks."),
+    (r"\.attn\.", ".attn.w_msa."),
+    (r"\.mlp\.fc1\.", ".ffn.layers.0.0."),
+    (r"\.mlp\.fc2\.", ".ffn.layers.1."),
+)
+
+
+def _swin_key(key: str) -> str:
+    for pattern, name in SWIN_NAMES:
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def from_reference(key: str, value: Tensor) -> Tensor:
+    """A reference tensor in this package's order: Swin's patch merging numbers the four neighbours differently."""
+    if re.fullmatch(r"backbone\.body\.layers_\d+\.downsample\.(norm\..*|reduction\.weight)", key):
+        return value[..., merge_order(value.shape[-1] // 4)]
+    return value
+
+
+def to_reference(key: str, value: Tensor) -> Tensor:
+    """Inverse of `from_reference`."""
+    if re.fullmatch(r"backbone\.body\.layers_\d+\.downsample\.(norm\..*|reduction\.weight)", key):
+        return value[..., torch.tensor(merge_order(value.shape[-1] // 4)).argsort()]
+    return value
+
+
 def reference_keys(model: DenseDetector) -> dict[str, str]:
     """Our state key -> MMDetection's, for every tensor that carries values."""
     return {key: reference_key(key, model) for key in model.state_dict() if not IGNORED_KEYS.fullmatch(key)}
@@ -82,6 +115,7 @@ def load_reference_state(model: DenseDetector, state: dict[str, Tensor], source:
     """
     names = reference_keys(model)
     own = model.state_dict()
+    state = {LEGACY_FCOS.sub(r"bbox_head.conv_\1.", key): value for key, value in state.items()}
     missing = sorted(set(names.values()) - set(state))
     unexpected = sorted(key for key in set(state) - set(names.values()) if not IGNORED_KEYS.fullmatch(key))
     misshaped = [
@@ -99,7 +133,8 @@ def load_reference_state(model: DenseDetector, state: dict[str, Tensor], source:
             f"{source} doesn't hold this model ({model.config.model_type}, {model.config.backbone}, "
             f"{model.config.num_labels} labels); check the recipe's architecture fields.\n  " + "\n  ".join(problems)
         )
-    model.load_state_dict({key: state[name].to(own[key].dtype) for key, name in names.items()}, strict=False)
+    values = {key: from_reference(key, state[name]).to(own[key].dtype) for key, name in names.items()}
+    model.load_state_dict(values, strict=False)
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
@@ -119,8 +154,10 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], tuple[str, ...
     except CheckpointError:
         raise
     except Exception as error:
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise _refusal(path, [refused[1]]) from error
         raise CheckpointError(
-            f"checkpoint {path} can't be read safely (weights_only=True): {_first_line(error)} "
+            f"checkpoint {path} can't be read safely (weights_only=True): {first_line(error)} "
             "It is damaged, incomplete, or holds objects other than weights; fetch it again from its publisher."
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
@@ -153,12 +190,16 @@ def _inert_foreign_classes(path: Path) -> Iterator[None]:
         names = [name for name in _names_in_legacy_file(path) if _is_foreign(name)]
     refused = [name for name in names if not _is_foreign(name)]
     if refused:
-        raise CheckpointError(
-            f"checkpoint {path} refused: besides weights it names {', '.join(refused)}, which MMDetection never "
-            "stores; loading it could run code. Nothing was executed. Get the file from its publisher."
-        )
+        raise _refusal(path, refused)
     with torch.serialization.safe_globals([(_stand_in(name), name) for name in names]):
         yield
+
+
+def _refusal(path: Path, names: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {path} refused: besides weights it names {', '.join(sorted(names))}, which MMDetection never "
+        "stores; loading it could run code. Nothing was executed. Get the file from its publisher."
+    )
 
 
 def _is_foreign(name: str) -> bool:
@@ -179,7 +220,8 @@ def _names_in_legacy_file(path: Path) -> set[str]:
     return names
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -216,8 +258,8 @@ def check_hash(path: str | Path) -> None:
             digest.update(chunk)
     if not digest.hexdigest().startswith(match[1]):
         raise CheckpointError(
-            f"{path} has SHA-256 {digest.hexdigest()[: len(match[1])]}..., but its name promises {match[1]}: the download "
-            "is damaged or the file was changed. Delete it and fetch it again."
+            f"{path} has SHA-256 {digest.hexdigest()[: len(match[1])]}..., but its name promises {match[1]}: the "
+            "download is damaged or the file was changed. Delete it and fetch it again."
         )
 
 

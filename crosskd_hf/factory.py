@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForObjectDetection
 
-from .convert import CheckpointError, fetch, load_reference_state, read_checkpoint
+from .convert import CheckpointError, fetch, first_line, load_reference_state, read_checkpoint
 from .models import CONFIGS, MODELS
 from .models.configuration_dense import DenseDetectorConfig
 from .models.image_processing_dense import BGR_CAFFE, RGB_IMAGENET, DenseDetectorImageProcessor
@@ -59,7 +61,7 @@ def build_model(section: ModelSection, label_names: Sequence[str]) -> DenseDetec
         if not pretrained:
             raise
         raise ValueError(
-            f"the ImageNet weights of {section.backbone} can't be fetched ({str(error).splitlines()[0]}). Without "
+            f"the ImageNet weights of {section.backbone} can't be fetched ({first_line(error)}). Without "
             "network, give a file as model.backbone_weights, or model.backbone_weights=random to start from scratch."
         ) from error
     if section.backbone_weights not in ("pretrained", "random"):
@@ -68,26 +70,33 @@ def build_model(section: ModelSection, label_names: Sequence[str]) -> DenseDetec
 
 
 def load_backbone_weights(model: DenseDetector, path: str) -> None:
-    """Fill the backbone from a file with timm's or torchvision's names (`.safetensors` or `.pth`).
+    """Fill the backbone from a file with timm's or torchvision's names (`.safetensors` or `.pth`), or from its URL.
 
     Raises:
-        CheckpointError: if a key of the backbone is missing or has another shape.
+        CheckpointError: if the file can't be read, or a key of the backbone is missing or has another shape.
     """
+    if "://" in path:
+        with PartialState().local_main_process_first():
+            path = str(fetch(path, CACHE / "downloads"))
     if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        state = load_file(path)
+        try:
+            state = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"the backbone weights {path} can't be read ({error}).") from error
     else:
         state, _ = read_checkpoint(path)
     body = model.backbone.body
     own = body.state_dict()
+    # timm's feature extractors say layers_0 for what its whole models call layers.0.
+    given = {key.replace(".", "_"): value for key, value in state.items()}
+    state = {key: given[name] for key in own if (name := key.replace(".", "_")) in given}
     wrong = [k for k, v in own.items() if "num_batches" not in k and (k not in state or state[k].shape != v.shape)]
     if wrong:
         raise CheckpointError(
             f"{path} doesn't hold the weights of {model.config.backbone}: {len(wrong)} keys are missing or have "
             f"another shape, such as {', '.join(wrong[:3])}."
         )
-    body.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
+    body.load_state_dict(state, strict=False)
 
 
 def load_teacher(section: TeacherSection, label_names: Sequence[str]) -> DenseDetector:
@@ -107,24 +116,34 @@ def load_teacher(section: TeacherSection, label_names: Sequence[str]) -> DenseDe
     return load_detector(section.checkpoint, section, label_names)
 
 
-def load_detector(source: str, section: ArchitectureSection, label_names: Sequence[str]) -> DenseDetector:
-    """A whole detector from a folder, a Hub id, or an MMDetection `.pth` by path or URL (converted once and cached)."""
+def load_detector(source: str, section: ArchitectureSection | None, label_names: Sequence[str]) -> DenseDetector:
+    """A whole detector from a folder, a Hub id, or an MMDetection `.pth` by path or URL (converted once and cached).
+
+    Raises:
+        CheckpointError: if it can't be read, isn't one of this package's detectors, or lacks weights.
+    """
     if source.endswith(".pth"):
+        if section is None:
+            raise CheckpointError(f"{source!r} doesn't say which detector it holds: name it in a recipe instead.")
         # One process of each machine downloads and converts, the others then find the result.
         with PartialState().local_main_process_first():
             path = fetch(source, CACHE / "downloads") if "://" in source else Path(source)
             folder = converted(path, section, label_names)
         return AutoModelForObjectDetection.from_pretrained(folder)
     try:
-        model = AutoModelForObjectDetection.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        model, info = AutoModelForObjectDetection.from_pretrained(source, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"{source!r} can't be loaded as a detector ({str(error).splitlines()[0]}). Give the folder of a saved "
+            f"{source!r} can't be loaded as a detector ({first_line(error)}). Give the folder of a saved "
             "model, a Hub id, or an MMDetection .pth file."
         ) from error
     if not isinstance(model, DenseDetector):
         raise CheckpointError(
             f"{source!r} is a {type(model).__name__}; only the dense detectors of this package can be used."
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"{source!r} lacks {len(missing)} weights of its model, such as {', '.join(missing[:3])}: save it again."
         )
     return model
 

@@ -8,9 +8,10 @@ import dataclasses
 import difflib
 import importlib.resources
 import math
+import string
 import types
 import typing
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -18,10 +19,9 @@ from typing import Any
 
 import yaml
 
-from .training_args import DetectionTrainingArguments
+from .training_args import DetectionTrainingArguments, Problem, training_problems
 
 DETECTORS = ("gfl", "retinanet", "fcos", "atss")
-RECIPE_PACKAGE = "crosskd_hf.recipes"
 
 
 class RecipeError(ValueError):
@@ -35,7 +35,14 @@ def setting(
     minimum: float | None = None,
     maximum: float | None = None,
 ) -> Any:
-    """A recipe field: its default, what it is, and which values it takes."""
+    """A recipe field.
+
+    Args:
+        default: value of a recipe that doesn't name the field; a list is copied.
+        help: what the field is, with its unit.
+        choices: the only values it takes.
+        minimum, maximum: limits of a number, both allowed; of each item of a list.
+    """
     metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -44,15 +51,18 @@ def setting(
 
 @dataclass
 class ArchitectureSection:
-    """What a detector is made of; shared by `model` and `teacher`."""
+    """What a detector is made of; shared by `model` and `teacher`.
+
+    The defaults are those of the published GFL R50 student (CrossKD, arXiv 2306.11369, section 4).
+    """
 
     detector: str = setting("gfl", "detector", choices=DETECTORS)
     backbone: str = setting("resnet50.tv_in1k", "timm model, with its tag of pretrained weights")
-    backbone_style: str = setting("pytorch", "caffe: stride on each stage's first 1x1, BGR input", ("pytorch", "caffe"))
+    backbone_style: str = setting("pytorch", "caffe: stride on a stage's first 1x1, BGR input", ("pytorch", "caffe"))
     drop_path_rate: float = setting(0.0, "stochastic depth of the backbone", minimum=0, maximum=1)
     frozen_stages: int = setting(1, "stages without gradient; 1 is stem and stage 1, 0 nothing", minimum=0, maximum=4)
     train_batchnorm: bool = setting(True, "train the scale and shift of the backbone's BatchNorm")
-    freeze_batchnorm_statistics: bool = setting(True, "keep pretrained BatchNorm statistics; false to train from scratch")
+    freeze_batchnorm_statistics: bool = setting(True, "keep pretrained BatchNorm statistics; false: from scratch")
     fpn_channels: int = setting(256, "channels of the FPN levels", minimum=1)
     fpn_extra_convs: str = setting("on_output", "P6 from P5 or from C5", ("on_output", "on_input"))
     fpn_relu_before_p7: bool = setting(False, "ReLU before the convolution of P7")
@@ -70,14 +80,17 @@ class ModelSection(ArchitectureSection):
 
 @dataclass
 class TeacherSection(ArchitectureSection):
-    """The frozen teacher. Its architecture fields count for `.pth` and random checkpoints; a saved model has its own."""
+    """The frozen teacher. Its architecture counts for `.pth` and random checkpoints; a saved model has its own."""
 
     checkpoint: str = setting("", "folder, Hub id, MMDetection .pth by path or URL, or random (to try the machinery)")
 
 
 @dataclass
 class DistillationSection:
-    """Which distillation terms there are. null takes the value published for the teacher's detector."""
+    """Which distillation terms there are. null takes the value published for the teacher's detector.
+
+    Source: CrossKD, arXiv 2306.11369, section 3 and its training settings; PKD, arXiv 2207.02039.
+    """
 
     crosskd: float = setting(1.0, "weight of all CrossKD terms; 0: off", minimum=0)
     tap_index: int | None = setting(None, "tower blocks the student runs before the teacher's head", minimum=0)
@@ -99,13 +112,14 @@ class DataSection:
     images: str = setting("{split}", "image folder inside the folder")
     short_side: int = setting(800, "pixels that an image's short side is resized to", minimum=1)
     long_side: int = setting(1333, "pixels that its long side doesn't exceed", minimum=1)
-    multiscale: str = setting("none", "training short side: fixed, from a range, or from a list", ("none", "range", "choice"))
-    multiscale_short_sides: list[int] = setting([], "the range's two ends, or the list", minimum=1)
+    multiscale: str = setting("none", "training short side: fixed, of a range, of a list", ("none", "range", "choice"))
+    # setting() copies a list.
+    multiscale_short_sides: list[int] = setting([], "pixels: the range's two ends, or the list", minimum=1)  # noqa: RUF009
     flip_probability: float = setting(0.5, "probability of a horizontal flip", minimum=0, maximum=1)
     filter_empty: bool = setting(True, "leave training images without any annotation out")
-    min_image_side: int = setting(32, "leave training images out whose short side is smaller", minimum=0)
-    max_train_images: int | None = setting(None, "use only the first images", minimum=1)
-    max_val_images: int | None = setting(None, "use only the first images", minimum=1)
+    min_image_side: int = setting(32, "pixels; training images with a shorter side are left out", minimum=0)
+    max_train_images: int | None = setting(None, "train on the first images only", minimum=1)
+    max_val_images: int | None = setting(None, "evaluate on the first images only", minimum=1)
     cache_dir: str | None = setting(None, "folder of the Arrow cache; null: that of datasets")
 
 
@@ -157,25 +171,32 @@ class Recipe:
         Path(path).write_text("# The resolved recipe of this run; it runs again as it is.\n" + text, encoding="utf-8")
 
 
-def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
-        name: path of a YAML file, or bare name of a recipe that the package carries (`gfl_r50_crosskd`).
+        name_or_path: path of a YAML file, or bare name of a recipe that the package carries (`gfl_r50_crosskd`).
         overrides: `section.key=value`, values as in YAML; `section=null` takes a section out.
 
     Raises:
-        RecipeError: naming file, keys, values and the nearest valid names.
+        RecipeError: naming file, keys, values and the nearest valid names, all problems together.
     """
-    path = find_recipe(name)
+    path = find_recipe(name_or_path)
     content = _read_yaml(path)
+    problems = []
     for override in overrides:
-        _apply_override(content, override)
-    return parse_recipe(content, str(path))
+        try:
+            _apply_override(content, override)
+        except RecipeError as error:
+            problems.append(str(error))
+    return parse_recipe(content, str(path), problems)
 
 
 def find_recipe(name: str | Path) -> Path:
     """Path of a recipe file, or of one that the package carries.
+
+    Args:
+        name: anything with a folder or ending in .yaml or .yml is a path, anything else a bare name.
 
     Raises:
         RecipeError: if there is none, with close names.
@@ -193,76 +214,141 @@ def find_recipe(name: str | Path) -> Path:
 
 def carried_recipes() -> dict[str, Path]:
     """Name -> file of the recipes in the wheel, or in the checkout that the package lies in."""
-    folders = [Path(__file__).parent.parent / "recipes"]
-    try:
-        folders.insert(0, Path(str(importlib.resources.files(RECIPE_PACKAGE))))
-    except (ModuleNotFoundError, TypeError):
-        pass
-    for folder in folders:
+    package = Path(str(importlib.resources.files("crosskd_hf")))
+    # Not files("crosskd_hf.recipes"): a folder without __init__.py is a namespace package, whose path can't be used.
+    for folder in (package / "recipes", package.parent / "recipes"):
         if found := {path.stem: path for path in folder.glob("*.yaml")}:
             return found
     return {}
 
 
-def parse_recipe(content: dict[str, Any], source: str = "recipe") -> Recipe:
+def parse_recipe(content: dict[str, Any], source: str = "recipe", problems: Sequence[str] = ()) -> Recipe:
     """A recipe from nested dicts.
+
+    Args:
+        content: section -> key -> value.
+        source: what the error message calls it.
+        problems: found before, to be told together with those found here.
 
     Raises:
         RecipeError: with all problems.
     """
-    problems: list[str] = []
+    found = list(problems)
+    refused: set[str] = set()
     names = [*SECTIONS, "training"]
-    for key in content:
-        if key not in names:
-            problems.append(f"unknown section {key!r}. {_nearest(str(key), names)}")
+    for unknown in [key for key in content if key not in names]:
+        found.append(f"unknown section {unknown!r}. {_nearest(str(unknown), names)}")
+        refused.update(OPTIONAL_SECTIONS)  # it may be one of them, misspelt
     sections: dict[str, Any] = {}
-    for name, section_class in SECTIONS.items():
+    for name, section_class in (*SECTIONS.items(), ("training", DetectionTrainingArguments)):
         values = content.get(name)
         if values is None and name in OPTIONAL_SECTIONS:
             sections[name] = None
             continue
-        fields = {f.name: f for f in dataclasses.fields(section_class)}
-        cast = _cast_section(name, values, fields, typing.get_type_hints(section_class), problems)
-        sections[name] = section_class(**cast)
-    hints = typing.get_type_hints(DetectionTrainingArguments)
-    fields = {f.name: f for f in dataclasses.fields(DetectionTrainingArguments) if f.init}
-    training = _cast_section("training", content.get("training"), fields, hints, problems)
-    recipe = Recipe(**sections, training=training)
+        cast = _cast_section(name, values, section_class, found, refused)
+        sections[name] = cast if name == "training" else section_class(**cast)
+    recipe = Recipe(**sections)
     if not problems:
-        problems += impossible_combinations(recipe)
-    if problems:
-        raise RecipeError(f"{source} can't be run:\n  - " + "\n  - ".join(problems))
+        # A refused value stands at its default here, about which nothing must be said.
+        for fields, message in impossible_combinations(recipe):
+            if refused.isdisjoint([*fields, *(name.partition(".")[0] for name in fields)]):
+                found.append(message)
+    if found:
+        raise RecipeError(f"{source} can't be run:\n  - " + "\n  - ".join(found))
     return recipe
 
 
-def impossible_combinations(recipe: Recipe) -> list[str]:
-    """What no single field shows to be wrong."""
-    model, teacher, distillation, data = recipe.model, recipe.teacher, recipe.distillation, recipe.data
-    problems = []
-    if distillation and not teacher:
-        problems.append("distillation needs a teacher: add the section teacher, or set distillation=null.")
-    if teacher and not distillation:
-        problems.append("there is a teacher but no distillation: add the section distillation, or set teacher=null.")
-    if teacher and not teacher.checkpoint:
-        problems.append("teacher.checkpoint is missing: a folder, a Hub id, or an MMDetection .pth by path or URL.")
-    if distillation:
-        if distillation.crosskd == 0 and distillation.pkd == 0:
-            problems.append("distillation.crosskd and distillation.pkd are both 0: nothing would be distilled.")
-        k = distillation.tap_index
-        if k is not None and k > model.head_blocks:
-            problems.append(f"distillation.tap_index is {k}, but model.head_blocks is {model.head_blocks}.")
-    for name, section in (("model", model), ("teacher", teacher)):
+def impossible_combinations(recipe: Recipe) -> list[Problem]:
+    """What no single field shows to be wrong.
+
+    Returns:
+        the fields (`section.key`, or a section) and the text of each problem.
+    """
+    values = {f.name: _default(f) for f in _fields(DetectionTrainingArguments)} | recipe.training
+    training: list[Problem] = [
+        (tuple(f"training.{name}" for name in names), f"training.{message}")
+        for names, message in training_problems(values)
+    ]
+    if values["hub_token"]:
+        text = (
+            "training.hub_token would be written into recipe.yaml, which is pushed with the model: leave it out, and "
+            "run `hf auth login` or set HF_TOKEN."
+        )
+        training.append((("training.hub_token",), text))
+    return [*_model_problems(recipe), *_distillation_problems(recipe), *_data_problems(recipe.data), *training]
+
+
+def _model_problems(recipe: Recipe) -> list[Problem]:
+    problems: list[Problem] = []
+    for name, section in (("model", recipe.model), ("teacher", recipe.teacher)):
         if section and section.backbone_style == "caffe" and "resnet" not in section.backbone:
-            problems.append(f"{name}.backbone_style caffe is for ResNets, not {section.backbone!r}.")
-    if data.long_side < data.short_side:
-        problems.append(f"data.long_side {data.long_side} is below data.short_side {data.short_side}.")
+            text = f"{name}.backbone_style caffe is for ResNets, not {section.backbone!r}: set pytorch."
+            problems.append(((f"{name}.backbone_style", f"{name}.backbone"), text))
+    return problems
+
+
+def _distillation_problems(recipe: Recipe) -> list[Problem]:
+    teacher, distillation = recipe.teacher, recipe.distillation
+    problems: list[Problem] = []
+    if distillation and not teacher:
+        text = "distillation needs a teacher: add the section teacher, or set distillation=null."
+        problems.append((("teacher",), text))
+    if teacher and not distillation:
+        text = "there is a teacher but no distillation: add the section distillation, or set teacher=null."
+        problems.append((("distillation",), text))
+    if teacher and not teacher.checkpoint:
+        text = "teacher.checkpoint is missing: a folder, a Hub id, or an MMDetection .pth by path or URL."
+        problems.append((("teacher.checkpoint",), text))
+    if not distillation:
+        return problems
+    terms = ("cls_weight", "box_weight", "centerness_weight")
+    # Published for a teacher without centerness: none.
+    off = [
+        weight == 0 or (weight is None and name == "centerness_weight" and teacher and teacher.detector != "atss")
+        for name, weight in ((name, getattr(distillation, name)) for name in terms)
+    ]
+    if distillation.crosskd == 0 and distillation.pkd == 0:
+        text = "distillation.crosskd and distillation.pkd are both 0: nothing would be distilled."
+        problems.append((("distillation.crosskd", "distillation.pkd"), text))
+    elif distillation.pkd == 0 and all(off):
+        text = "distillation: cls_weight, box_weight, centerness_weight and pkd are all 0: nothing would be distilled."
+        problems.append((tuple(f"distillation.{name}" for name in (*terms, "pkd")), text))
+    k = distillation.tap_index
+    for name, section in (("model", recipe.model), ("teacher", teacher)):
+        if section is None or k is None or k <= section.head_blocks:
+            continue
+        # A saved detector carries its own number of blocks: the trainer compares that.
+        if section.checkpoint in (None, "", "random") or section.checkpoint.endswith(".pth"):
+            text = f"distillation.tap_index is {k}, but {name}.head_blocks {section.head_blocks}: lower tap_index."
+            problems.append((("distillation.tap_index", f"{name}.head_blocks"), text))
+    return problems
+
+
+def _data_problems(data: DataSection) -> list[Problem]:
+    problems: list[Problem] = []
     sides = data.multiscale_short_sides
-    if data.multiscale == "range" and not (len(sides) == 2 and sides[0] <= sides[1]):
-        problems.append(f"data.multiscale range needs multiscale_short_sides [lowest, highest], not {sides}.")
+    names = ("data.multiscale", "data.multiscale_short_sides")
+    if data.multiscale == "range" and not (len(sides) == 2 and sides[0] < sides[1]):
+        problems.append((names, f"data.multiscale range needs multiscale_short_sides [lowest, highest], not {sides}."))
     if data.multiscale == "choice" and not sides:
-        problems.append("data.multiscale choice needs values in multiscale_short_sides.")
+        problems.append((names, "data.multiscale choice needs values in multiscale_short_sides."))
     if data.multiscale == "none" and sides:
-        problems.append(f"data.multiscale is none, but multiscale_short_sides is {sides}: set range or choice.")
+        text = f"data.multiscale is none, but multiscale_short_sides is {sides}: set range or choice."
+        problems.append((names, text))
+    if data.long_side < data.short_side:
+        text = f"data.long_side {data.long_side} is below data.short_side {data.short_side}."
+        problems.append((("data.long_side", "data.short_side"), text))
+    if sides and max(sides) > data.long_side:
+        text = f"data.multiscale_short_sides goes up to {max(sides)}, above data.long_side {data.long_side}."
+        problems.append((("data.multiscale_short_sides", "data.long_side"), text))
+    for name in ("annotations", "images"):
+        try:
+            placeholders = {field for _, field, _, _ in string.Formatter().parse(getattr(data, name))} - {None}
+        except ValueError:
+            placeholders = {"?"}
+        if not placeholders <= {"split"}:
+            text = f"data.{name} {getattr(data, name)!r} may only have the placeholder {{split}}."
+            problems.append(((f"data.{name}",), text))
     return problems
 
 
@@ -272,12 +358,25 @@ def describe_fields() -> str:
     own = set(DetectionTrainingArguments.__annotations__)
     for section, section_class in (*SECTIONS.items(), ("training", DetectionTrainingArguments)):
         hints = typing.get_type_hints(section_class)
-        for f in dataclasses.fields(section_class):
+        for f in _fields(section_class):
             if section == "training" and f.name not in own:
                 continue
-            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-            lines.append(f"{section}.{f.name} ({_type_name(hints[f.name])}, {default!r}): {f.metadata.get('help', '')}")
+            kind, text = _type_name(hints[f.name]), f.metadata.get("help", "")
+            if f.metadata.get("choices"):
+                kind = " | ".join(f.metadata["choices"])
+            lines.append(f"{section}.{f.name} ({kind}, {_default(f)!r}): {text}")
     return "\n".join(lines)
+
+
+def _fields(section_class: type) -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(section_class) if f.init]
+
+
+def _default(f: dataclasses.Field) -> Any:
+    if f.default is not dataclasses.MISSING:
+        return f.default
+    factory: Callable[[], Any] = f.default_factory  # type: ignore[assignment]
+    return factory()
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -290,6 +389,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
     seen = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            problem = "merge keys (<<) aren't read: write every value out"
+            raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
         key = loader.construct_object(key_node)
         if not isinstance(key, Hashable):
             raise yaml.constructor.ConstructorError(None, None, "a key must be a single word", key_node.start_mark)
@@ -304,15 +406,34 @@ _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        # A SafeLoader: no tag of the file can make an object.
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506
+        data = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(f"{path} can't be read ({error.strerror}).") from error
+    try:
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is no UTF-8 text ({error}).") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: such as the date 2024-13-45
-        raise RecipeError(f"{path} is no valid YAML: {error}") from error
+        line = data.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"{path}, line {line}: no UTF-8 text ({error.reason}); save it as UTF-8.") from error
+    content = _parse_yaml(text, str(path))
     if not isinstance(content, dict):
-        raise RecipeError(f"{path} must hold the sections {', '.join([*SECTIONS, 'training'])}, not {content!r:.50}.")
+        found = "nothing" if content is None else f"{content!r:.50}"
+        raise RecipeError(f"{path} must hold the sections {', '.join([*SECTIONS, 'training'])}, but holds {found}.")
     return content
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        # A SafeLoader: no tag of the text can make an object.
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise RecipeError(f"{source}{where}: no valid YAML ({error.problem or error.context}).") from error
+    except yaml.reader.ReaderError as error:
+        where = f", line {text.count(chr(10), 0, error.position) + 1}"
+        raise RecipeError(f"{source}{where}: no valid YAML ({error.reason}).") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: such as the date 2024-13-45
+        raise RecipeError(f"{source}: no valid YAML ({error}).") from error
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
@@ -320,51 +441,56 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     parts = key.split(".")
     if not equals or len(parts) > 2 or not all(parts):
         raise RecipeError(f"override {override!r} must look like section.key=value, or section=null.")
-    try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader) if text else ""  # noqa: S506
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"override {override!r}: {text!r} is no valid YAML value ({error}).") from error
+    value = _parse_yaml(text, f"override {override!r}") if text else ""
     if len(parts) == 1:
         if value is not None:
             raise RecipeError(f"override {override!r}: a whole section can only be set to null.")
+        if key not in OPTIONAL_SECTIONS:
+            choice = " and ".join(OPTIONAL_SECTIONS)
+            raise RecipeError(f"override {override!r}: only {choice} can be taken out of a recipe.")
         content[key] = None
         return
     section = content.get(parts[0])
-    if section is None:
-        section = content[parts[0]] = {}
-    if not isinstance(section, dict):
-        raise RecipeError(f"section {parts[0]} must hold keys and values, not {section!r}.")
-    section[parts[1]] = value
+    if not isinstance(section, dict | None):
+        raise RecipeError(f"override {override!r}: section {parts[0]} must hold keys and values, not {section!r}.")
+    # A copy: a YAML alias makes one dict of two sections.
+    content[parts[0]] = {**(section or {}), parts[1]: value}
 
 
 # Checking -----------------------------------------------------------------------------------------------------------
 
 
 def _cast_section(
-    name: str, values: Any, fields: dict[str, dataclasses.Field], hints: dict[str, Any], problems: list[str]
+    name: str, values: Any, section_class: type, problems: list[str], refused: set[str]
 ) -> dict[str, Any]:
     if values is None:
         values = {}
     if not isinstance(values, dict):
         problems.append(f"section {name} must hold keys and values, not {values!r}.")
+        refused.add(name)
         return {}
+    fields, hints = {f.name: f for f in _fields(section_class)}, typing.get_type_hints(section_class)
     cast = {}
     for key, value in values.items():
         if key not in fields:
             problems.append(f"unknown key {name}.{key} (value {value!r}). {_nearest(str(key), list(fields))}")
             continue
         try:
-            cast[key] = _cast(value, hints[key])
-            _check_range(cast[key], fields[key].metadata)
+            checked = _cast(value, hints[key])
+            # transformers' fields may have choices of their own, in the same place.
+            _check_range(checked, fields[key].metadata)
+            cast[key] = checked
         except ValueError as error:
             problems.append(f"{name}.{key}: {value!r} {error}.")
-            cast.pop(key, None)
+            refused.add(f"{name}.{key}")
     return cast
 
 
 def _cast(value: Any, hint: Any) -> Any:
     """The value as the field's type. Raises ValueError, worded to follow the value."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if value is None and hint in (bool, int, float, str):
+        raise ValueError("must have a value: leave the key out for its default")
     if origin in (typing.Union, types.UnionType):
         return _cast_union(value, arguments)
     if origin is list:
@@ -376,11 +502,17 @@ def _cast(value: Any, hint: Any) -> Any:
             raise ValueError("is neither true nor false")
     elif hint in (int, float):
         return _cast_number(value, hint)
-    elif hint is str or (isinstance(hint, type) and issubclass(hint, Enum)):
+    elif hint is str:
         if not isinstance(value, str):
-            raise ValueError("is no text")
-        if hint is not str and value not in (allowed := [member.value for member in hint]):
-            raise ValueError(f"is unknown. {_nearest(value, allowed)}".rstrip("."))
+            raise ValueError("is no text: put it in quotes")
+    elif _is_enum(hint):
+        if not isinstance(value, str):
+            raise ValueError("is no text: put it in quotes")
+        if value not in (allowed := [str(member.value) for member in hint]):
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+    elif origin is typing.Literal:
+        if not any(value is literal or (type(value) is type(literal) and value == literal) for literal in arguments):
+            raise ValueError(f"must be one of {', '.join(map(repr, arguments))}")
     elif origin is dict or hint is dict:
         if not isinstance(value, dict):
             raise ValueError("is no mapping")
@@ -391,8 +523,11 @@ def _cast_union(value: Any, members: Sequence[Any]) -> Any:
     if value is None:
         if type(None) in members:
             return None
-        raise ValueError("must not be null")
+        raise ValueError("must have a value: leave the key out for its default")
     members = [member for member in members if member is not type(None)]
+    if any(map(_is_enum, members)):
+        # transformers declares `Enum | str` but takes only the Enum's values.
+        members = [member for member in members if member is not str]
     # A type that takes the value as it is goes before one that casts it.
     for member in members:
         if isinstance(member, type) and type(value) is member:
@@ -404,6 +539,10 @@ def _cast_union(value: Any, members: Sequence[Any]) -> Any:
         except ValueError as error:
             errors.append(str(error))
     raise ValueError(" and ".join(errors))
+
+
+def _is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Enum)
 
 
 def _cast_number(value: Any, hint: type) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 WARMUP_STYLES = ("linear", "constant")
 # What the trainer can't work with otherwise, or would silently ignore -> (value, why).
@@ -47,7 +48,9 @@ class DetectionTrainingArguments(TrainingArguments):
         ValueError: naming every field that can't be, its value and what to do.
     """
 
-    optim: str = field(default="sgd", metadata={"help": "Optimizer; sgd is the published one."})
+    optim: OptimizerNames | str = field(
+        default="sgd", metadata={"help": "Optimizer; sgd is the published one."}
+    )
     learning_rate: float = field(default=0.01, metadata={"help": "Learning rate at a batch of base_batch_size."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay."})
     momentum: float = field(default=0.9, metadata={"help": "Momentum of SGD."})
@@ -77,7 +80,8 @@ class DetectionTrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = field(default="AP", metadata={"help": "Metric of the best checkpoint."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether that metric should be high."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep; null: all."})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Experiment trackers."})
+    # None first, as transformers has it: HfArgumentParser can't read the union in another order.
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers."})  # noqa: RUF036
     label_names: list[str] | None = field(
         default_factory=lambda: ["labels"], metadata={"help": "Model inputs that are labels."}
     )
@@ -154,6 +158,6 @@ def _schedule_problems(values: Mapping[str, Any]) -> list[Problem]:
     if list(milestones) != sorted(set(milestones)):
         problems.append((("lr_milestones",), f"lr_milestones {milestones} must rise from each epoch to the next."))
     if values["lr_scheduler_type"] != "linear" or values["lr_scheduler_kwargs"]:
-        text = f"lr_scheduler_type and lr_scheduler_kwargs need lr_milestones null; with {milestones} nothing reads them."
+        text = f"lr_scheduler_type and lr_scheduler_kwargs need lr_milestones null, which is {milestones}."
         problems.append((("lr_scheduler_type", "lr_scheduler_kwargs", "lr_milestones"), text))
     return problems

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from crosskd_hf.convert import load_reference_state, reference_keys
+from crosskd_hf.convert import load_reference_state, reference_keys, to_reference
 from crosskd_hf.distillation.objective import distillation_losses, teacher_forward
 from crosskd_hf.distillation.settings import DistillationSettings
 from crosskd_hf.models import CONFIGS, MODELS
@@ -240,7 +240,7 @@ class GoldenCase:
             if not parameter.requires_grad:
                 continue
             norm, samples = self.record["grads"][self.keys[key]]
-            gradient = parameter.grad.flatten()
+            gradient = to_reference(key, parameter.grad).flatten()
             index = torch.from_numpy(
                 self.synth.probe_index(f"{self.name}:grad:{self.keys[key]}", gradient.numel(), 4)
             )

@@ -11,7 +11,8 @@ from crosskd_hf.training_args import DetectionTrainingArguments
 
 # COCO train2017 has 117266 images left after filtering; at batch 16 that is ceil(117266 / 16) updates.
 STEPS_PER_EPOCH = 7330
-ONE_X = {"warmup_steps": 500, "start_factor": 0.001, "style": "linear", "milestone_steps": [58640, 80630], "gamma": 0.1}
+WARMUP = {"warmup_steps": 500, "start_factor": 0.001, "style": "linear"}
+ONE_X = {**WARMUP, "milestone_steps": [58640, 80630], "gamma": 0.1}
 TWO_X = {**ONE_X, "milestone_steps": [117280, 161260]}
 FCOS = {**TWO_X, "start_factor": 1 / 3, "style": "constant"}
 
@@ -192,6 +193,25 @@ def test_optimizer_steps_like_plain_sgd(tmp_path):
         velocity = 0.9 * velocity + gradient + 1e-4 * weight
         weight -= 0.01 * velocity
         assert model.weight.item() == pytest.approx(weight, abs=1e-6)
+
+
+def test_fused_steps_equal_unfused_ones(tmp_path):
+    torch.manual_seed(0)
+    model = Block()
+    twin = copy.deepcopy(model)
+    args = arguments(tmp_path, bias_lr_factor=2.0, bias_weight_decay=False)
+    fused = build_optimizer(model, args)
+    groups = parameter_groups(twin, learning_rate=0.01, weight_decay=1e-4, bias_lr_factor=2.0, bias_weight_decay=False)
+    plain = torch.optim.SGD(groups, lr=0.01, momentum=0.9, fused=False, foreach=False)
+    for _ in range(5):
+        for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+            if parameter.requires_grad:
+                parameter.grad = torch.randn_like(parameter)
+                other.grad = parameter.grad.clone()
+        fused.step()
+        plain.step()
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, atol=1e-7, rtol=0)
 
 
 def test_optimizer_without_fused_kernels_isnt_fused(tmp_path):

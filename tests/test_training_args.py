@@ -62,7 +62,7 @@ def test_every_own_field_has_a_help_text_and_known_names():
 
 def test_command_line_parser_takes_them(tmp_path):
     (args,) = HfArgumentParser(DetectionTrainingArguments).parse_args_into_dataclasses(
-        ["--output_dir", str(tmp_path), "--use_cpu", "true", "--lr_milestones", "2", "3.5", "--warmup_style", "constant"]
+        f"--output_dir {tmp_path} --use_cpu true --lr_milestones 2 3.5 --warmup_style constant".split()
     )
     assert args.lr_milestones == [2, 3.5]
     assert args.warmup_style == "constant"

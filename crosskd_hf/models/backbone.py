@@ -8,6 +8,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from .configuration_dense import DenseDetectorConfig
+from .swin import is_swin, pad_before_shifting, pad_to_patches
 
 STRIDES = (8, 16, 32)
 
@@ -32,8 +33,12 @@ class Backbone(nn.Module):
         # The deepest map of a stride: some models have several.
         self.indices = [len(reductions) - 1 - reductions[::-1].index(stride) for stride in STRIDES]
         self.channels: list[int] = [self.body.feature_info.channels()[i] for i in self.indices]
-        # Transformer backbones may hand out channels-last maps.
-        self.channels_last = getattr(getattr(self.body, "model", self.body), "output_fmt", "NCHW") == "NHWC"
+        self.channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC"
+        self.is_swin = is_swin(config.backbone)
+        if self.is_swin:
+            pad_before_shifting(self.body)
+            # Swin's blocks leave their sum unnormalised; detectors put a norm on each map that they use.
+            self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.channels)
         if config.backbone_style == "caffe":
             _stride_on_first_convolution(self.body, config.backbone)
         for parameter in frozen_parameters(self.body, config):
@@ -45,8 +50,10 @@ class Backbone(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         """(N, 3, H, W) -> three maps (N, C_i, ceil(H / s), ceil(W / s)), s = 8, 16, 32."""
-        maps = self.body(pixel_values)
+        maps = self.body(pad_to_patches(pixel_values) if self.is_swin else pixel_values)
         features = [maps[i] for i in self.indices]
+        if self.is_swin:
+            features = [norm(feature) for norm, feature in zip(self.norms, features, strict=True)]
         if self.channels_last:
             features = [feature.permute(0, 3, 1, 2).contiguous() for feature in features]
         return features
@@ -65,11 +72,21 @@ def _create_body(config: DenseDetectorConfig, pretrained: bool) -> nn.Module:
     if not timm.is_model(name.split(".")[0]):
         close = timm.list_models(f"*{name.split('.')[0][:5]}*")[:5]
         raise ValueError(f"backbone {name!r} is no timm model. Close names: {', '.join(close) or 'none'}.")
-    options = {"drop_path_rate": config.drop_path_rate} if config.drop_path_rate else {}
+    options: dict = {"strict_img_size": False, "always_partition": True} if is_swin(name) else {}
+    # Given even if 0: some models have a rate of their own (Swin 0.1). Others don't know the word.
+    options["drop_path_rate"] = config.drop_path_rate
     try:
-        body = timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+        try:
+            body = timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+        except TypeError:
+            if options.pop("drop_path_rate"):
+                raise
+            body = timm.create_model(name, pretrained=pretrained, features_only=True, **options)
     except (AttributeError, AssertionError, TypeError) as error:
-        raise ValueError(f"backbone {name!r} can't be used: timm gives no features_only version ({error}).") from error
+        raise ValueError(
+            f"backbone {name!r} can't be used: timm builds no features_only version of it with drop_path_rate "
+            f"{config.drop_path_rate} ({error})."
+        ) from error
     reductions = body.feature_info.reduction()
     missing = [stride for stride in STRIDES if stride not in reductions]
     if missing:

@@ -1,5 +1,6 @@
 """The one head of every detector: a class tower and a box tower, shared by all levels."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -84,14 +85,19 @@ class HeadOutput:
     reg_taps: list[Tensor] | None = None
 
 
+def num_groups(channels: int) -> int:
+    """32 groups, or as many as small towers allow: a group of one channel has nothing to normalise on a 1x1 map."""
+    groups = math.gcd(channels, 32)
+    return groups if channels >= 2 * groups else max(1, groups // 2)
+
+
 class TowerBlock(nn.Module):
     """3x3 convolution, GroupNorm or nothing, ReLU."""
 
     def __init__(self, in_channels: int, channels: int, group_norm: bool):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, channels, 3, padding=1, bias=not group_norm)
-        # Fewer than 32 channels only in toy models: a group then needs at least one channel.
-        self.norm = nn.GroupNorm(min(32, channels), channels) if group_norm else nn.Identity()
+        self.norm = nn.GroupNorm(num_groups(channels), channels) if group_norm else nn.Identity()
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(N, C, H, W) -> the same before and after the ReLU."""

@@ -266,7 +266,7 @@ class DenseDetector(PreTrainedModel):
             for conv in (m for m in module.modules() if isinstance(m, nn.Conv2d)):
                 init.xavier_uniform_(conv.weight)
                 init.zeros_(conv.bias)
-        elif isinstance(module, nn.GroupNorm):
+        elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
             init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, DenseHead):

@@ -1,0 +1,124 @@
+"""The step monitor: averages, the first bad step, and the factor that masks it."""
+
+import math
+
+import pytest
+import torch
+
+from crosskd_hf.monitoring import NonFiniteLossError, StepMonitor, memory_gb
+
+NAN, INF = float("nan"), float("inf")
+CPU = torch.device("cpu")
+
+
+def one_rank(row: torch.Tensor) -> torch.Tensor:
+    return row
+
+
+def terms(**values: float) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(value) for name, value in values.items()}
+
+
+def test_averages_since_the_last_call():
+    monitor = StepMonitor(CPU)
+    for step, value in enumerate((1.0, 2.0, 6.0), start=1):
+        assert monitor.record(terms(loss_cls=value, loss_box=10 * value), step) == 1
+    monitor.seconds["step_time"] = 1.5
+    logs = monitor.averages(one_rank)
+    assert {"loss_cls": 3.0, "loss_box": 30.0, "step_time": 0.5, "data_time": 0.0}.items() <= logs.items()
+    assert set(logs) == {"loss_cls", "loss_box", "step_time", "data_time", "memory_gb"}
+    assert monitor.averages(one_rank) == {}
+    monitor.record(terms(loss_cls=7.0, loss_box=70.0), 4)
+    logs = monitor.averages(one_rank)
+    assert (logs["loss_cls"], logs["loss_box"], logs["step_time"]) == (7.0, 70.0, 0.0)
+
+
+def test_averages_before_any_step():
+    assert StepMonitor(CPU).averages(one_rank) == {}
+
+
+def test_averages_are_the_mean_over_ranks():
+    monitor = StepMonitor(CPU)
+    monitor.record(terms(loss_cls=1.0), 1)
+    logs = monitor.averages(lambda row: torch.cat([row, row + torch.tensor([[2.0, 0.0, 0.0, 0.0]])]))
+    assert logs["loss_cls"] == 2.0
+
+
+def test_terms_keep_no_graph_and_any_dtype():
+    monitor = StepMonitor(CPU)
+    loss = torch.tensor(2.0, requires_grad=True)
+    factor = monitor.record({"loss_cls": loss * 3, "loss_box": torch.tensor(1.0, dtype=torch.bfloat16)}, 1)
+    assert not monitor.sums.requires_grad and not factor.requires_grad
+    assert monitor.sums.dtype == torch.float32
+    assert monitor.averages(one_rank)["loss_cls"] == 6.0
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_factor_is_nan_only_in_a_bad_step(bad):
+    monitor = StepMonitor(CPU)
+    factors = [monitor.record(terms(loss_cls=value, loss_box=1.0), step) for step, value in enumerate([1.0, bad, 1.0])]
+    assert [math.isnan(factor) for factor in factors] == [False, True, False]
+    assert factors[0] == factors[2] == 1
+
+
+def test_factor_makes_every_gradient_nan_even_if_the_loss_gives_finite_ones():
+    monitor = StepMonitor(CPU)
+    weight = torch.ones(3, requires_grad=True)
+    losses = {"loss_cls": weight.sum() + INF, "loss_box": weight.prod()}
+    factor = monitor.record(losses, 1)
+    (torch.stack(list(losses.values())).sum() * factor).backward()
+    assert weight.grad.isnan().all()
+
+
+def test_first_bad_term_and_step_are_named():
+    monitor = StepMonitor(CPU)
+    monitor.record(terms(loss_cls=1.0, loss_box=1.0, kd_cls=1.0), 11)
+    monitor.record(terms(loss_cls=1.0, loss_box=NAN, kd_cls=INF), 12)
+    monitor.record(terms(loss_cls=NAN, loss_box=NAN, kd_cls=1.0), 13)
+    with pytest.raises(NonFiniteLossError, match=r"^loss_box, kd_cls was not finite at step 12$"):
+        monitor.averages(one_rank)
+
+
+def test_bad_step_on_another_rank_is_found():
+    monitor = StepMonitor(CPU)
+    monitor.record(terms(loss_cls=1.0, loss_box=1.0), 5)
+    # Each rank sends three means (two terms, the gradient) and three steps.
+    other = torch.tensor([[1.0, NAN, 0.0, -1.0, 4.0, 5.0]])
+    with pytest.raises(NonFiniteLossError, match=r"^loss_box was not finite at step 4$"):
+        monitor.averages(lambda row: torch.cat([row, other]))
+
+
+def test_bad_gradient_of_finite_losses_is_named():
+    monitor = StepMonitor(CPU)
+    for step in (1, 2, 3, 4):
+        monitor.record(terms(loss_cls=1.0), step)
+        monitor.record_gradient(torch.tensor(step in (2, 3)), step)
+    with pytest.raises(NonFiniteLossError, match=r"^gradient was not finite at step 2$"):
+        monitor.averages(one_rank)
+
+
+def test_bad_loss_goes_before_the_gradient_that_comes_of_it():
+    monitor = StepMonitor(CPU)
+    monitor.record(terms(loss_cls=NAN, loss_box=1.0), 7)
+    monitor.record_gradient(torch.tensor(True), 7)
+    with pytest.raises(NonFiniteLossError, match=r"loss_cls.* step 7"):
+        monitor.averages(one_rank)
+
+
+def test_good_gradients_leave_no_trace():
+    monitor = StepMonitor(CPU)
+    monitor.record(terms(loss_cls=1.0), 1)
+    monitor.record_gradient(torch.tensor(False), 1)
+    assert "gradient" not in monitor.averages(one_rank)
+
+
+def test_other_terms_start_anew():
+    monitor = StepMonitor(CPU)
+    monitor.record(terms(loss_cls=100.0), 1)
+    monitor.record(terms(loss_cls=1.0, kd_cls=3.0), 2)
+    logs = monitor.averages(one_rank)
+    assert (logs["loss_cls"], logs["kd_cls"]) == (1.0, 3.0)
+
+
+def test_memory_of_this_process():
+    assert 0.05 < memory_gb(CPU) < 1000

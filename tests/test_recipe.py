@@ -1,0 +1,554 @@
+"""Recipes: strict reading, every refusal, and the files that the package carries."""
+
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from crosskd_hf import recipe as recipe_module
+from crosskd_hf.models import CONFIGS, MODELS
+from crosskd_hf.recipe import (
+    DETECTORS,
+    DataSection,
+    DistillationSection,
+    ModelSection,
+    Recipe,
+    RecipeError,
+    TeacherSection,
+    carried_recipes,
+    describe_fields,
+    find_recipe,
+    load_recipe,
+    parse_recipe,
+)
+from crosskd_hf.training_args import DetectionTrainingArguments
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+ZOO = "https://download.openmmlab.com/mmdetection/v2.0/"
+
+
+def distilled(**sections) -> dict:
+    """Content of a small valid recipe with a teacher."""
+    return {"teacher": {"checkpoint": "random"}, "distillation": {}} | sections
+
+
+def refusal(content: dict) -> str:
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(content)
+    return str(error.value)
+
+
+def write(folder: Path, text: str | bytes, name: str = "some.yaml") -> Path:
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+# Values -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "expected"),
+    [
+        ("data", "flip_probability", "1e-2", 0.01),  # which YAML reads as text
+        ("data", "flip_probability", 1, 1.0),
+        ("data", "short_side", "640", 640),
+        ("data", "short_side", 640.0, 640),
+        ("data", "filter_empty", False, False),
+        ("data", "max_val_images", None, None),
+        ("data", "max_val_images", 8, 8),
+        ("model", "checkpoint", None, None),
+        ("model", "checkpoint", "you/detector", "you/detector"),
+        ("training", "learning_rate", "1e-2", 0.01),
+        ("training", "lr_milestones", ["1.6e1", 22], [16.0, 22.0]),
+        ("training", "lr_milestones", None, None),
+        ("training", "per_device_train_batch_size", "8", 8),
+        ("training", "warmup_steps", 500, 500.0),
+        ("training", "lr_scheduler_type", "linear", "linear"),
+        ("training", "eval_strategy", "epoch", "epoch"),
+        ("training", "report_to", "wandb", "wandb"),
+        ("training", "report_to", ["wandb", "tensorboard"], ["wandb", "tensorboard"]),
+        ("training", "accelerator_config", {"split_batches": False}, {"split_batches": False}),
+        ("training", "trackio_static_space_id", False, False),
+        ("training", "base_batch_size", None, None),
+    ],
+)
+def test_values_are_cast_by_the_field(section, key, value, expected):
+    # Milestones for the list above.
+    content = {"training": {"num_train_epochs": 24}}
+    content.setdefault(section, {})[key] = value
+    read = parse_recipe(content)
+    cast = read.training[key] if section == "training" else getattr(getattr(read, section), key)
+    assert cast == expected
+    assert type(cast) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("data", "short_side", True, "data.short_side: True is no whole number"),
+        ("data", "short_side", 1.5, "data.short_side: 1.5 is no whole number"),
+        ("data", "short_side", "1.5", "'1.5' is no whole number"),
+        ("data", "short_side", "large", "'large' is no whole number"),
+        ("data", "short_side", None, "must have a value"),
+        ("data", "short_side", [800], "is no whole number"),
+        ("data", "short_side", 0, "data.short_side: 0 must be at least 1"),
+        ("data", "flip_probability", True, "True is no number"),
+        ("data", "flip_probability", float("nan"), "is not finite"),
+        ("data", "flip_probability", float("inf"), "is not finite"),
+        ("data", "flip_probability", "nan", "is not finite"),
+        ("data", "flip_probability", 10**400, "is too large"),
+        ("data", "flip_probability", 1.01, "must be at most 1"),
+        ("data", "flip_probability", -0.01, "must be at least 0"),
+        ("data", "filter_empty", "yes", "is neither true nor false"),
+        ("data", "filter_empty", 1, "is neither true nor false"),
+        ("data", "path", 2017, "data.path: 2017 is no text: put it in quotes"),
+        ("data", "path", None, "must have a value"),
+        ("data", "multiscale", "rnage", "must be one of none, range, choice"),
+        ("data", "multiscale_short_sides", 640, "is no list of int"),
+        ("data", "multiscale_short_sides", [640, 0], "must be at least 1"),
+        ("data", "multiscale_short_sides", [640, "x"], "is no whole number"),
+        ("model", "detector", "yolo", "must be one of gfl"),
+        ("model", "frozen_stages", 5, "must be at most 4"),
+        ("model", "head_blocks", 0, "must be at least 1"),
+        ("model", "drop_path_rate", 1.5, "must be at most 1"),
+        ("model", "backbone_style", "tensorflow", "must be one of pytorch, caffe"),
+        ("model", "fpn_extra_convs", "on_lateral", "must be one of on_output, on_input"),
+        ("distillation", "crosskd", -1, "must be at least 0"),
+        ("distillation", "tap", "soft", "must be one of rectified, raw"),
+        ("distillation", "tap_index", -1, "must be at least 0"),
+        ("training", "learning_rate", "fast", "training.learning_rate: 'fast' is no number"),
+        ("training", "learning_rate", "nan", "is not finite"),
+        ("training", "learning_rate", -1, "training.learning_rate is -1.0; it must be at least 0"),
+        ("training", "seed", 0.5, "is no whole number"),
+        ("training", "bf16", "false", "is neither true nor false"),
+        ("training", "lr_milestones", 8, "is no list of float"),
+        ("training", "lr_scheduler_type", "liner", "must be one of linear, cosine"),
+        ("training", "eval_strategy", "epcoh", "must be one of no, steps, epoch"),
+        ("training", "eval_strategy", False, "is no text"),  # what YAML makes of a bare no
+        ("training", "optim", "sdg", "training.optim: 'sdg' must be one of"),
+        ("training", "train_sampling_strategy", "unknown", "must be one of random"),
+        ("training", "trackio_static_space_id", True, "must be one of False"),
+        ("training", "hub_token", "hf_secret", "training.hub_token would be written into recipe.yaml"),
+    ],
+)
+def test_refused_values(section, key, value, message):
+    text = refusal(distilled(**{section: {key: value}}))
+    assert message in text
+    assert f"{section}.{key}" in text
+    assert text.count("\n  - ") == 1
+    assert "hf_secret" not in text
+
+
+def test_unknown_names_come_with_near_ones():
+    assert "unknown section 'modle'. Did you mean model?" in refusal({"modle": {}})
+    text = refusal({"model": {"backbon": "resnet18"}})
+    assert "unknown key model.backbon (value 'resnet18'). Did you mean backbone" in text
+    # Removed from transformers, 5.0.
+    text = refusal({"training": {"warmup_ratio": 0.1}})
+    assert "unknown key training.warmup_ratio (value 0.1). Did you mean" in text
+    assert "warmup_steps" in text
+    assert "unknown key data.qqqq" in refusal({"data": {"qqqq": 1}})
+    assert "unknown key data.True" in refusal({"data": {True: 1}})
+
+
+def test_all_problems_are_told_at_once():
+    text = refusal(
+        {
+            "model": {"frozen_stages": 9, "bakcbone": "x"},
+            "data": {"multiscale": "range", "flip_probability": "often"},
+            "training": {"learning_rate": "fast", "max_steps": 3},
+            "teacher": {"checkpoint": "random"},
+        }
+    )
+    for part in (
+        "model.frozen_stages",
+        "model.bakcbone",
+        "data.multiscale range",
+        "data.flip_probability",
+        "training.learning_rate",
+        "training.warmup_steps is 500",
+        "no distillation",
+    ):
+        assert part in text
+    assert text.count("\n  - ") == 7
+
+
+def test_a_refused_value_causes_no_second_message():
+    content = {"data": {"multiscale": "rnage", "multiscale_short_sides": [480, 800]}}
+    assert refusal(content).count("\n  - ") == 1
+    # A misspelt section isn't missing as well.
+    assert refusal({"teacher": {"checkpoint": "random"}, "distilation": {}}).count("\n  - ") == 1
+    assert refusal({"teacher": {"checkpoint": "random"}, "distillation": [1]}).count("\n  - ") == 1
+
+
+@pytest.mark.parametrize("section", ["model", "teacher", "data", "training"])
+def test_a_section_must_be_a_mapping(section):
+    assert f"section {section} must hold keys and values, not [1, 2]" in refusal(distilled(**{section: [1, 2]}))
+
+
+# Combinations -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"distillation": {}}, "distillation needs a teacher"),
+        ({"teacher": {"checkpoint": "random"}}, "there is a teacher but no distillation"),
+        (distilled(teacher={}), "teacher.checkpoint is missing"),
+        (distilled(distillation={"crosskd": 0}), "distillation.crosskd and distillation.pkd are both 0"),
+        (distilled(distillation={"cls_weight": 0, "box_weight": 0}), "centerness_weight and pkd are all 0"),
+        (distilled(teacher={"checkpoint": "a/b"}, distillation={"tap_index": 5}), "is 5, but model.head_blocks 4"),
+        (distilled(model={"head_blocks": 2}, distillation={"tap_index": 3}), "but model.head_blocks 2"),
+        (
+            distilled(teacher={"checkpoint": "random", "head_blocks": 2}, distillation={"tap_index": 3}),
+            "but teacher.head_blocks 2",
+        ),
+        ({"model": {"backbone": "swin_tiny_patch4_window7_224", "backbone_style": "caffe"}}, "caffe is for ResNets"),
+        ({"data": {"multiscale": "range"}}, r"needs multiscale_short_sides [lowest, highest], not []"),
+        ({"data": {"multiscale": "range", "multiscale_short_sides": [480]}}, "not [480]"),
+        ({"data": {"multiscale": "range", "multiscale_short_sides": [800, 480]}}, "not [800, 480]"),
+        ({"data": {"multiscale": "range", "multiscale_short_sides": [1, 2, 3]}}, "not [1, 2, 3]"),
+        ({"data": {"multiscale": "choice"}}, "data.multiscale choice needs values"),
+        ({"data": {"multiscale_short_sides": [640]}}, "data.multiscale is none"),
+        ({"data": {"multiscale": "choice", "multiscale_short_sides": [640, 1400]}}, "to 1400, above data.long_side"),
+        ({"data": {"short_side": 1400}}, "data.long_side 1333 is below data.short_side 1400"),
+        ({"data": {"images": "{name}"}}, "data.images '{name}' may only have the placeholder {split}"),
+        ({"data": {"annotations": "{split.json"}}, "data.annotations '{split.json' may only have"),
+        ({"training": {"num_train_epochs": 10}}, "training.lr_milestones [11.0] lie outside the 10 epochs"),
+        ({"training": {"max_steps": 4}}, "training.warmup_steps is 500, but training ends after max_steps 4"),
+        ({"training": {"remove_unused_columns": True}}, "training.remove_unused_columns is True"),
+    ],
+)
+def test_impossible_combinations(content, message):
+    text = refusal(content)
+    assert message in text
+    assert text.count("\n  - ") == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        distilled(),
+        distilled(distillation={"crosskd": 0, "pkd": 6}),
+        distilled(distillation={"cls_weight": 0, "box_weight": 0, "pkd": 1}),
+        distilled(distillation={"cls_weight": 0}),
+        # ATSS's published centerness term is left.
+        distilled(
+            teacher={"checkpoint": "random", "detector": "atss"}, distillation={"cls_weight": 0, "box_weight": 0}
+        ),
+        distilled(distillation={"tap_index": 0}),
+        distilled(distillation={"tap_index": 4}),
+        # Saved detectors carry their own number of blocks.
+        distilled(teacher={"checkpoint": "some/folder", "head_blocks": 1}, distillation={"tap_index": 3}),
+        distilled(model={"checkpoint": "some/folder", "head_blocks": 1}, distillation={"tap_index": 3}),
+        {"model": {"backbone": "resnet101", "backbone_style": "caffe"}},
+        {"data": {"multiscale": "range", "multiscale_short_sides": [480, 800]}},
+        {"data": {"multiscale": "choice", "multiscale_short_sides": [640]}},
+        {"data": {"images": "all", "annotations": "{split}.json"}},
+        {"training": {"max_steps": 4, "warmup_steps": 0}},
+    ],
+)
+def test_possible_combinations(content):
+    parse_recipe(content)
+
+
+def test_what_transformers_refuses_is_a_recipe_error(tmp_path):
+    training = {"output_dir": str(tmp_path), "use_cpu": True, "load_best_model_at_end": True}
+    training |= {"eval_strategy": "no", "save_strategy": "epoch"}
+    with pytest.raises(RecipeError, match=r"training: .*load_best_model_at_end"):
+        parse_recipe({"training": training}).training_arguments()
+
+
+def test_training_arguments_are_built(tmp_path):
+    training = {"output_dir": str(tmp_path), "use_cpu": True, "learning_rate": "2e-2", "lr_milestones": [2]}
+    args = parse_recipe({"training": training}).training_arguments()
+    assert isinstance(args, DetectionTrainingArguments)
+    assert (args.learning_rate, args.lr_milestones) == (0.02, [2.0])
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model:\n  head_blocks: 4\n  head_blocks: 3\n", "line 3, column 3: no valid YAML (the key 'head_blocks' is"),
+        ("model: {}\ndata: {}\nmodel: {}\n", "line 3, column 1: no valid YAML (the key 'model' is given twice"),
+        ("model:\n  backbone: [resnet18\ndata: {}\n", "some.yaml, line 3"),
+        ("model:\n\tdetector: gfl\n", "some.yaml, line 2"),
+        ("model: &a {detector: gfl}\nteacher:\n  <<: *a\n", "line 3, column 3: no valid YAML (merge keys"),
+        ("model:\n  ? [1, 2]\n  : 3\n", "some.yaml, line 2"),
+        ("model: !!python/object/apply:os.getcwd []\n", "some.yaml, line 1"),
+        ("a: &a {b: *a}\n", "some.yaml, line 1"),
+        ("model:\n  backbone: \x01\n", "some.yaml, line 2"),
+        ("data:\n  path: 2024-13-45\n", "some.yaml: no valid YAML (month"),
+        ("a: " + "[" * 3000, "some.yaml"),
+        ("", "some.yaml must hold the sections model, teacher, distillation, data, training, but holds nothing"),
+        ("# only a comment\n", "but holds nothing"),
+        ("- model\n- data\n", "but holds ['model', 'data']"),
+        ("gfl", "but holds 'gfl'"),
+        (b"model:\n  backbone: \xff\xfe\n", "some.yaml, line 2: no UTF-8 text"),
+    ],
+)
+def test_broken_files_name_file_and_line(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    assert message in str(error.value)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(RecipeError, match=r"file .*gfl_r50_croskd.yaml doesn't exist. Did you mean gfl_r50_cross"):
+        load_recipe(tmp_path / "gfl_r50_croskd.yaml")
+    with pytest.raises(RecipeError, match=r"there is no recipe 'gfl_r50_croskd'. Did you mean gfl_r50_crosskd"):
+        load_recipe("gfl_r50_croskd")
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(RecipeError, match="doesn't exist"):
+        load_recipe(tmp_path / "folder.yaml")
+
+
+def test_an_error_names_the_file(tmp_path):
+    with pytest.raises(RecipeError, match=r"some.yaml can't be run:\n  - unknown key"):
+        load_recipe(write(tmp_path, "model: {layers: 3}\n"))
+
+
+def test_byte_order_mark_and_empty_sections_are_fine(tmp_path):
+    assert load_recipe(write(tmp_path, "\ufeffmodel:\nteacher:\ndistillation:\ntraining:\n")) == Recipe(
+        ModelSection(), DataSection()
+    )
+
+
+def test_a_saved_recipe_is_complete_and_reads_the_same(tmp_path):
+    content = distilled(
+        model={"backbone": "resnet18.tv_in1k", "head_blocks": 3},
+        data={"multiscale": "choice", "multiscale_short_sides": [640, 800], "path": "übung: data # 1"},
+        training={"learning_rate": "1e-2", "lr_milestones": [2, 3.5], "eval_strategy": "no", "output_dir": "runs/x"},
+    )
+    original = parse_recipe(content)
+    original.save(tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml") == original
+    written = yaml.safe_load((tmp_path / "saved.yaml").read_text(encoding="utf-8"))
+    assert written == original.to_dict()
+    for name, section in (
+        ("model", ModelSection),
+        ("teacher", TeacherSection),
+        ("distillation", DistillationSection),
+        ("data", DataSection),
+    ):
+        assert list(written[name]) == [f.name for f in dataclasses.fields(section)]
+    assert written["training"] == {
+        "learning_rate": 0.01,
+        "lr_milestones": [2.0, 3.5],
+        "eval_strategy": "no",
+        "output_dir": "runs/x",
+    }
+
+
+def test_a_saved_recipe_without_teacher_reads_the_same(tmp_path):
+    original = parse_recipe({"model": {"detector": "gfl"}})
+    original.save(tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml") == original
+
+
+# Overrides ----------------------------------------------------------------------------------------------------------
+
+
+def test_overrides():
+    read = load_recipe(
+        "gfl_r50_crosskd",
+        ["training.learning_rate=1e-3", "data.path=/my coco", "training.lr_milestones=[4, 6.5]", "distillation.pkd=6"],
+    )
+    assert read.training["learning_rate"] == 0.001
+    assert read.training["lr_milestones"] == [4.0, 6.5]
+    assert read.data.path == "/my coco"
+    assert read.distillation.pkd == 6.0
+
+
+def test_the_last_override_counts_and_a_value_may_have_an_equals_sign():
+    read = load_recipe("gfl_r50_1x", ["data.path=a", "data.path=b=c"])
+    assert read.data.path == "b=c"
+
+
+def test_sections_can_be_taken_out_and_put_in():
+    plain = load_recipe("gfl_r50_crosskd", ["teacher=null", "distillation=null"])
+    assert plain.teacher is plain.distillation is None
+    added = load_recipe("gfl_r50_1x", ["teacher.checkpoint=random", "distillation.crosskd=1"])
+    assert added.teacher.checkpoint == "random"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learning_rate", "must look like section.key=value"),
+        ("training.learning_rate", "must look like section.key=value"),
+        ("training.a.b=1", "must look like section.key=value"),
+        (".learning_rate=1", "must look like section.key=value"),
+        ("teacher=none", "can only be set to null"),
+        ("model=null", "only teacher and distillation can be taken out"),
+        ("data.path=[1", "override 'data.path=[1'"),
+        ("trainign.seed=1", "unknown section 'trainign'. Did you mean training"),
+        ("training.sede=1", "unknown key training.sede (value 1)"),
+        ("training.seed=one", "training.seed: 'one' is no whole number"),
+    ],
+)
+def test_refused_overrides(override, message):
+    with pytest.raises(RecipeError) as error:
+        load_recipe("gfl_r50_crosskd", [override])
+    assert message in str(error.value)
+
+
+def test_problems_of_overrides_and_file_are_told_together(tmp_path):
+    path = write(tmp_path, "model: {head_blocks: 0}\n")
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path, ["seed", "data=null", "data.flip_probability=2"])
+    text = str(error.value)
+    assert all(part in text for part in ("'seed'", "'data=null'", "model.head_blocks", "data.flip_probability"))
+
+
+def test_an_override_changes_one_of_two_aliased_sections(tmp_path):
+    text = "model: &a {detector: gfl, head_blocks: 3}\nteacher: *a\ndistillation: {}\n"
+    read = load_recipe(write(tmp_path, text), ["teacher.checkpoint=random", "model.head_blocks=4"])
+    assert (read.model.head_blocks, read.teacher.head_blocks) == (4, 3)
+
+
+# What the package carries -------------------------------------------------------------------------------------------
+
+
+def test_detectors_are_those_of_the_models():
+    assert set(DETECTORS) == set(CONFIGS) == set(MODELS)
+
+
+def test_every_field_is_described():
+    text = describe_fields()
+    for section in (ModelSection, TeacherSection, DistillationSection, DataSection):
+        for f in dataclasses.fields(section):
+            assert f.metadata["help"]
+            assert re.search(rf"\.{f.name} \(.+\): \S", text)
+    assert "model.detector (gfl | " in text
+    assert "training.lr_milestones (list[float] | None, [8.0, 11.0]): Epochs after" in text
+    assert "training.adam_beta1" not in text
+
+
+def test_recipes_are_found_by_name():
+    assert {name: path.name for name, path in carried_recipes().items()} == {name: f"{name}.yaml" for name in NAMES}
+    assert find_recipe("coco_mini").read_bytes() == (RECIPES / "coco_mini.yaml").read_bytes()
+
+
+def test_recipes_are_found_in_an_installed_package(tmp_path):
+    """As a wheel lays them out: in the package, in a folder without `__init__.py`."""
+    package = Path(recipe_module.__file__).parent
+    shutil.copytree(package, tmp_path / "crosskd_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "crosskd_hf" / "recipes").mkdir()
+    write(tmp_path / "crosskd_hf" / "recipes", "model: {}\n", "installed.yaml")
+    code = "from crosskd_hf.recipe import carried_recipes; print(*carried_recipes())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["installed"], done.stderr
+
+
+def test_a_wheel_carries_the_recipes():
+    text = (RECIPES.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'^packages = \[.*"crosskd_hf\.recipes"', text, re.MULTILINE)
+    assert re.search(r'^\[tool\.setuptools\.package-dir\]\n"crosskd_hf\.recipes" = "recipes"', text, re.MULTILINE)
+    assert re.search(r'^"crosskd_hf\.recipes" = \["\*\.yaml"\]', text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_carried_recipes_are_complete_and_run_as_they_are(name, tmp_path):
+    read = load_recipe(name)
+    text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert f"accelerate launch train.py recipes/{name}.yaml" in text
+    assert read.training["output_dir"] == f"runs/{name}"
+    assert read.training["seed"] == 0
+    args = load_recipe(name, [f"training.output_dir={tmp_path}", "training.use_cpu=true"]).training_arguments()
+    assert args.max_grad_norm == (35.0 if read.model.detector == "fcos" else 0.0)
+    # What a run writes beside its model runs again.
+    read.save(tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == read
+
+
+PUBLISHED = {
+    "gfl_r101_2x_ms": ("44.9", "resnet101.tv_in1k", 24, [16, 22]),
+    "gfl_r50_1x": ("40.2", "resnet50.tv_in1k", 12, [8, 11]),
+    "gfl_r50_crosskd": ("43.7", "resnet50.tv_in1k", 12, [8, 11]),
+    "gfl_r50_crosskd_pkd": ("43.9", "resnet50.tv_in1k", 12, [8, 11]),
+    "gfl_r18_crosskd": ("Published", "resnet18.tv_in1k", 12, [8, 11]),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_rows_write_every_setting_out(name):
+    text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+    figure, backbone, epochs, milestones = PUBLISHED[name]
+    header = text[: text.index("model:")]
+    assert figure in header
+    assert "arXiv 2306.11369" in header
+    assert "Not measured" in header
+    content = yaml.safe_load(text)
+    architecture = {f.name for f in dataclasses.fields(ModelSection)} - {"checkpoint"}
+    assert set(content["model"]) == architecture
+    if "teacher" in content:
+        assert set(content["teacher"]) == {f.name for f in dataclasses.fields(TeacherSection)}
+        # kd_centerness is ATSS's; GFL has none.
+        assert set(content["distillation"]) == {f.name for f in dataclasses.fields(DistillationSection)} - {
+            "centerness_weight"
+        }
+    unset = {"max_train_images", "max_val_images", "cache_dir"}
+    assert set(content["data"]) == {f.name for f in dataclasses.fields(DataSection)} - unset
+    read = load_recipe(name)
+    assert read.model.backbone == backbone
+    expected = {
+        "num_train_epochs": epochs,
+        "lr_milestones": milestones,
+        "per_device_train_batch_size": 2,
+        "base_batch_size": 16,
+        "optim": "sgd",
+        "learning_rate": 0.01,
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+        "warmup_steps": 500,
+        "warmup_style": "linear",
+        "warmup_start_factor": 0.001,
+        "lr_gamma": 0.1,
+        "bias_lr_factor": 1.0,
+        "bias_weight_decay": True,
+        "max_grad_norm": 0.0,
+        "bf16": False,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+    }
+    assert {key: read.training.get(key) for key in expected} == expected
+
+
+def test_teachers_of_the_published_rows():
+    r101 = f"{ZOO}gfl/gfl_r101_fpn_mstrain_2x_coco/gfl_r101_fpn_mstrain_2x_coco_20200629_200126-dd12f847.pth"
+    r50 = f"{ZOO}gfl/gfl_r50_fpn_1x_coco/gfl_r50_fpn_1x_coco_20200629_121244-25944287.pth"
+    for name, url, backbone, pkd in (
+        ("gfl_r50_crosskd", r101, "resnet101.tv_in1k", 0),
+        ("gfl_r50_crosskd_pkd", r101, "resnet101.tv_in1k", 6),
+        ("gfl_r18_crosskd", r50, "resnet50.tv_in1k", 0),
+    ):
+        read = load_recipe(name)
+        assert (read.teacher.checkpoint, read.teacher.backbone) == (url, backbone)
+        assert read.distillation == DistillationSection(1.0, 3, "rectified", 1.0, 4.0, None, pkd)
+
+
+def test_the_teacher_s_own_row_is_multi_scale():
+    data = load_recipe("gfl_r101_2x_ms").data
+    assert (data.multiscale, data.multiscale_short_sides, data.long_side) == ("range", [480, 800], 1333)
+
+
+def test_the_trial_recipe_is_short_and_offline():
+    read = load_recipe("coco_mini")
+    assert (read.model.backbone_weights, read.teacher.checkpoint) == ("random", "random")
+    assert (read.data.short_side, read.data.long_side, read.training["max_steps"]) == (800, 1333, 4)

@@ -1,0 +1,187 @@
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
+
+from crosskd_hf import DistillationSection
+from crosskd_hf.monitoring import NonFiniteLossError
+from crosskd_hf.trainer import DetectionTrainer, DistillationTrainer
+
+
+def distiller(tmp_path: Path, teacher, student=None, distillation=None, **options) -> DistillationTrainer:
+    student = student or tiny_model(seed=1)
+    split = tiny_split(tmp_path / "data")
+    return DistillationTrainer(
+        student,
+        teacher,
+        tiny_args(tmp_path / "run", **options),
+        train_dataset=split,
+        eval_dataset=split,
+        processing_class=tiny_processor(student),
+        distillation=distillation,
+    )
+
+
+def kd_terms(trainer: DistillationTrainer, inputs: dict) -> dict[str, torch.Tensor]:
+    trainer.model.train()
+    terms, _ = trainer.loss_terms(trainer.model, inputs)
+    return {name: term for name, term in terms.items() if name.startswith("kd_")}
+
+
+@pytest.mark.parametrize("detector", ["gfl", "retinanet", "fcos", "atss"])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path: Path, detector: str) -> None:
+    model = tiny_model(detector)
+    trainer = distiller(tmp_path, copy.deepcopy(model), model, DistillationSection(pkd=1.0))
+    terms = kd_terms(trainer, tiny_batch())
+    assert {"kd_cls", "kd_box", "kd_feature"} <= set(terms)
+    own = trainer.loss_terms(trainer.model, tiny_batch())[0]
+    assert own["loss_cls"] > 1e-2
+    # BCE against the teacher's soft targets is never 0; its factor |p - p_teacher| is.
+    for name, term in terms.items():
+        if name != "kd_centerness":
+            assert term.abs() < 1e-4, name
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, 4])
+def test_distillation_gradients_stop_at_the_tap(tmp_path: Path, k: int) -> None:
+    trainer = distiller(tmp_path, tiny_model(seed=2), distillation=DistillationSection(tap_index=k))
+    torch.stack(list(kd_terms(trainer, tiny_batch()).values())).sum().backward()
+    for name, parameter in trainer.model.named_parameters():
+        gradient = 0.0 if parameter.grad is None else parameter.grad.abs().sum().item()
+        tower = name.startswith(("head.cls_tower", "head.reg_tower"))
+        if name.startswith(("head.cls_predictor", "head.box_predictor", "head.scales")):
+            assert gradient == 0.0, name
+        elif tower and int(name.split(".")[2]) >= k:
+            assert gradient == 0.0, name
+        elif tower or name.startswith("fpn.lateral"):
+            assert gradient > 0.0, name
+    assert all(p.grad is None for p in trainer.teacher.parameters())
+
+
+def test_the_teacher_stays_as_it_is_and_out_of_what_is_saved(tmp_path: Path) -> None:
+    teacher = tiny_model(seed=2)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    trainer = distiller(tmp_path, teacher, max_steps=10)
+    student = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    trainer.save_model()
+    after = trainer.teacher.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not trainer.teacher.training
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    assert set(saved) == set(student)
+    assert any(not torch.equal(saved[name], student[name]) for name in student)
+
+
+def test_every_term_and_clock_is_logged(tmp_path: Path) -> None:
+    trainer = distiller(tmp_path, tiny_model(seed=2), distillation=DistillationSection(pkd=2.0))
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(steps) == 3
+    terms = ["loss_cls", "loss_box", "loss_dfl", "kd_cls", "kd_box", "kd_feature"]
+    for entry in steps:
+        assert {*terms, "data_time", "step_time", "memory_gb", "learning_rate", "grad_norm"} <= set(entry)
+        assert entry["loss"] == pytest.approx(sum(entry[name] for name in terms), rel=1e-4)
+        assert entry["data_time"] > 0 and entry["step_time"] > 0 and entry["memory_gb"] > 0
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch_fused"])
+def test_a_step_that_is_not_finite_changes_nothing_and_stops_the_run(tmp_path: Path, optim: str) -> None:
+    trainer = distiller(tmp_path, tiny_model(seed=2), max_steps=6, logging_steps=5, optim=optim)
+    states: list[dict] = []
+    original = trainer.loss_terms
+
+    def poisoned(model, inputs):
+        terms, outputs = original(model, inputs)
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
+        if len(states) == 3:
+            terms["kd_box"] = terms["kd_box"] * float("inf")
+        return terms, outputs
+
+    trainer.loss_terms = poisoned
+    with pytest.raises(NonFiniteLossError, match=r"kd_box.* was not finite at step 3\b.*checkpoint-5"):
+        trainer.train()
+    assert len(states) == 5, "stopped at the next logging step"
+    same = {name: torch.equal(states[2][name], states[3][name]) for name in states[2]}
+    assert all(same.values()), "step 3 was masked out"
+    assert any(not torch.equal(states[3][name], states[4][name]) for name in states[3]), "step 4 was not"
+    saved = load_file(tmp_path / "run" / "checkpoint-5" / "model.safetensors")
+    assert all(value.isfinite().all() for value in saved.values())
+
+
+def test_finite_gradients_of_an_infinite_loss_are_masked_too(tmp_path: Path) -> None:
+    trainer = distiller(tmp_path, tiny_model(seed=2), max_steps=1)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    original = trainer.loss_terms
+    trainer.loss_terms = lambda model, inputs: (
+        (terms := original(model, inputs))[0] | {"loss_extra": torch.tensor(float("inf"))},
+        terms[1],
+    )
+    with pytest.raises(NonFiniteLossError, match="loss_extra"):
+        trainer.train()
+    assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_evaluation_writes_results_and_finds_the_best_checkpoint(tmp_path: Path) -> None:
+    model = tiny_model()
+    split = tiny_split(tmp_path / "data")
+    args = tiny_args(
+        tmp_path / "run", max_steps=4, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2
+    )
+    trainer = DetectionTrainer(model, args, split, split, tiny_processor(model))
+    trainer.train()
+    metrics = trainer.evaluate()
+    written = json.loads((tmp_path / "run" / "evaluation" / "eval_metrics.json").read_text())
+    assert written["AP50"] == metrics["eval_AP50"]
+    assert {"AP/cat", "AP/dog"} <= set(written)
+    results = json.loads((tmp_path / "run" / "evaluation" / "eval_predictions.json").read_text())
+    assert {entry["image_id"] for entry in results} <= set(range(1, 6))
+    assert {entry["category_id"] for entry in results} <= {3, 7}
+    assert trainer.state.best_metric is not None
+    assert (tmp_path / "run" / f"checkpoint-{trainer.state.best_global_step}").is_dir()
+
+
+def test_evaluation_is_repeatable(tmp_path: Path) -> None:
+    model = tiny_model()
+    split = tiny_split(tmp_path / "data")
+    trainer = DetectionTrainer(model, tiny_args(tmp_path / "run"), None, split, tiny_processor(model))
+    first, second = trainer.evaluate(), trainer.evaluate()
+    keys = [key for key in first if key.startswith("eval_A")]
+    assert {key: first[key] for key in keys} == {key: second[key] for key in keys}
+
+
+def test_labels_that_differ_are_refused(tmp_path: Path) -> None:
+    split = tiny_split(tmp_path / "data")
+    model = tiny_model(id2label={0: "cat", 1: "bird"})
+    with pytest.raises(ValueError, match=r"train_dataset has 2 labels \(cat, dog.*model 2 \(cat, bird"):
+        DetectionTrainer(model, tiny_args(tmp_path / "run"), split, None, tiny_processor(model))
+
+
+def test_a_teacher_that_does_not_fit_is_refused_before_data_is_read(tmp_path: Path) -> None:
+    student, teacher = tiny_model(), tiny_model(head_channels=64, id2label={0: "cat", 1: "bird"})
+    with pytest.raises(ValueError, match="head_channels.*student 32, teacher 64") as error:
+        DistillationTrainer(student, teacher, tiny_args(tmp_path / "run"))
+    assert "1: student 'dog', teacher 'bird'" in str(error.value)
+
+
+def test_a_folder_can_be_the_teacher(tmp_path: Path) -> None:
+    tiny_model(seed=2).save_pretrained(tmp_path / "teacher")
+    trainer = distiller(tmp_path, str(tmp_path / "teacher"))
+    reference = tiny_model(seed=2).state_dict()
+    assert all(torch.equal(value, reference[name]) for name, value in trainer.teacher.state_dict().items())
+
+
+def test_accumulated_batches_make_the_gradient_of_their_mean(tmp_path: Path) -> None:
+    split = tiny_split(tmp_path / "data", images=4)
+    norms = []
+    for accumulation in (1, 2):
+        model = tiny_model()
+        args = tiny_args(tmp_path / f"run{accumulation}", max_steps=1, gradient_accumulation_steps=accumulation)
+        trainer = DetectionTrainer(model, args, split, None, tiny_processor(model))
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+    assert 0.3 < norms[1] / norms[0] < 1.5

@@ -1,0 +1,93 @@
+"""Tiny models and data sets for tests of the training machinery."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from crosskd_hf.data.coco import DetectionSplit, load_coco
+from crosskd_hf.models import CONFIGS, MODELS, DenseDetector
+from crosskd_hf.training_args import DetectionTrainingArguments
+
+LABELS = {0: "cat", 1: "dog"}
+
+
+def tiny_model(detector: str = "gfl", seed: int = 0, **options) -> DenseDetector:
+    """A detector with 32 channels on a ResNet-18, its weights drawn so that activations stay near unit scale."""
+    torch.manual_seed(seed)
+    settings = {"backbone": "resnet18", "fpn_channels": 32, "head_channels": 32, "frozen_stages": 1, "id2label": LABELS}
+    model = MODELS[detector](CONFIGS[detector](**{**settings, **options}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                gain = 0.3 if name.startswith("backbone") else 1.0
+                scale = gain * (2 / parameter[0].numel()) ** 0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        model.head.cls_predictor.bias.fill_(-2.0)
+    return model
+
+
+def tiny_batch(images: int = 2, height: int = 64, width: int = 96, seed: int = 0) -> dict:
+    """Random images without padding, one to three boxes each."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = []
+    for i in range(images):
+        count = i % 3 + 1
+        corner = torch.rand(count, 2, generator=generator) * torch.tensor([width / 2, height / 2])
+        size = 16 + torch.rand(count, 2, generator=generator) * 24
+        classes = torch.randint(0, 2, (count,), generator=generator)
+        labels.append({"boxes": torch.cat([corner, corner + size], dim=1), "class_labels": classes})
+    return {"pixel_values": torch.randn(images, 3, height, width, generator=generator), "labels": labels}
+
+
+def tiny_split(folder: Path, images: int = 5, name: str = "mini") -> DetectionSplit:
+    """A COCO layout of noise images with one or two boxes each, loaded."""
+    write_tiny_coco(folder, images, name)
+    return load_coco(folder, name, cache_dir=str(folder / "cache"))
+
+
+def write_tiny_coco(folder: Path, images: int = 5, name: str = "mini") -> None:
+    """Noise images of several sizes with one or two boxes each, in COCO layout."""
+    rng = np.random.default_rng(0)
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    (folder / name).mkdir(exist_ok=True)
+    content: dict = {"images": [], "annotations": [], "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]}
+    for i in range(1, images + 1):
+        width, height = (96, 64) if i % 2 else (64, 90)
+        pixels = rng.integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((width, height)).save(folder / name / f"{i}.png")
+        content["images"].append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
+        for j in range(1 + i % 2):
+            box = [5 + 10 * j, 8, 30 + i, 25 + j]
+            record = {"id": 10 * i + j, "image_id": i, "category_id": 3 if j else 7, "bbox": box}
+            content["annotations"].append(record | {"area": box[2] * box[3], "iscrowd": 0})
+    (folder / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
+
+
+def tiny_args(output: Path, **options) -> DetectionTrainingArguments:
+    """A few steps on the CPU."""
+    settings = {
+        "output_dir": str(output),
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "warmup_steps": 0,
+        "learning_rate": 1e-3,
+        "base_batch_size": None,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+    }
+    return DetectionTrainingArguments(**{**settings, **options})
+
+
+def tiny_processor(model: DenseDetector):
+    """Images of at most 96 x 64 pixels."""
+    from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor
+
+    size = {"shortest_edge": 64, "longest_edge": 96}
+    return DenseDetectorImageProcessor(size=size, nms_threshold=model.config.nms_threshold)
