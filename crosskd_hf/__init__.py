@@ -33,6 +33,8 @@ for _name, _config in CONFIGS.items():
     MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES[_config.model_type] = _model.__name__
 
 __all__ = [
+    "CONFIGS",
+    "MODELS",
     "CocoEvaluator",
     "DenseDetector",
     "DenseDetectorConfig",

@@ -1,0 +1,76 @@
+"""Two processes against one: the same gradients on the same global batch, the same evaluation numbers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
+from torch.nn.parallel import DistributedDataParallel
+
+from crosskd_hf.trainer import DetectionTrainer
+
+
+def gradients_of_share(rank: int, world: int, store: str, output: str, detector: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    model = DistributedDataParallel(tiny_model(detector).train())
+    batch = tiny_batch(images=4)
+    share = slice(2 * rank, 2 * rank + 2)
+    model(pixel_values=batch["pixel_values"][share], labels=batch["labels"][share]).loss.backward()
+    if rank == 0:
+        torch.save({name: p.grad for name, p in model.module.named_parameters() if p.requires_grad}, output)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("detector", ["gfl", "fcos", "atss"])
+def test_two_processes_give_the_gradients_of_one(tmp_path: Path, detector: str) -> None:
+    """RetinaNet isn't among them: its normaliser is a rank's own, as in the reference."""
+    output = tmp_path / "gradients.pt"
+    mp.spawn(gradients_of_share, (2, str(tmp_path / "store"), str(output), detector), nprocs=2)
+    model = tiny_model(detector).train()
+    model(**tiny_batch(images=4)).loss.backward()
+    shared = torch.load(output, weights_only=True)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            error = (shared[name] - parameter.grad).norm() / parameter.grad.norm().clamp(min=1e-6)
+            assert error < 1e-5, f"{name}: {error:.2e}"
+
+
+def evaluate_share(rank: int, world: int, port: int, folder: str) -> None:
+    import os
+
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    torch.set_num_threads(1)
+    model = tiny_model()
+    split = tiny_split(Path(folder) / "data")
+    args = tiny_args(Path(folder) / f"run{world}", per_device_eval_batch_size=2)
+    trainer = DetectionTrainer(model, args, None, split, tiny_processor(model))
+    assert trainer.accelerator.num_processes == world
+    trainer.evaluate()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_evaluation_numbers_of_one(tmp_path: Path) -> None:
+    """Five images in batches of two: the shares are uneven and the last batch is short."""
+    import json
+    import socket
+
+    tiny_split(tmp_path / "data")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    written = []
+    for world in (1, 2):
+        mp.spawn(evaluate_share, (world, port, str(tmp_path)), nprocs=world)
+        folder = tmp_path / f"run{world}" / "evaluation"
+        written.append([json.loads((folder / f"eval_{name}.json").read_text()) for name in ("metrics", "predictions")])
+    assert written[0] == written[1]
+    assert {entry["image_id"] for entry in written[0][1]} == {1, 2, 3, 4, 5}
