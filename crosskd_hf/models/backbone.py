@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import timm
-import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
@@ -137,11 +136,3 @@ def _stride_on_first_convolution(body: nn.Module, name: str) -> None:
         if not hasattr(block, "conv3") or not hasattr(block, "conv1"):
             raise ValueError(f"backbone_style 'caffe' needs a bottleneck ResNet such as resnet50, not {name!r}.")
         block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
-
-
-def initialise_buffers(backbone: nn.Module) -> None:
-    """Recompute timm's non-persistent buffers (Swin's relative position index), which no checkpoint holds."""
-    with torch.no_grad():
-        for module in backbone.modules():
-            if hasattr(module, "init_non_persistent_buffers"):
-                module.init_non_persistent_buffers()

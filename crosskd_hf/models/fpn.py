@@ -6,6 +6,10 @@ from torch.nn import functional as F
 from .configuration_dense import DenseDetectorConfig
 
 
+class FPNConv(nn.Conv2d):
+    """A convolution of the FPN, told apart for its initialisation."""
+
+
 class FPN(nn.Module):
     """C3..C5 -> P3..P7.
 
@@ -20,11 +24,11 @@ class FPN(nn.Module):
         extra = len(config.strides) - len(in_channels)
         self.extra_on_input = config.fpn_extra_convs == "on_input"
         self.relu_before_last = config.fpn_relu_before_p7
-        self.lateral_convs = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in in_channels)
-        self.output_convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
+        self.lateral_convs = nn.ModuleList(FPNConv(width, channels, 1) for width in in_channels)
+        self.output_convs = nn.ModuleList(FPNConv(channels, channels, 3, padding=1) for _ in in_channels)
         first = in_channels[-1] if self.extra_on_input else channels
         self.extra_convs = nn.ModuleList(
-            nn.Conv2d(first if i == 0 else channels, channels, 3, stride=2, padding=1) for i in range(extra)
+            FPNConv(first if i == 0 else channels, channels, 3, stride=2, padding=1) for i in range(extra)
         )
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:

@@ -85,6 +85,14 @@ class HeadOutput:
     reg_taps: list[Tensor] | None = None
 
 
+class HeadConv(nn.Conv2d):
+    """A convolution of the head, told apart for its initialisation."""
+
+
+class ClassPredictor(HeadConv):
+    """The convolution of the class logits."""
+
+
 def num_groups(channels: int) -> int:
     """32 groups, or as many as small towers allow: a group of one channel has nothing to normalise on a 1x1 map."""
     groups = math.gcd(channels, 32)
@@ -96,7 +104,7 @@ class TowerBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, group_norm: bool):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, channels, 3, padding=1, bias=not group_norm)
+        self.conv = HeadConv(in_channels, channels, 3, padding=1, bias=not group_norm)
         self.norm = nn.GroupNorm(num_groups(channels), channels) if group_norm else nn.Identity()
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,10 +125,10 @@ class DenseHead(nn.Module):
         self.spec = spec
         self.cls_tower = self._tower()
         self.reg_tower = self._tower()
-        self.cls_predictor = nn.Conv2d(spec.channels, spec.num_anchors * spec.num_labels, 3, padding=1)
-        self.box_predictor = nn.Conv2d(spec.channels, spec.num_anchors * spec.box_channels, 3, padding=1)
+        self.cls_predictor = ClassPredictor(spec.channels, spec.num_anchors * spec.num_labels, 3, padding=1)
+        self.box_predictor = HeadConv(spec.channels, spec.num_anchors * spec.box_channels, 3, padding=1)
         if spec.centerness_from:
-            self.centerness_predictor = nn.Conv2d(spec.channels, spec.num_anchors, 3, padding=1)
+            self.centerness_predictor = HeadConv(spec.channels, spec.num_anchors, 3, padding=1)
         if spec.scale_boxes:
             self.scales = nn.ParameterList(nn.Parameter(torch.ones(())) for _ in range(spec.num_levels))
 

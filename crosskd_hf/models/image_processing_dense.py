@@ -221,17 +221,18 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
         Raises:
             ValueError: if `target_sizes` doesn't have an entry an image.
         """
-        sizes = outputs.image_sizes.tolist()
+        sizes = outputs["image_sizes"].tolist()
+        centerness = outputs.get("centerness")  # the pipeline leaves out what is None
         targets = sizes if target_sizes is None else [tuple(map(float, size)) for size in target_sizes]
         if len(targets) != len(sizes):
             raise ValueError(f"target_sizes has {len(targets)} entries for {len(sizes)} images")
         results = []
         for i, ((height, width), (target_height, target_width)) in enumerate(zip(sizes, targets, strict=True)):
             found = select_detections(
-                outputs.logits[i],
-                outputs.pred_boxes[i],
-                None if outputs.centerness is None else outputs.centerness[i],
-                outputs.level_sizes[i].tolist(),
+                outputs["logits"][i],
+                outputs["pred_boxes"][i],
+                None if centerness is None else centerness[i],
+                outputs["level_sizes"][i].tolist(),
                 image_size=(height, width),
                 scale=(height / target_height, width / target_width),
                 score_threshold=self.score_threshold,

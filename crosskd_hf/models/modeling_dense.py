@@ -13,10 +13,10 @@ from transformers.utils import ModelOutput
 
 from ..assigners import Assignment, gather_boxes, gather_labels
 from .anchors import valid_cells
-from .backbone import Backbone, initialise_buffers
+from .backbone import Backbone
 from .configuration_dense import DenseDetectorConfig
-from .fpn import FPN
-from .head import DenseHead, HeadOutput, HeadSpec, flatten_levels
+from .fpn import FPN, FPNConv
+from .head import ClassPredictor, DenseHead, HeadConv, HeadOutput, HeadSpec, flatten_levels
 
 
 @dataclass(frozen=True)
@@ -260,25 +260,24 @@ class DenseDetector(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Backbone):
-            initialise_buffers(module)
-        elif isinstance(module, FPN):
-            for conv in (m for m in module.modules() if isinstance(m, nn.Conv2d)):
-                init.xavier_uniform_(conv.weight)
-                init.zeros_(conv.bias)
+        # transformers skips modules without parameters of their own, so that this goes by leaves.
+        if hasattr(module, "init_non_persistent_buffers"):
+            # timm's buffers that no checkpoint holds (Swin's relative positions) come off the meta device as garbage.
+            module.init_non_persistent_buffers()
         elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, DenseHead):
-            for conv in (m for m in module.modules() if isinstance(m, nn.Conv2d)):
-                init.normal_(conv.weight, std=0.01)
-                if conv.bias is not None:
-                    init.zeros_(conv.bias)
-            # A class probability of 0.01 everywhere at the start (RetinaNet, arXiv 1708.02002, section 4.1).
-            init.constant_(module.cls_predictor.bias, -math.log(99))
-            if module.spec.scale_boxes:
-                for scale in module.scales:
-                    init.ones_(scale)
+        elif isinstance(module, nn.ParameterList):  # the head's scales
+            for scale in module:
+                init.ones_(scale)
+        elif isinstance(module, (FPNConv, HeadConv)):
+            if isinstance(module, FPNConv):
+                init.xavier_uniform_(module.weight)
+            else:
+                init.normal_(module.weight, std=0.01)
+            if module.bias is not None:
+                # A class probability of 0.01 everywhere at the start (RetinaNet, arXiv 1708.02002, section 4.1).
+                init.constant_(module.bias, -math.log(99) if isinstance(module, ClassPredictor) else 0.0)
 
 
 def _map_sizes(head: HeadOutput) -> list[tuple[int, int]]:
