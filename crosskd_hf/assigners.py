@@ -144,9 +144,7 @@ def max_iou_assign(
     return Assignment(positive, torch.where(positive, box_index, 0), class_weights * ~ignored)
 
 
-def point_assign(
-    points: Tensor, lower: Tensor, upper: Tensor, boxes: Tensor, box_mask: Tensor
-) -> Assignment:
+def point_assign(points: Tensor, lower: Tensor, upper: Tensor, boxes: Tensor, box_mask: Tensor) -> Assignment:
     """Points inside a box learn it, if its size suits their level (FCOS, arXiv 1904.01355, section 3.2).
 
     Of several boxes the smallest wins, the first on a tie. Every point has class weight 1, also on padding.

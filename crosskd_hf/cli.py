@@ -14,7 +14,7 @@ from .data.coco import load_coco
 from .data.dataset import DetectionDataset
 from .evaluation import format_metrics
 from .factory import load_detector
-from .recipe import RecipeError, load_recipe
+from .recipe import DataSection, RecipeError, load_recipe
 from .trainer import EVALUATION_FOLDER, DetectionTrainer
 from .training_args import DetectionTrainingArguments
 
@@ -22,7 +22,10 @@ from .training_args import DetectionTrainingArguments
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `crosskd evaluate`. The data set is the recipe's that was saved beside the model."""
     parser.add_argument("model", help="folder or Hub id of a saved detector")
-    parser.add_argument("--recipe", help="recipe whose data section to use (default: recipe.yaml in the model's folder)")
+    parser.add_argument(
+        "--recipe",
+        help="recipe with the data section (default: recipe.yaml in the model's folder, else COCO in data/coco)",
+    )
     parser.add_argument("--data", help="data set in COCO layout, instead of the recipe's data.path")
     parser.add_argument("--split", help="split to evaluate on, instead of the recipe's data.val_split")
     parser.add_argument("--output-dir", help="where metrics and COCO results go (default: the model's folder)")
@@ -38,8 +41,9 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, float]:
         RecipeError, CheckpointError, ValueError: if recipe, model or data can't be used.
     """
     folder = Path(arguments.model)
-    recipe = arguments.recipe or (folder / train.RECIPE_FILE if (folder / train.RECIPE_FILE).is_file() else "coco_val")
-    data = load_recipe(str(recipe)).data
+    saved = folder / train.RECIPE_FILE
+    recipe = arguments.recipe or (saved if saved.is_file() else None)
+    data = load_recipe(recipe).data if recipe else DataSection()
     model = load_detector(arguments.model, None, ())
     processor = AutoImageProcessor.from_pretrained(arguments.model)
     split = train.first_images(
@@ -53,9 +57,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, float]:
         arguments.max_images or data.max_val_images,
     )
     size = processor.size
-    dataset = DetectionDataset(
-        split, train=False, short_side=size["shortest_edge"], long_side=size["longest_edge"]
-    )
+    dataset = DetectionDataset(split, train=False, short_side=size["shortest_edge"], long_side=size["longest_edge"])
     args = DetectionTrainingArguments(
         output_dir=str(arguments.output_dir or (folder if folder.is_dir() else ".")),
         per_device_eval_batch_size=arguments.batch_size,

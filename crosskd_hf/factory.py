@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForObjectDetection
 
-from .convert import CheckpointError, fetch, first_line, load_reference_state, read_checkpoint
+from .convert import CheckpointError, check_hash, fetch, first_line, load_reference_state, read_checkpoint
 from .models import CONFIGS, MODELS
 from .models.configuration_dense import DenseDetectorConfig
 from .models.image_processing_dense import BGR_CAFFE, RGB_IMAGENET, DenseDetectorImageProcessor
@@ -128,6 +128,8 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
         # One process of each machine downloads and converts, the others then find the result.
         with PartialState().local_main_process_first():
             path = fetch(source, CACHE / "downloads") if "://" in source else Path(source)
+            if path.is_file():
+                check_hash(path)
             folder = converted(path, section, label_names)
         return AutoModelForObjectDetection.from_pretrained(folder)
     try:

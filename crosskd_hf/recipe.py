@@ -74,7 +74,7 @@ class ArchitectureSection:
 class ModelSection(ArchitectureSection):
     """The detector that is trained."""
 
-    backbone_weights: str = setting("pretrained", "pretrained (by timm), random, or a file")
+    backbone_weights: str = setting("pretrained", "pretrained (by timm), random, or a file or URL")
     checkpoint: str | None = setting(None, "start from a whole detector: folder, Hub id or MMDetection .pth")
 
 

@@ -28,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_split(data: DataSection, name: str) -> DetectionSplit:
     """A split of the recipe's data set."""
-    return load_coco(
-        data.path, name, annotations=data.annotations, images=data.images, cache_dir=data.cache_dir
-    )
+    return load_coco(data.path, name, annotations=data.annotations, images=data.images, cache_dir=data.cache_dir)
 
 
 def load_datasets(data: DataSection, seed: int) -> tuple[DetectionDataset, DetectionDataset]:
@@ -91,7 +89,8 @@ def describe(trainer: DetectionTrainer) -> str:
     if isinstance(trainer, DistillationTrainer):
         config = trainer.teacher.config
         total, _ = count_parameters(trainer.teacher)
-        lines.append(f"teacher            {config.model_type}, {config.backbone}: {total / 1e6:.2f} M parameters, frozen")
+        name = f"{config.model_type}, {config.backbone}"
+        lines.append(f"teacher            {name}: {total / 1e6:.2f} M parameters, frozen")
         lines.append(f"distillation       {trainer.settings}")
     lines += [
         f"training images    {len(trainer.train_dataset)}",

@@ -19,6 +19,7 @@ from .data.sampler import OrientationBatchSampler
 from .distillation.objective import distillation_losses, teacher_forward
 from .distillation.settings import check_pair, resolve_settings
 from .evaluation import CocoEvaluator
+from .factory import load_detector
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .models.modeling_dense import DenseDetector
 from .monitoring import NonFiniteLossError, StepMonitor
@@ -214,8 +215,8 @@ class DetectionTrainer(Trainer):
             self._save_checkpoint(self.model_wrapped, trial=None)
             raise NonFiniteLossError(
                 f"{error}. That step's update was masked out, training is stopped, and the state is saved in "
-                f"{self._latest_checkpoint()}. Usual causes: a learning rate too high for this batch size, no warm-up, "
-                "half precision, or broken boxes in the data."
+                f"{self._latest_checkpoint()}. Usual causes: a learning rate too high for this batch size, no "
+                "warm-up, half precision, or broken boxes in the data."
             ) from None
         super().log({**logs, **averages}, start_time)
 
@@ -249,9 +250,7 @@ class DetectionTrainer(Trainer):
         metrics = [self._metrics(evaluator, metric_key_prefix) if self.accelerator.is_main_process else None]
         metrics = broadcast_object_list(metrics)[0]
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(
-            predictions=None, label_ids=None, metrics=named, num_samples=len(dataloader.dataset)
-        )
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(dataloader.dataset))
 
     def _metrics(self, evaluator: CocoEvaluator, prefix: str) -> dict[str, float]:
         metrics = evaluator.compute()
@@ -295,9 +294,7 @@ class DistillationTrainer(DetectionTrainer):
         optimizers: tuple = (None, None),
     ):
         if not isinstance(teacher, DenseDetector):
-            from transformers import AutoModelForObjectDetection
-
-            teacher = AutoModelForObjectDetection.from_pretrained(teacher)
+            teacher = load_detector(str(teacher), None, ())
         self.settings = resolve_settings(distillation or DistillationSection(), teacher)
         check_pair(model, teacher, self.settings)
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers)
@@ -307,9 +304,7 @@ class DistillationTrainer(DetectionTrainer):
     def loss_terms(self, model: nn.Module, inputs: dict) -> tuple[dict[str, Tensor], object]:
         """The student's own terms, and those of the distillation."""
         settings = self.settings
-        outputs = model(
-            **inputs, output_distillation=True, tap_index=settings.tap_index, raw_taps=settings.raw_taps
-        )
+        outputs = model(**inputs, output_distillation=True, tap_index=settings.tap_index, raw_taps=settings.raw_taps)
         student = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
             teacher_outputs = teacher_forward(self.teacher, inputs, settings)
@@ -337,7 +332,7 @@ def _as_dataset(data, processor: DenseDetectorImageProcessor, train: bool, seed:
         return data
     if not isinstance(data, DetectionSplit):
         raise ValueError(
-            f"a data set must be a DetectionDataset or a DetectionSplit (see crosskd_hf.load_coco), not {type(data).__name__}"
+            f"a data set must be a DetectionDataset or a DetectionSplit (see load_coco), not {type(data).__name__}"
         )
     size = processor.size
     return DetectionDataset(

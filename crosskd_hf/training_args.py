@@ -48,9 +48,7 @@ class DetectionTrainingArguments(TrainingArguments):
         ValueError: naming every field that can't be, its value and what to do.
     """
 
-    optim: OptimizerNames | str = field(
-        default="sgd", metadata={"help": "Optimizer; sgd is the published one."}
-    )
+    optim: OptimizerNames | str = field(default="sgd", metadata={"help": "Optimizer; sgd is the published one."})
     learning_rate: float = field(default=0.01, metadata={"help": "Learning rate at a batch of base_batch_size."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay."})
     momentum: float = field(default=0.9, metadata={"help": "Momentum of SGD."})

@@ -241,9 +241,7 @@ class GoldenCase:
                 continue
             norm, samples = self.record["grads"][self.keys[key]]
             gradient = to_reference(key, parameter.grad).flatten()
-            index = torch.from_numpy(
-                self.synth.probe_index(f"{self.name}:grad:{self.keys[key]}", gradient.numel(), 4)
-            )
+            index = torch.from_numpy(self.synth.probe_index(f"{self.name}:grad:{self.keys[key]}", gradient.numel(), 4))
             ours, reference = gradient[index], torch.tensor(samples)
             error = abs(gradient.norm().item() - norm) / max(norm, 1e-12) if norm else gradient.norm().item()
             self.result.add("grad norms", key, 1, error, bar)

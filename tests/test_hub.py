@@ -23,7 +23,8 @@ torch.save({"logits": output.logits, "boxes": output.pred_boxes}, sys.argv[3])
 
 
 @pytest.mark.parametrize(
-    ("detector", "backbone"), [("gfl", "resnet18"), ("retinanet", "swin_tiny_patch4_window7_224"), ("fcos", "resnet26")]
+    ("detector", "backbone"),
+    [("gfl", "resnet18"), ("retinanet", "swin_tiny_patch4_window7_224"), ("fcos", "resnet26")],
 )
 def test_another_process_predicts_the_same(tmp_path: Path, detector: str, backbone: str) -> None:
     style = "caffe" if detector == "fcos" else "pytorch"

@@ -111,7 +111,8 @@ def test_wrong_numbers_of_labels_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("backbone_style", "tensorflow"), ("fpn_extra_convs", "both"), ("head_blocks", 0), ("strides", [4, 8, 16])]
+    ("field", "value"),
+    [("backbone_style", "tensorflow"), ("fpn_extra_convs", "both"), ("head_blocks", 0), ("strides", [4, 8, 16])],
 )
 def test_configurations_that_cannot_be(field: str, value) -> None:
     with pytest.raises(ValueError, match=field):

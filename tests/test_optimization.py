@@ -108,9 +108,7 @@ def test_scheduler_without_milestones_stays_constant(tmp_path):
 
 def test_warmup_below_one_is_a_part_of_all_steps(tmp_path):
     # A quarter of 3 epochs of 4 steps: W = 3.
-    args = arguments(
-        tmp_path, warmup_steps=0.25, warmup_start_factor=0.5, lr_milestones=[], num_train_epochs=3
-    )
+    args = arguments(tmp_path, warmup_steps=0.25, warmup_start_factor=0.5, lr_milestones=[], num_train_epochs=3)
     assert scheduled_rates(args, 4, 4) == pytest.approx([0.005, 0.0075, 0.01, 0.01])
 
 

@@ -163,7 +163,7 @@ def test_labels_that_differ_are_refused(tmp_path: Path) -> None:
 
 def test_a_teacher_that_does_not_fit_is_refused_before_data_is_read(tmp_path: Path) -> None:
     student, teacher = tiny_model(), tiny_model(head_channels=64, id2label={0: "cat", 1: "bird"})
-    with pytest.raises(ValueError, match="head_channels.*student 32, teacher 64") as error:
+    with pytest.raises(ValueError, match=r"head_channels.*student 32, teacher 64") as error:
         DistillationTrainer(student, teacher, tiny_args(tmp_path / "run"))
     assert "1: student 'dog', teacher 'bird'" in str(error.value)
 

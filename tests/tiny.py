@@ -17,7 +17,13 @@ LABELS = {0: "cat", 1: "dog"}
 def tiny_model(detector: str = "gfl", seed: int = 0, **options) -> DenseDetector:
     """A detector with 32 channels on a ResNet-18, its weights drawn so that activations stay near unit scale."""
     torch.manual_seed(seed)
-    settings = {"backbone": "resnet18", "fpn_channels": 32, "head_channels": 32, "frozen_stages": 1, "id2label": LABELS}
+    settings = {
+        "backbone": "resnet18",
+        "fpn_channels": 32,
+        "head_channels": 32,
+        "frozen_stages": 1,
+        "id2label": LABELS,
+    }
     model = MODELS[detector](CONFIGS[detector](**{**settings, **options}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -54,7 +60,11 @@ def write_tiny_coco(folder: Path, images: int = 5, name: str = "mini") -> None:
     rng = np.random.default_rng(0)
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     (folder / name).mkdir(exist_ok=True)
-    content: dict = {"images": [], "annotations": [], "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]}
+    content: dict = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
+    }
     for i in range(1, images + 1):
         width, height = (96, 64) if i % 2 else (64, 90)
         pixels = rng.integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8)

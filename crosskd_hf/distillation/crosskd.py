@@ -75,7 +75,7 @@ def crosskd_losses(
         settings: weights and tap.
     """
     if student_output.head is None or student_output.detection is None or teacher_output.head is None:
-        raise ValueError("CrossKD needs forward(..., output_distillation=True) of both models, the student's with labels.")
+        raise ValueError("CrossKD needs both models' forward(output_distillation=True), the student's with labels")
     cross_head = cross_pass(teacher, student_output.head, teacher_output.head, settings.tap_index)
     targets = kd_targets(student, student_output, teacher, teacher_output)
     cross, own = teacher.flatten(cross_head), teacher.flatten(teacher_output.head)

@@ -50,7 +50,10 @@ def box_kd_loss(detector: DenseDetector, cross: Predictions, teacher: Prediction
     else:
         boxes = detector.decode(cross.boxes, targets.priors)
         teacher_boxes = detector.decode(teacher.boxes, targets.priors)
-        loss = giou_loss(boxes, teacher_boxes) if kind == "giou" else -box_iou(boxes, teacher_boxes).clamp(min=EPS).log()
+        if kind == "giou":
+            loss = giou_loss(boxes, teacher_boxes)
+        else:
+            loss = -box_iou(boxes, teacher_boxes).clamp(min=EPS).log()
     return level_sums(loss * weights, targets.priors.level_sizes) / normalizer
 
 

@@ -63,12 +63,12 @@ def check_pair(student: DenseDetector, teacher: DenseDetector, settings: Distill
     if settings.crosskd > 0:
         for role, config in (("student", mine), ("teacher", theirs)):
             if k > config.head_blocks:
-                problems.append(f"blocks: tap_index is {k}, but the {role}'s head has {config.head_blocks} blocks a tower")
+                problems.append(f"blocks: tap_index is {k}, the {role}'s towers have {config.head_blocks} blocks")
         name = "fpn_channels" if k == 0 else "head_channels"
         if getattr(mine, name) != getattr(theirs, name):
             problems.append(f"tap shape ({name}): student {getattr(mine, name)}, teacher {getattr(theirs, name)}")
     if settings.pkd > 0 and mine.fpn_channels != theirs.fpn_channels:
-        problems.append(f"FPN shape (fpn_channels), for pkd: student {mine.fpn_channels}, teacher {theirs.fpn_channels}")
+        problems.append(f"FPN shape (fpn_channels, pkd): student {mine.fpn_channels}, teacher {theirs.fpn_channels}")
     if problems:
         raise ValueError("this student can't learn from this teacher; they differ in:\n  - " + "\n  - ".join(problems))
 

@@ -118,8 +118,8 @@ def frozen_parameters(body: nn.Module, config: DenseDetectorConfig) -> Iterator[
     last = ends[-1].replace(".", "_") if ends and ends[-1] not in modules else (ends[-1] if ends else None)
     if last not in modules:
         raise ValueError(
-            f"frozen_stages is {config.frozen_stages}, but backbone {config.backbone!r} has no stage of stride {stride} "
-            "to freeze up to; set frozen_stages to 0."
+            f"frozen_stages is {config.frozen_stages}, but backbone {config.backbone!r} has no stage of stride "
+            f"{stride} to freeze up to; set frozen_stages to 0."
         )
     reached = False
     for name, child in body.named_children():

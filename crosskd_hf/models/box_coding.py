@@ -57,7 +57,7 @@ def deltas_to_boxes(anchors: Tensor, deltas: Tensor, stds: tuple[float, ...] = (
 
 
 def centerness(points: Tensor, boxes: Tensor) -> Tensor:
-    """How central points (..., 2) lie in boxes (..., 4) xyxy: sqrt of the products of the side ratios, (...) in [0, 1].
+    """How central points (..., 2) lie in boxes (..., 4) xyxy, (...) in [0, 1]: sqrt of the product of the side ratios.
 
     (FCOS, arXiv 1904.01355, equation 3.) 0 for points outside.
     """

@@ -1,4 +1,4 @@
-"""Feature Pyramid Network (Lin et al., CVPR 2017, arXiv 1612.03144) with two extra strided levels (RetinaNet's P6, P7)."""
+"""Feature Pyramid Network (Lin et al., CVPR 2017, arXiv 1612.03144) with RetinaNet's two extra levels P6 and P7."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F

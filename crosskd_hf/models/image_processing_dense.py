@@ -199,7 +199,6 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
             pixel_mask[index, :h, :w] = True
         return BatchFeature({"pixel_values": pixel_values, "pixel_mask": pixel_mask})
 
-
     def post_process_object_detection(
         self,
         outputs: DenseDetectorOutput,

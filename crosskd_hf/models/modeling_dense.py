@@ -27,7 +27,7 @@ class DistillationSpec:
         tap_index: number of tower blocks the student runs before the teacher's head takes over.
         cls_weight, box_weight, centerness_weight: weights of kd_cls, kd_box, kd_centerness.
         box_loss: "bin_kl" of distance distributions, "giou" or "log_iou" of decoded boxes.
-        normalizer: what a teacher and student of this same detector divide by: the student's "class" or "box" normaliser.
+        normalizer: the student's "class" or "box" normaliser, that a pair of this same detector divides by.
         centerness: whether the teacher's centerness is mimicked.
     """
 

@@ -50,9 +50,7 @@ class RetinaNetForObjectDetection(DenseDetector):
 
     def assign(self, priors: Priors, valid: Tensor, truth: GroundTruth) -> Assignment:
         config = self.config
-        return max_iou_assign(
-            priors.all, valid, truth.boxes, truth.mask, config.positive_iou, config.negative_iou
-        )
+        return max_iou_assign(priors.all, valid, truth.boxes, truth.mask, config.positive_iou, config.negative_iou)
 
     def matching_rule(self) -> tuple:
         config = self.config
