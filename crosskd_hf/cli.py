@@ -1,4 +1,4 @@
-"""The `crosskd` command: `crosskd train RECIPE`, `crosskd evaluate MODEL`."""
+"""The `crosskd` command: `crosskd train RECIPE`, `crosskd evaluate MODEL`, `crosskd convert CHECKPOINT FOLDER`."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ from .convert import CheckpointError
 from .data.coco import load_coco
 from .data.dataset import DetectionDataset
 from .evaluation import format_metrics
-from .factory import load_detector
+from .factory import convert_checkpoint, count_parameters, load_detector
 from .recipe import DataSection, RecipeError, load_recipe
 from .trainer import EVALUATION_FOLDER, DetectionTrainer
 from .training_args import DetectionTrainingArguments
@@ -71,18 +71,42 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, float]:
     return metrics
 
 
+def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `crosskd convert`."""
+    parser.add_argument("checkpoint", help="MMDetection .pth file, by path or URL")
+    parser.add_argument("output", help="folder for the converted model and its image processor")
+    parser.add_argument("--recipe", required=True, help="recipe that describes the model")
+    parser.add_argument("--teacher", action="store_true", help="the file holds the recipe's teacher, not its model")
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """Convert a checkpoint and its image processor.
+
+    Raises:
+        RecipeError, CheckpointError: if recipe or checkpoint can't be used.
+    """
+    recipe = load_recipe(arguments.recipe)
+    section = recipe.teacher if arguments.teacher else recipe.model
+    if section is None:
+        raise RecipeError(f"recipe {arguments.recipe} has no teacher: leave --teacher out.")
+    model = convert_checkpoint(arguments.checkpoint, Path(arguments.output), section, recipe.data)
+    total, _ = count_parameters(model)
+    print(f"{arguments.output}: {type(model).__name__}, {model.config.backbone}, {total / 1e6:.2f} M parameters")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `crosskd`."""
     parser = argparse.ArgumentParser(prog="crosskd", description="Cross-head knowledge distillation of detectors.")
     commands = parser.add_subparsers(dest="command", required=True)
     train.add_arguments(commands.add_parser("train", help="run a recipe", description=train.__doc__))
     add_evaluate_arguments(commands.add_parser("evaluate", help="COCO metrics of a saved model"))
+    add_convert_arguments(commands.add_parser("convert", help="MMDetection checkpoint to a model of this package"))
     arguments = parser.parse_args(argv)
     if arguments.command == "train":
         train.launch(arguments)
         return
     try:
-        evaluate(arguments)
+        {"evaluate": evaluate, "convert": convert}[arguments.command](arguments)
     except (RecipeError, CheckpointError, FileNotFoundError, ValueError) as error:
         if PartialState().is_main_process:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -49,6 +49,17 @@ HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[^.]+$")
 DATE = re.compile(r"20\d{6}")  # 20200131 is made of hexadecimal digits too
 
 
+# The classes of COCO 2017, in the order of their ids: what published checkpoints without names were trained on.
+COCO_CLASSES = tuple(
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
+    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,"
+    "snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,"
+    "fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
+    "refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush".split(",")
+)
+
+
 class CheckpointError(ValueError):
     """A checkpoint that can't be used, with what is wrong and what to do."""
 

@@ -14,7 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForObjectDetection
 
-from .convert import CheckpointError, check_hash, fetch, first_line, load_reference_state, read_checkpoint
+from .convert import (
+    COCO_CLASSES,
+    CheckpointError,
+    check_hash,
+    fetch,
+    first_line,
+    load_reference_state,
+    read_checkpoint,
+)
 from .models import CONFIGS, MODELS
 from .models.configuration_dense import DenseDetectorConfig
 from .models.image_processing_dense import BGR_CAFFE, RGB_IMAGENET, DenseDetectorImageProcessor
@@ -174,6 +182,33 @@ def converted(path: Path, section: ArchitectureSection, label_names: Sequence[st
     except OSError:  # another process was faster
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def convert_checkpoint(
+    checkpoint: str, folder: Path, section: ArchitectureSection, data: DataSection
+) -> DenseDetector:
+    """Save an MMDetection checkpoint as a model and image processor of this package.
+
+    Args:
+        checkpoint: path or URL of a `.pth` file.
+        folder: where to; must not hold a model.
+        section: the detector's architecture.
+        data: sizes of its images.
+
+    Raises:
+        CheckpointError: if the file can't be used, doesn't hold the section's model, or the folder is taken.
+    """
+    if (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} holds a model already: name another folder, or remove it.")
+    path = fetch(checkpoint, CACHE / "downloads") if "://" in checkpoint else Path(checkpoint)
+    state, names = read_checkpoint(path)
+    check_hash(path)
+    config = build_config(section, names or COCO_CLASSES)
+    model = MODELS[section.detector](config)
+    load_reference_state(model, state, source=str(path))
+    model.save_pretrained(folder)
+    build_processor(section, config, data).save_pretrained(folder)
+    return model
 
 
 def build_processor(

@@ -99,6 +99,7 @@ class DistillationSection:
     box_weight: float | None = setting(None, "weight of kd_box", minimum=0)
     centerness_weight: float | None = setting(None, "weight of kd_centerness", minimum=0)
     pkd: float = setting(0.0, "weight of the PKD feature loss; 0: off", minimum=0)
+    mimic: float = setting(0.0, "weight of mimicking by the student's own predictions; 0: off", minimum=0)
 
 
 @dataclass
@@ -307,9 +308,10 @@ def _distillation_problems(recipe: Recipe) -> list[Problem]:
         weight == 0 or (weight is None and name == "centerness_weight" and teacher and teacher.detector != "atss")
         for name, weight in ((name, getattr(distillation, name)) for name in terms)
     ]
-    if distillation.crosskd == 0 and distillation.pkd == 0:
-        text = "distillation.crosskd and distillation.pkd are both 0: nothing would be distilled."
-        problems.append((("distillation.crosskd", "distillation.pkd"), text))
+    switches = ("crosskd", "pkd", "mimic")
+    if not any(getattr(distillation, name) for name in switches):
+        text = "distillation: crosskd, pkd and mimic are all 0: nothing would be distilled."
+        problems.append((tuple(f"distillation.{name}" for name in switches), text))
     elif distillation.pkd == 0 and all(off):
         text = "distillation: cls_weight, box_weight, centerness_weight and pkd are all 0: nothing would be distilled."
         problems.append((tuple(f"distillation.{name}" for name in (*terms, "pkd")), text))

@@ -202,7 +202,7 @@ def test_a_section_must_be_a_mapping(section):
         ({"distillation": {}}, "distillation needs a teacher"),
         ({"teacher": {"checkpoint": "random"}}, "there is a teacher but no distillation"),
         (distilled(teacher={}), "teacher.checkpoint is missing"),
-        (distilled(distillation={"crosskd": 0}), "distillation.crosskd and distillation.pkd are both 0"),
+        (distilled(distillation={"crosskd": 0}), "distillation: crosskd, pkd and mimic are all 0"),
         (distilled(distillation={"cls_weight": 0, "box_weight": 0}), "centerness_weight and pkd are all 0"),
         (distilled(teacher={"checkpoint": "a/b"}, distillation={"tap_index": 5}), "is 5, but model.head_blocks 4"),
         (distilled(model={"head_blocks": 2}, distillation={"tap_index": 3}), "but model.head_blocks 2"),

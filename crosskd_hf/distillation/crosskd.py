@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..models.head import HeadOutput
 from ..models.modeling_dense import DenseDetector, DenseDetectorOutput
-from .losses import KDTargets, box_kd_loss, centerness_kd_loss, classification_kd_loss
+from .losses import KDTargets, prediction_kd_losses
 from .settings import DistillationSettings
 
 
@@ -79,13 +79,8 @@ def crosskd_losses(
     cross_head = cross_pass(teacher, student_output.head, teacher_output.head, settings.tap_index)
     targets = kd_targets(student, student_output, teacher, teacher_output)
     cross, own = teacher.flatten(cross_head), teacher.flatten(teacher_output.head)
-    terms = {
-        "kd_cls": settings.cls_weight * classification_kd_loss(cross, own, targets),
-        "kd_box": settings.box_weight * box_kd_loss(teacher, cross, own, targets),
-    }
-    if teacher.distillation.centerness and targets.positive is not None:
-        terms["kd_centerness"] = settings.centerness_weight * centerness_kd_loss(cross, own, targets)
-    return {name: settings.crosskd * term for name, term in terms.items()}
+    terms = prediction_kd_losses(teacher, cross, own, targets, settings)
+    return {f"kd_{name}": settings.crosskd * term for name, term in terms.items()}
 
 
 def kd_targets(

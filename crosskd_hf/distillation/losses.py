@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from ..losses import EPS, bin_kl_loss, binary_kd_loss, box_iou, giou_loss
 from ..models.modeling_dense import DenseDetector, Predictions, Priors, level_sums
+from .settings import DistillationSettings
 
 
 @dataclass(frozen=True)
@@ -61,3 +62,31 @@ def centerness_kd_loss(cross: Predictions, teacher: Predictions, targets: KDTarg
     """kd_centerness: BCE with the teacher's centerness at the student's positives, a (levels,) tensor."""
     loss = F.binary_cross_entropy_with_logits(cross.centerness, teacher.centerness.sigmoid(), reduction="none")
     return level_sums(loss * targets.positive, targets.priors.level_sizes) / targets.class_normalizer
+
+
+def prediction_kd_losses(
+    teacher: DenseDetector,
+    predictions: Predictions,
+    own: Predictions,
+    targets: KDTargets,
+    settings: DistillationSettings,
+) -> dict[str, Tensor]:
+    """All terms by which predictions in the teacher's format mimic the teacher's own.
+
+    Args:
+        teacher: whose box loss and format it is.
+        predictions: those that learn.
+        own: the teacher's.
+        targets: mask and normalisers.
+        settings: weights of the terms.
+
+    Returns:
+        `cls`, `box` and, for a teacher with centerness that is mimicked, `centerness`: (levels,) tensors.
+    """
+    terms = {
+        "cls": settings.cls_weight * classification_kd_loss(predictions, own, targets),
+        "box": settings.box_weight * box_kd_loss(teacher, predictions, own, targets),
+    }
+    if teacher.distillation.centerness and targets.positive is not None:
+        terms["centerness"] = settings.centerness_weight * centerness_kd_loss(predictions, own, targets)
+    return terms

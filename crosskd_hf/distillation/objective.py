@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..models.modeling_dense import DenseDetector, DenseDetectorOutput
 from .crosskd import crosskd_losses
+from .mimic import mimic_losses
 from .pkd import pkd_loss
 from .settings import DistillationSettings
 
@@ -28,11 +29,13 @@ def distillation_losses(
     teacher_output: DenseDetectorOutput,
     settings: DistillationSettings,
 ) -> dict[str, Tensor]:
-    """Terms `kd_cls kd_box kd_centerness kd_feature` that the settings turn on, a weighted (levels,) tensor each."""
+    """The terms `kd_* mimic_*` that the settings turn on, a weighted (levels,) tensor each."""
     terms: dict[str, Tensor] = {}
     if settings.crosskd > 0:
         terms |= crosskd_losses(student, student_output, teacher, teacher_output, settings)
     if settings.pkd > 0:
         feature_loss = pkd_loss(student_output.fpn_features, teacher_output.fpn_features)
         terms["kd_feature"] = settings.pkd * feature_loss
+    if settings.mimic > 0:
+        terms |= mimic_losses(student, student_output, teacher, teacher_output, settings)
     return terms

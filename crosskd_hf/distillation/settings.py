@@ -16,6 +16,7 @@ class DistillationSettings:
         raw_taps: tap before the ReLU.
         cls_weight, box_weight, centerness_weight: weights of the terms.
         pkd: weight of the feature loss; 0 turns it off.
+        mimic: factor on the terms that the student's own predictions mimic the teacher's with; 0 turns them off.
     """
 
     crosskd: float
@@ -25,6 +26,7 @@ class DistillationSettings:
     box_weight: float
     centerness_weight: float
     pkd: float
+    mimic: float = 0.0
 
 
 def resolve_settings(section: DistillationSection, teacher: DenseDetector) -> DistillationSettings:
@@ -44,6 +46,7 @@ def resolve_settings(section: DistillationSection, teacher: DenseDetector) -> Di
         box_weight=given(section.box_weight, published.box_weight),
         centerness_weight=given(section.centerness_weight, published.centerness_weight),
         pkd=section.pkd,
+        mimic=section.mimic,
     )
 
 
@@ -69,6 +72,8 @@ def check_pair(student: DenseDetector, teacher: DenseDetector, settings: Distill
             problems.append(f"tap shape ({name}): student {getattr(mine, name)}, teacher {getattr(theirs, name)}")
     if settings.pkd > 0 and mine.fpn_channels != theirs.fpn_channels:
         problems.append(f"FPN shape (fpn_channels, pkd): student {mine.fpn_channels}, teacher {theirs.fpn_channels}")
+    if settings.mimic > 0 and student.matching_rule() != teacher.matching_rule():
+        problems.append("predictions (mimic): student and teacher are no detectors of one kind on the same priors")
     if problems:
         raise ValueError("this student can't learn from this teacher; they differ in:\n  - " + "\n  - ".join(problems))
 

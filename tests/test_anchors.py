@@ -1,0 +1,120 @@
+"""Priors and their validity by hand."""
+
+import math
+
+import pytest
+import torch
+
+from crosskd_hf.models.anchors import cell_centers, grid_offsets, octave_anchors, square_anchors, valid_cells
+
+CPU = torch.device("cpu")
+
+
+def centers(anchors: torch.Tensor) -> list[list[float]]:
+    return ((anchors[:, :2] + anchors[:, 2:]) / 2).tolist()
+
+
+def test_grid_runs_along_rows_and_gives_x_first():
+    (grid,) = grid_offsets([(2, 3)], [8], CPU)
+    assert grid.tolist() == [[0, 0], [8, 0], [16, 0], [0, 8], [8, 8], [16, 8]]
+
+
+def test_square_anchors_are_centred_on_the_cells_corner():
+    first, second = square_anchors([(2, 2), (1, 2)], [8, 16], 8, CPU)
+    assert first.tolist() == [[-32, -32, 32, 32], [-24, -32, 40, 32], [-32, -24, 32, 40], [-24, -24, 40, 40]]
+    assert centers(first) == [[0, 0], [8, 0], [0, 8], [8, 8]]
+    assert second.tolist() == [[-64, -64, 64, 64], [-48, -64, 80, 64]]
+
+
+def test_points_are_in_the_cells_middle():
+    first, second = cell_centers([(1, 2), (2, 1)], [8, 16], CPU)
+    assert first.tolist() == [[4, 4], [12, 4]]
+    assert second.tolist() == [[8, 8], [8, 24]]
+
+
+def test_octave_anchors_order_ratios_outside_and_scales_inside():
+    (anchors,) = octave_anchors([(1, 1)], [8], 4, [0.5, 1.0, 2.0], 3, CPU)
+    size = anchors[:, 2:] - anchors[:, :2]
+    # 32 pixels, ratio = height / width: 32 * sqrt(2) wide and 32 / sqrt(2) high at ratio .5.
+    expected = [
+        [32 * scale / math.sqrt(ratio), 32 * scale * math.sqrt(ratio)]
+        for ratio in (0.5, 1, 2)
+        for scale in (1, 2 ** (1 / 3), 2 ** (2 / 3))
+    ]
+    torch.testing.assert_close(size, torch.tensor(expected))
+    assert size[0].tolist() == pytest.approx([45.2548, 22.6274], abs=1e-4)  # not rounded
+    assert size[4].tolist() == pytest.approx([40.3175, 40.3175], abs=1e-4)
+    torch.testing.assert_close((anchors[:, :2] + anchors[:, 2:]).abs(), torch.zeros(9, 2), atol=1e-5, rtol=0)
+
+
+def test_octave_anchors_of_a_cell_are_neighbours():
+    first, second = octave_anchors([(2, 2), (1, 1)], [8, 16], 4, [1.0], 2, CPU)
+    assert first.shape == (8, 4) and second.shape == (2, 4)
+    assert centers(first) == pytest.approx([[0, 0], [0, 0], [8, 0], [8, 0], [0, 8], [0, 8], [8, 8], [8, 8]])
+    assert first[0].tolist() == [-16, -16, 16, 16]
+    assert second[0].tolist() == [-32, -32, 32, 32]
+    assert (second[1, 2] - second[1, 0]).item() == pytest.approx(64 * math.sqrt(2))
+
+
+def test_levels_and_strides_must_match_in_number():
+    with pytest.raises(ValueError):
+        square_anchors([(1, 1)], [8, 16], 8, CPU)
+
+
+# Validity -----------------------------------------------------------------------------------------------------------
+
+SIZES, STRIDES = [(40, 40), (20, 20), (10, 10), (5, 5), (3, 3)], [8, 16, 32, 64, 128]  # an input of 320 x 320 pixels
+
+
+def valid_rectangles(height: int, width: int, sizes=SIZES, strides=STRIDES) -> list[tuple[int, int]]:
+    """Valid rows and columns of each level, which must be rectangles at the top left."""
+    mask = valid_cells(sizes, strides, torch.tensor([[height, width]]), 32, 1)[0]
+    rectangles = []
+    for level, size in zip(mask.split([h * w for h, w in sizes]), sizes, strict=True):
+        level = level.reshape(size)
+        rows, columns = level.any(dim=1).sum().item(), level.any(dim=0).sum().item()
+        assert level[:rows, :columns].all() and level.sum() == rows * columns
+        rectangles.append((rows, columns))
+    return rectangles
+
+
+def test_image_size_is_rounded_up_before_cells_are_counted():
+    # 200 x 260 -> 224 x 288: 28 x 36 cells of 8, ..., 224 / 64 = 3.5 -> 4, 288 / 64 = 4.5 -> 5, 1.75 -> 2, 2.25 -> 3.
+    assert valid_rectangles(200, 260) == [(28, 36), (14, 18), (7, 9), (4, 5), (2, 3)]
+
+
+def test_image_in_its_own_padding_is_valid_everywhere():
+    sizes = [(28, 36), (14, 18), (7, 9), (4, 5), (2, 3)]
+    assert valid_cells(sizes, STRIDES, torch.tensor([[200, 260]]), 32, 1).all()
+
+
+@pytest.mark.parametrize(("side", "cells"), [(1, 4), (31, 4), (32, 4), (33, 8), (224, 28), (225, 32), (320, 40)])
+def test_rounding_on_both_sides(side, cells):
+    assert valid_rectangles(side, 320)[0] == (cells, 40)
+    assert valid_rectangles(320, side)[0] == (40, cells)
+
+
+def test_maps_of_one_cell_are_always_valid():
+    assert valid_rectangles(1, 1, [(1, 1)] * 5) == [(1, 1)] * 5
+
+
+def test_each_image_has_its_own_mask():
+    sizes = torch.tensor([[320.0, 320.0], [32.0, 64.0]])
+    mask = valid_cells(SIZES, STRIDES, sizes, 32, 1)
+    assert mask.shape == (2, 1600 + 400 + 100 + 25 + 9)
+    assert mask[0].all()
+    # 4 x 8, 2 x 4, 1 x 2, 1 x 1, 1 x 1.
+    assert mask[1].sum() == 32 + 8 + 2 + 1 + 1
+
+
+def test_all_anchors_of_a_cell_share_its_validity():
+    sizes = torch.tensor([[32, 64]])
+    one, nine = (valid_cells([(5, 12), (1, 3)], [8, 32], sizes, 32, n) for n in (1, 9))
+    assert nine.shape == (1, (60 + 3) * 9)
+    assert torch.equal(nine.reshape(1, -1, 9), one.unsqueeze(-1).expand(1, -1, 9))
+
+
+def test_another_divisor():
+    mask = valid_cells([(10, 10)], [8], torch.tensor([[33, 41]]), 1, 1).reshape(10, 10)
+    # 33 / 8 -> 5 rows, 41 / 8 -> 6 columns.
+    assert mask.sum() == 30 and mask[:5, :6].all()
