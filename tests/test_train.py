@@ -1,0 +1,162 @@
+"""Recipes from the command line: dry run, training, evaluation, conversion, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import tiny_model, tiny_split, write_tiny_coco
+
+from crosskd_hf import cli, train
+from crosskd_hf.convert import reference_keys, to_reference
+from crosskd_hf.recipe import carried_recipes, load_recipe
+
+SMALL = {"backbone": "resnet18", "fpn_channels": 32, "head_channels": 32}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """CrossKD GFL -> GFL on five noise images, three steps."""
+    write_tiny_coco(tmp_path / "data")
+    content = {
+        "model": {"detector": "gfl", "backbone_weights": "random", **SMALL},
+        "teacher": {"checkpoint": "random", "detector": "gfl", **SMALL},
+        "distillation": {"tap_index": 3},
+        "data": {
+            "path": str(tmp_path / "data"),
+            "train_split": "mini",
+            "val_split": "mini",
+            "short_side": 64,
+            "long_side": 96,
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "training": {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 3,
+            "warmup_steps": 0,
+            "learning_rate": 1e-4,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        },
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_dry_run_describes_and_stops(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    train.main([str(recipe), "training.gradient_accumulation_steps=4", "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "training images    5" in printed and "validation images  5" in printed
+    # 2 images x 1 process x 4 accumulated, 0.01-style scaling to a batch of 16: 1e-4 * 8 / 16
+    assert "effective batch    8 (2 a device x 1 processes x 4 accumulated)" in printed
+    assert "learning rate      5e-05 (0.0001 at batch 16)" in printed
+    assert "steps              3 (1 an epoch)" in printed
+    assert not list((recipe.parent / "run").iterdir()), "nothing is written"
+
+
+def test_a_recipe_runs_and_its_resolved_copy_runs_again(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    train.main([str(recipe)])
+    run = recipe.parent / "run"
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "recipe.yaml"} <= {
+        path.name for path in run.iterdir()
+    }
+    first = json.loads((run / "evaluation" / "eval_metrics.json").read_text())
+    again = recipe.parent / "again"
+    train.main([str(run / "recipe.yaml"), f"training.output_dir={again}"])
+    assert json.loads((again / "evaluation" / "eval_metrics.json").read_text()) == first
+    # The same numbers from the saved model
+    cli.main(["evaluate", str(run), "--workers", "0", "--output-dir", str(recipe.parent / "evaluated")])
+    evaluated = json.loads((recipe.parent / "evaluated" / "evaluation" / "eval_metrics.json").read_text())
+    assert evaluated == first
+    assert "AP50" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.backbon=resnet50"], "backbon"),
+        (["data.path=nowhere"], "nowhere"),
+        (["teacher.checkpoint=nowhere.pth"], "nowhere.pth doesn't exist"),
+        (["teacher.head_channels=64"], "head_channels"),
+        (["model.backbone=resnet5"], "resnet5"),
+        (["model.backbone=vit_tiny_patch16_224"], "strides"),
+        (["training.max_steps=many"], "max_steps"),
+    ],
+)
+def test_what_cannot_work_ends_in_one_message(
+    recipe: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train.main([str(recipe), *overrides])
+    assert ended.value.code == 1
+    printed = capsys.readouterr().err
+    assert message in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("detector", ["gfl", "retinanet", "fcos", "atss"])
+def test_converted_checkpoints_predict_the_same(recipe: Path, detector: str) -> None:
+    model = tiny_model(detector).eval()
+    state = {name: to_reference(key, model.state_dict()[key]) for key, name in reference_keys(model).items()}
+    file = recipe.parent / "reference.pth"
+    torch.save({"meta": {"CLASSES": ("cat", "dog")}, "state_dict": state}, file)
+    folder = recipe.parent / "converted"
+    content = yaml.safe_load(recipe.read_text())
+    content["teacher"] |= {"detector": detector}
+    recipe.write_text(yaml.safe_dump(content))
+    cli.main(["convert", str(file), str(folder), "--recipe", str(recipe), "--teacher"])
+    from transformers import AutoModelForObjectDetection
+
+    again = AutoModelForObjectDetection.from_pretrained(folder).eval()
+    assert again.config.id2label == {0: "cat", 1: "dog"}
+    pixels = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert torch.equal(again(pixels).pred_boxes, model(pixels).pred_boxes)
+    with pytest.raises(SystemExit):
+        cli.main(["convert", str(file), str(folder), "--recipe", str(recipe), "--teacher"])
+
+
+@pytest.mark.parametrize("name", sorted(carried_recipes()))
+def test_every_recipe_takes_a_step_when_made_small(name: str, tmp_path: Path) -> None:
+    """Its own detector, styles, schedule and distillation; a small backbone of the same kind, and noise images."""
+    tiny_split(tmp_path / "data")
+    backbones = {"swin_tiny_patch4_window7_224.ms_in1k": "swin_tiny_patch4_window7_224", "caffe": "resnet26"}
+    full = load_recipe(name)
+
+    def small(section: str) -> list[str]:
+        part = getattr(full, section)
+        backbone = backbones.get(part.backbone, "resnet18")
+        backbone = backbones["caffe"] if part.backbone_style == "caffe" else backbone
+        return [f"{section}.backbone={backbone}", f"{section}.fpn_channels=32", f"{section}.head_channels=32"]
+
+    overrides = [
+        *small("model"),
+        "model.backbone_weights=random",
+        f"data.path={tmp_path / 'data'}",
+        "data.train_split=mini",
+        "data.val_split=mini",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "data.short_side=64",
+        "data.long_side=96",
+        "training.use_cpu=true",
+        "training.dataloader_num_workers=0",
+        f"training.output_dir={tmp_path / 'run'}",
+    ]
+    if full.data.multiscale != "none":
+        overrides.append("data.multiscale_short_sides=[48, 64]")
+    if full.teacher:
+        overrides += [*small("teacher"), "teacher.checkpoint=random"]
+    recipe = load_recipe(name, overrides)
+    trainer = train.build_trainer(recipe)
+    trainer.model.train()
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer.create_optimizer_and_scheduler(100)
+    terms, _ = trainer.loss_terms(trainer.model, batch)
+    assert all(term.isfinite() for term in terms.values()), terms
+    assert any(key.startswith("kd_") for key in terms) == (full.teacher is not None)
+    torch.stack(list(terms.values())).sum().backward()
+    trainer.optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
