@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_model
 
 from crosskd_hf.assigners import Assignment
 from crosskd_hf.losses import (
@@ -16,6 +15,7 @@ from crosskd_hf.losses import (
     quality_focal_loss,
 )
 from crosskd_hf.models.modeling_dense import GroundTruth, Predictions, Priors
+from tiny import tiny_model
 
 LN2 = math.log(2)
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
 
 from crosskd_hf import DistillationSection
 from crosskd_hf.distillation.crosskd import cross_pass, crosskd_losses
@@ -12,6 +11,7 @@ from crosskd_hf.distillation.losses import KDTargets, prediction_kd_losses
 from crosskd_hf.distillation.objective import distillation_losses, teacher_forward
 from crosskd_hf.distillation.settings import check_pair, resolve_settings
 from crosskd_hf.trainer import DistillationTrainer
+from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
 
 DETECTORS = ["gfl", "retinanet", "fcos", "atss"]
 

@@ -1,0 +1,72 @@
+"""PKD by hand."""
+
+import pytest
+import torch
+
+from crosskd_hf.distillation.pkd import pkd_loss
+
+
+def level(values: list[float]) -> torch.Tensor:
+    """One image, one channel, one row."""
+    return torch.tensor(values, dtype=torch.float32).reshape(1, 1, 1, -1)
+
+
+def test_half_the_mean_squared_difference_of_standardised_values():
+    # 0 and 2: mean 1, unbiased std sqrt(2): -+1/sqrt(2). Mirrored: differences of 2/sqrt(2), squared 2, half of it 1.
+    assert pkd_loss([level([0, 2])], [level([7, 3])]).tolist() == pytest.approx([1.0], rel=1e-5)
+    # 0 1 2: std 1: -1 0 1. 0 0 3: mean 1, std sqrt(3): -.577 -.577 1.155. Differences -.4226 .5774 -.1547, squares
+    # .17863 .33333 .02393, mean .17863, half of it .08932.
+    assert pkd_loss([level([0, 1, 2])], [level([0, 0, 3])]).item() == pytest.approx(0.0893164, rel=1e-4)
+
+
+def test_scale_and_shift_of_a_channel_do_not_matter():
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(2, 3, 4, 5, generator=generator)
+    teacher = student * torch.tensor([2.0, 5, 0.5]).view(1, 3, 1, 1) + torch.tensor([0.0, -3, 9]).view(1, 3, 1, 1)
+    assert pkd_loss([student], [teacher]).item() == pytest.approx(0, abs=1e-9)
+    assert pkd_loss([student], [-teacher]).item() > 1
+
+
+def test_statistics_are_a_channels_over_batch_and_space():
+    # Two images of one value each, two channels: standardised over the batch to -+1/sqrt(2).
+    student = torch.tensor([[0.0, 10.0], [2.0, 30.0]]).reshape(2, 2, 1, 1)
+    teacher = torch.tensor([[5.0, 4.0], [6.0, 1.0]]).reshape(2, 2, 1, 1)
+    # Channel 0 agrees, channel 1 is mirrored: half the mean of 0 0 2 2.
+    assert pkd_loss([student], [teacher]).item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_a_value_a_level():
+    first, second = level([0, 2]), level([0, 1, 2])
+    losses = pkd_loss([first, second], [level([7, 3]), second])
+    assert losses.shape == (2,)
+    assert losses.tolist() == pytest.approx([1.0, 0.0], abs=1e-5)
+
+
+def test_a_single_value_and_constant_channels_are_finite():
+    student = [torch.ones(1, 4, 1, 1, requires_grad=True), torch.zeros(2, 4, 3, 3, requires_grad=True)]
+    teacher = [torch.randn(1, 4, 1, 1), torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))]
+    losses = pkd_loss(student, teacher)
+    losses.sum().backward()
+    assert losses[0] == 0
+    # The student standardises to 0, the teacher to unit unbiased variance: half of 17/18.
+    assert losses[1].item() == pytest.approx(0.5 * 17 / 18, rel=1e-4)
+    assert all(feature.grad.isfinite().all() for feature in student)
+
+
+def test_half_precision_is_computed_in_single():
+    student = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    teacher = student.flip(0)
+    losses = pkd_loss([student], [teacher])
+    assert losses.dtype == torch.float32
+    assert torch.equal(losses, pkd_loss([student.float()], [teacher.float()]))
+
+
+def test_only_the_student_needs_a_gradient():
+    student = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    pkd_loss([student], [torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))]).sum().backward()
+    assert student.grad.abs().sum() > 0
+
+
+def test_levels_must_match_in_number():
+    with pytest.raises(ValueError):
+        pkd_loss([level([0, 1])], [])
