@@ -93,7 +93,7 @@ def test_atss_iou_exactly_at_mean_plus_std_is_positive():
 @pytest.mark.parametrize(
     ("height", "expected"),
     [
-        # IoU .515625 instead of .5: mean .503125, std sqrt(.2501953 / 4) = .250098, threshold .75322: nothing reaches it.
+        # IoU .515625 instead of .5: mean .503125, std sqrt(.2501953 / 4) = .250098, threshold .75322: out of reach.
         (4.125, []),
         # IoU .484375: mean .496875, the same std, threshold .74697: both .75 reach it.
         (3.875, [0, 1]),
@@ -107,7 +107,7 @@ def test_atss_deviation_is_unbiased():
     # IoUs 1 and 1/16, 1/16, 1/16: b = 1/16, d = 15/16, n = 4: threshold b + d * (1/n + 1/sqrt(n)) = b + .75 d < 1.
     corners = [[0, 0, 2, 2], [6, 6, 8, 8], [0, 6, 2, 8]]
     assert positives(atss([BOX, *corners], [BOX])) == [0]
-    # Two different IoUs: threshold b + d * (1/2 + 1/sqrt(2)) = b + 1.207 d > b + d. The biased one, b + d, would admit it.
+    # Two different IoUs: threshold b + d * (1/2 + 1/sqrt(2)) = b + 1.207 d > b + d; the biased one is b + d.
     assert positives(atss([BOX, corners[0]], [BOX])) == []
 
 
@@ -128,7 +128,7 @@ def test_atss_single_valid_candidate_among_many_anchors():
     ("margin", "inside"), [(0.01, False), (0.0101, True), (0.5, True), (0.0, False), (-1.0, False)]
 )
 def test_atss_centre_is_more_than_a_hundredth_of_a_pixel_inside(side, margin, inside):
-    # The anchor's centre is (0, 0); the box reaches 4 pixels to every side but one. A lone candidate passes the threshold.
+    # The anchor's centre is (0, 0); the box reaches 4 pixels to all sides but one. A lone candidate has the IoU.
     box = [-4.0, -4.0, 4.0, 4.0]
     box[side] = -margin if side < 2 else margin
     assert positives(atss([[-4, -4, 4, 4]], [box])) == ([0] if inside else [])

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_cases import Comparison, GoldenCase, compare_detections, detections, probe_maps
 from transformers import AutoModelForObjectDetection
 
 from crosskd_hf.factory import convert_checkpoint
 from crosskd_hf.recipe import DataSection, load_recipe
-from golden_cases import Comparison, GoldenCase, compare_detections, detections, probe_maps
 
 # recipe -> the case and role that recorded its model. Recipes of one architecture share a checkpoint's keys.
 ROWS = {

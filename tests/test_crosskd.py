@@ -1,10 +1,12 @@
 """The cross pass: alignment by hand, whose gradient goes where, masks and normalisers of every kind of pair."""
 
 import math
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import tiny_batch, tiny_model
 from torch.nn import functional as F
 
 from crosskd_hf.assigners import Assignment
@@ -22,20 +24,20 @@ from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.head import DenseHead, HeadOutput
 from crosskd_hf.models.modeling_dense import DenseDetectorOutput, DetectionLosses
 from crosskd_hf.recipe import DistillationSection
-from tiny import tiny_batch, tiny_model
 
 DETECTORS = ("gfl", "retinanet", "fcos", "atss")
 SHAPES = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]  # of an input of 64 x 96 pixels
 
 
-def detector(name: str, seed: int = 0, **options):
-    """A detector whose head alone has weights; the rest is on the meta device."""
+@cache
+def detector(name: str, **options):
+    """A detector whose head alone has weights, frozen; the rest is on the meta device. One for all tests."""
     config = CONFIGS[name](
         **{"backbone": "resnet18", "fpn_channels": 16, "head_channels": 16, "num_labels": 2, **options}
     )
     with torch.device("meta"):
         model = MODELS[name](config)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model.head = DenseHead(model.head_spec(config))
     with torch.no_grad():
         for parameter in model.head.parameters():

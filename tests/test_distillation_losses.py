@@ -1,6 +1,7 @@
 """Losses between cross-head predictions and the teacher's: weights, masks, levels and normalisers by hand."""
 
 import math
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,7 @@ def predictions(logits: list, boxes=None, centerness: list | None = None) -> Pre
     )
 
 
+@cache
 def detector(name: str):
     with torch.device("meta"):
         return MODELS[name](CONFIGS[name](backbone="resnet18", fpn_channels=8, head_channels=8))
@@ -158,7 +160,7 @@ def test_box_loss_matches_the_elementwise_one():
 
 
 def test_centerness_loss_is_at_positives_over_the_class_normaliser():
-    # BCE of p = .5 against anything is ln 2; p = .8 against .5 is -.5 ln .8 - .5 ln .2. The third prior is no positive.
+    # BCE of p = .5 against anything is ln 2; p = .8 against .5 is -.5 ln .8 - .5 ln .2. The third isn't positive.
     cross = predictions([[0.0]] * 4, centerness=[0.0, LN4, 3.0, 0.0])
     teacher = predictions([[0.0]] * 4, centerness=[2.0, 0.0, -3.0, -1.0])
     goal = targets([1, 1, 1, 1], (3, 1), positive=[True, True, False, True], normalizer=100.0)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
 from torch.nn.parallel import DistributedDataParallel
 
 from crosskd_hf.trainer import DetectionTrainer
-from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
 
 
 def double_batch() -> dict:

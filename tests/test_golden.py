@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_cases import Comparison, GoldenCase, build_model, compare_detections, load_synth
 from PIL import Image
 from safetensors.torch import load_file
 
 from crosskd_hf.losses import box_iou
 from crosskd_hf.models.image_processing_dense import BGR_CAFFE, RGB_IMAGENET, DenseDetectorImageProcessor
-from golden_cases import Comparison, GoldenCase, build_model, compare_detections, load_synth
 
 STYLES = {"rgb_imagenet": RGB_IMAGENET, "bgr_caffe": BGR_CAFFE}
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_batch, tiny_model, tiny_processor
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
 
 import crosskd_hf
-from tiny import tiny_batch, tiny_model, tiny_processor
 
 LOADER = """
 import sys, torch, crosskd_hf

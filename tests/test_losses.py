@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny import tiny_model
 
 from crosskd_hf.assigners import Assignment
 from crosskd_hf.losses import (
@@ -15,7 +16,6 @@ from crosskd_hf.losses import (
     quality_focal_loss,
 )
 from crosskd_hf.models.modeling_dense import GroundTruth, Predictions, Priors
-from tiny import tiny_model
 
 LN2 = math.log(2)
 

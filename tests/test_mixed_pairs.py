@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
 
 from crosskd_hf import DistillationSection
 from crosskd_hf.distillation.crosskd import cross_pass, crosskd_losses
@@ -11,7 +12,6 @@ from crosskd_hf.distillation.losses import KDTargets, prediction_kd_losses
 from crosskd_hf.distillation.objective import distillation_losses, teacher_forward
 from crosskd_hf.distillation.settings import check_pair, resolve_settings
 from crosskd_hf.trainer import DistillationTrainer
-from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
 
 DETECTORS = ["gfl", "retinanet", "fcos", "atss"]
 

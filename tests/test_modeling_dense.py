@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
+from tiny import tiny_batch, tiny_model
 
 from crosskd_hf import CONFIGS, MODELS, GFLConfig, GFLForObjectDetection
 from crosskd_hf.models.fpn import FPNConv
 from crosskd_hf.models.head import HeadConv
-from tiny import tiny_batch, tiny_model
 
 DETECTORS = sorted(CONFIGS)
 

@@ -1,15 +1,17 @@
 """Published defaults of a distillation, and pairs that are refused."""
 
+import copy
 import re
+from functools import cache
 
 import pytest
 import torch
+from tiny import tiny_model
 
 from crosskd_hf.distillation.objective import distillation_losses, teacher_forward
 from crosskd_hf.distillation.settings import check_pair, resolve_settings
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.recipe import DistillationSection
-from tiny import tiny_model
 
 PUBLISHED = {  # tap index, weights of kd_cls, kd_box and kd_centerness
     "gfl": (3, 1.0, 4.0, 1.0),
@@ -19,14 +21,19 @@ PUBLISHED = {  # tap index, weights of kd_cls, kd_box and kd_centerness
 }
 
 
-def model(detector: str = "gfl", labels: tuple[str, ...] = ("cat", "dog"), **options):
+@cache
+def blank(detector: str):
     """On the meta device: only the configuration matters."""
-    names = dict(enumerate(labels))
-    config = CONFIGS[detector](
-        **{"backbone": "resnet18", "fpn_channels": 32, "head_channels": 32, "id2label": names, **options}
-    )
     with torch.device("meta"):
-        return MODELS[detector](config)
+        return MODELS[detector](CONFIGS[detector](backbone="resnet18", fpn_channels=8, head_channels=8))
+
+
+def model(detector: str = "gfl", labels: tuple[str, ...] = ("cat", "dog"), **options):
+    """A detector that has no weights and these settings."""
+    settings = {"backbone": "resnet18", "fpn_channels": 32, "head_channels": 32, "id2label": dict(enumerate(labels))}
+    made = copy.copy(blank(detector))
+    made.config = CONFIGS[detector](**{**settings, **options})
+    return made
 
 
 def refusal(student, teacher, **section) -> str:

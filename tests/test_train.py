@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tiny import tiny_model, tiny_split, write_tiny_coco
 
 from crosskd_hf import cli, train
 from crosskd_hf.convert import reference_keys, to_reference
 from crosskd_hf.recipe import carried_recipes, load_recipe
-from tiny import tiny_model, tiny_split, write_tiny_coco
 
 SMALL = {"backbone": "resnet18", "fpn_channels": 32, "head_channels": 32}
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
 
 from crosskd_hf import DistillationSection
 from crosskd_hf.monitoring import NonFiniteLossError
 from crosskd_hf.trainer import DetectionTrainer, DistillationTrainer
-from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
 
 
 def distiller(tmp_path: Path, teacher, student=None, distillation=None, **options) -> DistillationTrainer:
