@@ -12,11 +12,17 @@ from .evaluation import CocoEvaluator
 from .models import (
     CONFIGS,
     MODELS,
+    ATSSConfig,
+    ATSSForObjectDetection,
     DenseDetector,
     DenseDetectorConfig,
     DenseDetectorOutput,
+    FCOSConfig,
+    FCOSForObjectDetection,
     GFLConfig,
     GFLForObjectDetection,
+    RetinaNetConfig,
+    RetinaNetForObjectDetection,
 )
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .recipe import DistillationSection, Recipe, load_recipe
@@ -35,6 +41,8 @@ for _name, _config in CONFIGS.items():
 __all__ = [
     "CONFIGS",
     "MODELS",
+    "ATSSConfig",
+    "ATSSForObjectDetection",
     "CocoEvaluator",
     "DenseDetector",
     "DenseDetectorConfig",
@@ -46,9 +54,13 @@ __all__ = [
     "DetectionTrainingArguments",
     "DistillationSection",
     "DistillationTrainer",
+    "FCOSConfig",
+    "FCOSForObjectDetection",
     "GFLConfig",
     "GFLForObjectDetection",
     "Recipe",
+    "RetinaNetConfig",
+    "RetinaNetForObjectDetection",
     "__version__",
     "keep_for_training",
     "load_coco",

@@ -1,7 +1,6 @@
 """The `crosskd` command: `crosskd train RECIPE`, `crosskd evaluate MODEL`, `crosskd convert CHECKPOINT FOLDER`."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +8,6 @@ from accelerate import PartialState
 from transformers import AutoImageProcessor
 
 from . import train
-from .convert import CheckpointError
 from .data.coco import load_coco
 from .data.dataset import DetectionDataset
 from .evaluation import format_metrics
@@ -46,16 +44,16 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, float]:
     data = load_recipe(recipe).data if recipe else DataSection()
     model = load_detector(arguments.model, None, ())
     processor = AutoImageProcessor.from_pretrained(arguments.model)
-    split = train.first_images(
-        load_coco(
-            arguments.data or data.path,
-            arguments.split or data.val_split,
-            annotations=data.annotations,
-            images=data.images,
-            cache_dir=data.cache_dir,
-        ),
-        arguments.max_images or data.max_val_images,
+    whole = load_coco(
+        arguments.data or data.path,
+        arguments.split or data.val_split,
+        annotations=data.annotations,
+        images=data.images,
+        cache_dir=data.cache_dir,
     )
+    # The recipe's limit is for its own validation set.
+    own = not (arguments.data or arguments.split)
+    split = train.first_images(whole, arguments.max_images or (data.max_val_images if own else None))
     size = processor.size
     dataset = DetectionDataset(split, train=False, short_side=size["shortest_edge"], long_side=size["longest_edge"])
     args = DetectionTrainingArguments(
@@ -66,6 +64,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, float]:
     trainer = DetectionTrainer(model, args, eval_dataset=dataset, processing_class=processor)
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
+        print(f"{len(split.dataset)} of {len(whole.dataset)} images")
         print(format_metrics({name.removeprefix("eval_"): value for name, value in metrics.items()}))
         print(f"written to {Path(args.output_dir) / EVALUATION_FOLDER}")
     return metrics
@@ -107,7 +106,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     try:
         {"evaluate": evaluate, "convert": convert}[arguments.command](arguments)
-    except (RecipeError, CheckpointError, FileNotFoundError, ValueError) as error:
-        if PartialState().is_main_process:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+    except train.USER_ERRORS as error:
+        raise SystemExit(train.explain(error)) from error
+    finally:
+        PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

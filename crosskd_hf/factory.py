@@ -25,7 +25,7 @@ from .convert import (
 )
 from .models import CONFIGS, MODELS
 from .models.configuration_dense import DenseDetectorConfig
-from .models.image_processing_dense import BGR_CAFFE, RGB_IMAGENET, DenseDetectorImageProcessor
+from .models.image_processing_dense import DenseDetectorImageProcessor
 from .models.modeling_dense import DenseDetector
 from .recipe import ArchitectureSection, DataSection, ModelSection, TeacherSection
 
@@ -141,7 +141,9 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
             folder = converted(path, section, label_names)
         return AutoModelForObjectDetection.from_pretrained(folder)
     try:
-        model, info = AutoModelForObjectDetection.from_pretrained(source, output_loading_info=True)
+        model, info = AutoModelForObjectDetection.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"{source!r} can't be loaded as a detector ({first_line(error)}). Give the folder of a saved "
@@ -176,7 +178,7 @@ def converted(path: Path, section: ArchitectureSection, label_names: Sequence[st
     load_reference_state(model, state, source=str(path))
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
     model.save_pretrained(partial)
-    build_processor(section, model.config).save_pretrained(partial)
+    DenseDetectorImageProcessor.for_model(config).save_pretrained(partial)
     try:
         partial.rename(folder)
     except OSError:  # another process was faster
@@ -201,25 +203,15 @@ def convert_checkpoint(
     if (folder / "config.json").exists():
         raise CheckpointError(f"{folder} holds a model already: name another folder, or remove it.")
     path = fetch(checkpoint, CACHE / "downloads") if "://" in checkpoint else Path(checkpoint)
+    if path.is_file():
+        check_hash(path)
     state, names = read_checkpoint(path)
-    check_hash(path)
     config = build_config(section, names or COCO_CLASSES)
     model = MODELS[section.detector](config)
     load_reference_state(model, state, source=str(path))
     model.save_pretrained(folder)
-    build_processor(section, config, data).save_pretrained(folder)
+    DenseDetectorImageProcessor.for_model(config, data.short_side, data.long_side).save_pretrained(folder)
     return model
-
-
-def build_processor(
-    section: ArchitectureSection, config: DenseDetectorConfig, data: DataSection | None = None
-) -> DenseDetectorImageProcessor:
-    """The image processor that goes with a model: pixel style of the backbone, sizes of the data section."""
-    style = BGR_CAFFE if section.backbone_style == "caffe" else RGB_IMAGENET
-    size = {} if data is None else {"size": {"shortest_edge": data.short_side, "longest_edge": data.long_side}}
-    return DenseDetectorImageProcessor(
-        nms_threshold=config.nms_threshold, size_divisor=config.size_divisor, **style, **size
-    )
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

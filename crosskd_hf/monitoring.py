@@ -1,6 +1,5 @@
 """What a training step leaves behind for the log: kept on the device, read only when the log is written."""
 
-import resource
 import sys
 
 import torch
@@ -92,5 +91,9 @@ def memory_gb(device: torch.device) -> float:
     """Peak memory in GB: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":  # Python can't tell there
+        return float("nan")
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

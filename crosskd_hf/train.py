@@ -1,7 +1,6 @@
 """Run a recipe: `accelerate launch -m crosskd_hf.train RECIPE [section.key=value ...] [--dry-run]`."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +11,21 @@ from .convert import CheckpointError
 from .data.coco import DetectionSplit, keep_for_training, load_coco
 from .data.dataset import DetectionDataset
 from .evaluation import format_metrics
-from .factory import build_model, build_processor, count_parameters, load_teacher
+from .factory import build_model, count_parameters, load_teacher
+from .models.image_processing_dense import DenseDetectorImageProcessor
 from .recipe import DataSection, Recipe, RecipeError, load_recipe
 from .trainer import DetectionTrainer, DistillationTrainer
 
 RECIPE_FILE = "recipe.yaml"
+# What ends in one message while a run is built. During training, tracebacks stand.
+USER_ERRORS = (RecipeError, CheckpointError, FileNotFoundError, ValueError)
+# Training arguments that don't change what is computed, so that a run can go on with other values.
+MAY_CHANGE = (
+    *("output_dir", "disable_tqdm", "report_to", "run_name", "push_to_hub", "hub_model_id", "hub_strategy"),
+    *("logging_steps", "logging_strategy", "eval_steps", "eval_strategy", "save_steps", "save_strategy"),
+    *("save_total_limit", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+    *("per_device_eval_batch_size", "load_best_model_at_end"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +77,9 @@ def build_trainer(recipe: Recipe) -> DetectionTrainer:
         "args": args,
         "train_dataset": train_dataset,
         "eval_dataset": eval_dataset,
-        "processing_class": build_processor(recipe.model, model.config, recipe.data),
+        "processing_class": DenseDetectorImageProcessor.for_model(
+            model.config, recipe.data.short_side, recipe.data.long_side
+        ),
     }
     if recipe.teacher is None:
         return DetectionTrainer(model, **common)
@@ -106,26 +117,50 @@ def describe(trainer: DetectionTrainer) -> str:
     return "\n".join(lines)
 
 
-def run(recipe: Recipe, dry_run: bool = False) -> dict[str, float] | None:
-    """Train, evaluate and save as a recipe says. A run that was interrupted goes on from its last checkpoint.
+def last_checkpoint(recipe: Recipe, output: Path) -> str | None:
+    """The checkpoint that a run goes on from, if it was interrupted.
+
+    Raises:
+        RecipeError: if the folder holds another run, naming what differs: a checkpoint restores its own learning rate
+            and schedule, so that changed values would be ignored.
+    """
+    checkpoint = get_last_checkpoint(output) if output.is_dir() else None
+    if checkpoint is None or not (output / RECIPE_FILE).is_file():
+        return checkpoint
+    before, now = (flat_settings(r) for r in (load_recipe(output / RECIPE_FILE), recipe))
+    changed = [
+        f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted({*before, *now} - {f"training.{name}" for name in MAY_CHANGE})
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise RecipeError(
+            f"{output} holds a run of other settings:\n  - " + "\n  - ".join(changed) + "\nIt can only be continued "
+            "as it was. Name another training.output_dir, or remove that folder to start again."
+        )
+    return checkpoint
+
+
+def flat_settings(recipe: Recipe) -> dict[str, object]:
+    """`section.key` -> value."""
+    sections = ((name, values or {}) for name, values in recipe.to_dict().items())
+    return {f"{name}.{key}": value for name, values in sections for key, value in values.items()}
+
+
+def run(trainer: DetectionTrainer, recipe: Recipe, checkpoint: str | None) -> dict[str, float]:
+    """Train, evaluate and save as a recipe says, from a checkpoint if there is one.
 
     Returns:
-        the final metrics, or None after a dry run.
+        the final metrics.
     """
-    trainer = build_trainer(recipe)
     if trainer.is_world_process_zero():
-        print(describe(trainer), flush=True)
-    if dry_run:
-        return None
-    output = Path(trainer.args.output_dir)
-    if trainer.is_world_process_zero():
-        output.mkdir(parents=True, exist_ok=True)
-        recipe.save(output / RECIPE_FILE)
-    last = get_last_checkpoint(output) if output.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+        recipe.save(Path(trainer.args.output_dir) / RECIPE_FILE)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
-    metrics = trainer.evaluate()
+    step, metrics = trainer.last_evaluation
+    if step != trainer.state.global_step or trainer.args.load_best_model_at_end:
+        metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         print(format_metrics({name.removeprefix("eval_"): value for name, value in metrics.items()}))
     if trainer.args.push_to_hub:
@@ -142,15 +177,27 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def launch(arguments: argparse.Namespace) -> None:
-    """Run parsed arguments; what the user can mend ends in one message instead of a traceback."""
+    """Run parsed arguments. What the user can mend before training ends in one message instead of a traceback."""
     try:
-        run(load_recipe(arguments.recipe, arguments.overrides), dry_run=arguments.dry_run)
-    except (RecipeError, CheckpointError, FileNotFoundError, ValueError) as error:
-        if PartialState().is_main_process:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+        try:
+            recipe = load_recipe(arguments.recipe, arguments.overrides)
+            trainer = build_trainer(recipe)
+            checkpoint = last_checkpoint(recipe, Path(trainer.args.output_dir))
+        except USER_ERRORS as error:
+            raise SystemExit(explain(error)) from error
+        if trainer.is_world_process_zero():
+            print(describe(trainer), flush=True)
+        if not arguments.dry_run:
+            run(trainer, recipe, checkpoint)
     finally:
         PartialState().destroy_process_group()
+
+
+def explain(error: Exception) -> str:
+    """An error as one message, with the rank that saw it where there are several."""
+    state = PartialState()
+    rank = f"[process {state.process_index}] " if state.num_processes > 1 else ""
+    return f"{rank}{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

@@ -38,16 +38,16 @@ class DetectionTrainer(Trainer):
         args: the training arguments.
         train_dataset: a `DetectionDataset`, or a `DetectionSplit`, which is then resized as the processor does it.
         eval_dataset: the same.
-        processing_class: the image processor, saved beside the model.
+        processing_class: the image processor, saved beside the model; None makes the one that goes with the model.
         callbacks, optimizers: as in `transformers.Trainer`.
 
     Raises:
-        ValueError: if the data's labels aren't the model's.
+        ValueError: if the data's labels aren't the model's, or the arguments ask for DataParallel, FSDP or DeepSpeed.
     """
 
     def __init__(
         self,
-        model: DenseDetector,
+        model: DenseDetector | str,
         args: DetectionTrainingArguments,
         train_dataset: DetectionDataset | DetectionSplit | None = None,
         eval_dataset: DetectionDataset | DetectionSplit | None = None,
@@ -55,7 +55,9 @@ class DetectionTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
-        processor = processing_class or DenseDetectorImageProcessor(nms_threshold=model.config.nms_threshold)
+        model = _as_detector(model)
+        _refuse_unsupported(args)
+        processor = processing_class or DenseDetectorImageProcessor.for_model(model.config)
         datasets = {}
         for name, data, train in (("train_dataset", train_dataset, True), ("eval_dataset", eval_dataset, False)):
             datasets[name] = _as_dataset(data, processor, train, args.seed)
@@ -73,6 +75,8 @@ class DetectionTrainer(Trainer):
         self.loss_is_scaled_for_ga = False
         self.monitor = StepMonitor(self.args.device)
         self.train_sampler: OrientationBatchSampler | None = None
+        self._before_step: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None = None
+        self.last_evaluation: tuple[int, dict[str, float]] = (-1, {})
         self.add_callback(_TrainingHooks(self))
 
     # Data -------------------------------------------------------------------------------------------------------
@@ -88,8 +92,15 @@ class DetectionTrainer(Trainer):
             group=self.args.group_by_orientation,
             drop_last=self.args.dataloader_drop_last,
         )
-        loader = DataLoader(self.train_dataset, batch_sampler=self.train_sampler, **self._loader_options())
-        return self.accelerator.prepare(loader)
+        loader = self.accelerator.prepare(
+            DataLoader(self.train_dataset, batch_sampler=self.train_sampler, **self._loader_options())
+        )
+        self._batches_per_epoch = len(loader)
+        return loader
+
+    def get_test_dataloader(self, test_dataset: DetectionDataset | DetectionSplit) -> DataLoader:
+        """The same as for evaluation."""
+        return self.get_eval_dataloader(test_dataset)
 
     def get_eval_dataloader(self, eval_dataset: DetectionDataset | DetectionSplit | None = None) -> DataLoader:
         """Every image exactly once over all processes, in the same batches however many there are."""
@@ -153,8 +164,7 @@ class DetectionTrainer(Trainer):
         """Optimizer steps an epoch."""
         if self.train_sampler is None:
             self.get_train_dataloader()
-        batches = -(-len(self.train_sampler) // self.accelerator.num_processes)
-        return max(1, -(-batches // self.args.gradient_accumulation_steps))
+        return max(1, -(-self._batches_per_epoch // self.args.gradient_accumulation_steps))
 
     def training_step(self, *args, **kwargs) -> Tensor:
         """Forward and backward, timed."""
@@ -180,10 +190,10 @@ class DetectionTrainer(Trainer):
         return self.state.global_step + 1
 
     def mask_non_finite_step(self) -> None:
-        """Tell the optimizer, on the device, to leave everything as it is if a gradient isn't finite.
+        """Have the optimizer leave everything as it is if a gradient isn't finite, without the host knowing.
 
         Fused optimizers read `found_inf` (it is how GradScaler talks to them) and then change neither parameters nor
-        their own state. For others the gradients are set to zero, which leaves weight decay and momentum.
+        their own state. For others a copy of both is kept over the step, and put back in `restore_masked_step`.
         """
         if self.accelerator.scaler is not None:
             return
@@ -193,9 +203,22 @@ class DetectionTrainer(Trainer):
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         if all(group.get("fused") for group in optimizer.param_groups):
             optimizer.found_inf = bad.float()
-        else:
-            for gradient in gradients:
-                gradient.copy_(torch.where(bad, 0.0, gradient))
+            return
+        for gradient in gradients:
+            gradient.copy_(torch.where(bad, 0.0, gradient))
+        kept = [p for group in optimizer.param_groups for p in group["params"]]
+        kept += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        self._before_step = bad, [(tensor, tensor.detach().clone()) for tensor in kept]
+
+    @torch.no_grad()
+    def restore_masked_step(self) -> None:
+        """Undo the step of an optimizer that isn't fused, if its gradients weren't finite."""
+        if self._before_step is None:
+            return
+        bad, tensors = self._before_step
+        for tensor, before in tensors:
+            tensor.copy_(torch.where(bad.to(tensor.device), before, tensor))
+        self._before_step = None
 
     # Log --------------------------------------------------------------------------------------------------------
 
@@ -246,11 +269,13 @@ class DetectionTrainer(Trainer):
             evaluator.update(batch["image_ids"].tolist(), self.detect(model, batch))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         evaluator.gather()
+        results = evaluator.results() if description == "Prediction" else None
         model.train(was_training)
         metrics = [self._metrics(evaluator, metric_key_prefix) if self.accelerator.is_main_process else None]
         metrics = broadcast_object_list(metrics)[0]
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(dataloader.dataset))
+        self.last_evaluation = self.state.global_step, named
+        return EvalLoopOutput(predictions=results, label_ids=None, metrics=named, num_samples=len(dataloader.dataset))
 
     def _metrics(self, evaluator: CocoEvaluator, prefix: str) -> dict[str, float]:
         metrics = evaluator.compute()
@@ -283,7 +308,7 @@ class DistillationTrainer(DetectionTrainer):
 
     def __init__(
         self,
-        model: DenseDetector,
+        model: DenseDetector | str,
         teacher: DenseDetector | str,
         args: DetectionTrainingArguments,
         train_dataset: DetectionDataset | DetectionSplit | None = None,
@@ -293,8 +318,7 @@ class DistillationTrainer(DetectionTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
-        if not isinstance(teacher, DenseDetector):
-            teacher = load_detector(str(teacher), None, ())
+        model, teacher = _as_detector(model), _as_detector(teacher)
         self.settings = resolve_settings(distillation or DistillationSection(), teacher)
         check_pair(model, teacher, self.settings)
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers)
@@ -313,7 +337,7 @@ class DistillationTrainer(DetectionTrainer):
 
 
 class _TrainingHooks(TrainerCallback):
-    """The two moments at which the trainer needs a word: a new epoch, and gradients that are complete."""
+    """The moments at which the trainer needs a word: a new epoch, and before and after an optimizer step."""
 
     def __init__(self, trainer: DetectionTrainer):
         self.trainer = trainer
@@ -325,6 +349,23 @@ class _TrainingHooks(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.mask_non_finite_step()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.restore_masked_step()
+
+
+def _as_detector(model: DenseDetector | str) -> DenseDetector:
+    return model if isinstance(model, DenseDetector) else load_detector(str(model), None, ())
+
+
+def _refuse_unsupported(args: DetectionTrainingArguments) -> None:
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs, which would make it DataParallel: start one process a GPU with "
+            "`accelerate launch --multi_gpu`, or hide the others with CUDA_VISIBLE_DEVICES=0."
+        )
+    if args.fsdp or args.deepspeed:
+        raise ValueError("FSDP and DeepSpeed aren't supported; these detectors fit a GPU: use plain multi_gpu.")
 
 
 def _as_dataset(data, processor: DenseDetectorImageProcessor, train: bool, seed: int) -> DetectionDataset | None:

@@ -11,6 +11,8 @@ from transformers.training_args import OptimizerNames
 WARMUP_STYLES = ("linear", "constant")
 # What the trainer can't work with otherwise, or would silently ignore -> (value, why).
 FIXED: dict[str, tuple[Any, str]] = {
+    "bf16_full_eval": (False, "boxes need fp32; bf16: true evaluates the networks in bfloat16"),
+    "fp16_full_eval": (False, "boxes need fp32; fp16: true evaluates the networks in half precision"),
     "remove_unused_columns": (False, "the data sets read images and boxes from columns the model doesn't name"),
     "eval_do_concat_batches": (False, "detections have a different number an image"),
     "logging_nan_inf_filter": (False, "it hides losses that are not finite; the trainer stops at them"),

@@ -336,7 +336,7 @@ def detections(model, output, index: int, image_size, scale) -> dict[str, torch.
         output.logits[index],
         output.pred_boxes[index],
         None if output.centerness is None else output.centerness[index],
-        output.level_sizes[index].tolist(),
+        model.priors(output.head).level_sizes if output.level_sizes is None else output.level_sizes[index].tolist(),
         tuple(image_size),
         scale,
         nms_threshold=model.config.nms_threshold,

@@ -15,7 +15,6 @@ from crosskd_hf.convert import CheckpointError, reference_keys
 from crosskd_hf.factory import (
     build_config,
     build_model,
-    build_processor,
     count_parameters,
     load_backbone_weights,
     load_detector,
@@ -23,7 +22,8 @@ from crosskd_hf.factory import (
 )
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.backbone import Backbone
-from crosskd_hf.recipe import DETECTORS, ArchitectureSection, DataSection, ModelSection, TeacherSection
+from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor, pixel_style
+from crosskd_hf.recipe import DETECTORS, ArchitectureSection, ModelSection, TeacherSection
 
 LABELS = ("cat", "dog", "emu")
 TINY = {"backbone": "resnet18", "fpn_channels": 32, "head_channels": 32, "head_blocks": 2}
@@ -111,13 +111,17 @@ def test_builds_each_detector(detector):
 
 def test_processor_has_the_pixel_style_and_the_sizes():
     config = build_config(MODEL, LABELS)
-    processor = build_processor(MODEL, config, DataSection(short_side=64, long_side=96))
+    processor = DenseDetectorImageProcessor.for_model(config, short_side=64, long_side=96)
     assert dict(processor.size) == {"shortest_edge": 64, "longest_edge": 96}
     assert processor.nms_threshold == config.nms_threshold
     assert list(processor.image_mean) == [123.675, 116.28, 103.53]
-    caffe = build_processor(dataclasses.replace(MODEL, backbone_style="caffe"), config)
+    caffe_section = dataclasses.replace(MODEL, backbone="resnet26", backbone_style="caffe")
+    caffe = DenseDetectorImageProcessor.for_model(build_config(caffe_section, LABELS))
     assert sorted(caffe.image_mean) == [102.9801, 115.9465, 122.7717]
     assert list(caffe.image_std) == [1, 1, 1]
+    # Other weights have other pixels: these were trained with mean and std 0.5.
+    half = build_config(dataclasses.replace(MODEL, backbone="tf_efficientnet_b0.ap_in1k"), LABELS)
+    assert pixel_style(half)["image_mean"] == [127.5] * 3 and pixel_style(half)["image_std"] == [127.5] * 3
     assert dict(caffe.size) == {"shortest_edge": 800, "longest_edge": 1333}
 
 

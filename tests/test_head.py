@@ -16,6 +16,15 @@ ATSS = {"centerness_from": "reg"}
 SHAPES = [(6, 5), (3, 3), (1, 1)]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Maps this small gain nothing from threads, and lose much where other processes hold the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def spec(**options) -> HeadSpec:
     values = {
         "num_labels": 2,

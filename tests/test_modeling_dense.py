@@ -99,7 +99,8 @@ def test_mask_beyond_an_image_rounded_up_to_32() -> None:
     labels = [{"boxes": torch.tensor([[4.0, 4, 30, 30]]), "class_labels": torch.tensor([0])}]
     output = model(pixels, mask, labels, output_distillation=True)
     assert output.image_sizes.tolist() == [[40, 70]]
-    weights = output.detection.assignment.class_weights.split(output.level_sizes[0].tolist(), dim=1)
+    sizes = model.priors(output.head).level_sizes
+    weights = output.detection.assignment.class_weights.split(sizes, dim=1)
     assert weights[0].reshape(12, 16).sum(0).tolist() == [8.0] * 12 + [0.0] * 4
     assert weights[0].reshape(12, 16).sum(1).tolist() == [12.0] * 8 + [0.0] * 4
     assert weights[4].tolist() == [[1.0]]
@@ -117,3 +118,20 @@ def test_wrong_numbers_of_labels_are_named() -> None:
 def test_configurations_that_cannot_be(field: str, value) -> None:
     with pytest.raises(ValueError, match=field):
         GFLConfig(**{field: value})
+
+
+def test_a_checkpoint_without_a_backbone_weight_is_noticed(tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from crosskd_hf.convert import CheckpointError
+    from crosskd_hf.factory import load_detector
+
+    fresh("gfl").save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["backbone.body.layer4.0.conv1.weight"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = GFLForObjectDetection.from_pretrained(tmp_path)
+    weight = model.backbone.body.layer4[0].conv1.weight
+    assert weight.device.type == "cpu" and weight.isfinite().all() and 0 < weight.std() < 1
+    with pytest.raises(CheckpointError, match=r"layer4\.0\.conv1\.weight"):
+        load_detector(str(tmp_path), None, ())

@@ -172,7 +172,6 @@ def test_default_iou_threshold(height, kept):
     assert len(select([[0.9], [0.8]], [[0, 0, 10, 10], [0, 0, 10, height]])["scores"]) == kept
 
 
-@pytest.mark.xfail(strict=True, reason="torchvision compares a single-precision IoU with a double threshold: .6 > .6")
 def test_iou_of_exactly_six_tenths_is_not_above_the_threshold():
     assert len(select([[0.9], [0.8]], [[0, 0, 10, 10], [0, 0, 10, 6]])["scores"]) == 2
 

@@ -21,6 +21,15 @@ PUBLISHED = {  # tap index, weights of kd_cls, kd_box and kd_centerness
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Maps this small gain nothing from threads, and lose much where other processes hold the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @cache
 def blank(detector: str):
     """On the meta device: only the configuration matters."""

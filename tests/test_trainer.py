@@ -89,7 +89,7 @@ def test_every_term_and_clock_is_logged(tmp_path: Path) -> None:
         assert entry["data_time"] > 0 and entry["step_time"] > 0 and entry["memory_gb"] > 0
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adamw_torch_fused"])
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch_fused", "adamw_torch", "rmsprop"])
 def test_a_step_that_is_not_finite_changes_nothing_and_stops_the_run(tmp_path: Path, optim: str) -> None:
     trainer = distiller(tmp_path, tiny_model(seed=2), max_steps=6, logging_steps=5, optim=optim)
     states: list[dict] = []
@@ -185,3 +185,48 @@ def test_accumulated_batches_make_the_gradient_of_their_mean(tmp_path: Path) -> 
         trainer.train()
         norms.append(trainer.state.log_history[0]["grad_norm"])
     assert 0.3 < norms[1] / norms[0] < 1.5
+
+
+@pytest.mark.parametrize("detector", ["gfl", "retinanet", "fcos", "atss"])
+def test_boxes_keep_their_precision_under_autocast(detector: str) -> None:
+    """Only the networks run in bfloat16: from the same head output, boxes and losses are fp32's."""
+    model, batch = tiny_model(detector), tiny_batch(height=256, width=256)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**batch, output_distillation=True)
+        assert output.head.logits[0].dtype == torch.bfloat16
+    predictions, priors = model.flatten(output.head), model.priors(output.head)
+    assert output.pred_boxes.dtype == torch.float32
+    assert torch.equal(output.pred_boxes, model.decode(predictions.boxes, priors))
+    assert all(term.dtype == torch.float32 for term in output.loss_dict.values())
+
+
+def test_frozen_stages_keep_their_statistics_when_others_learn_them() -> None:
+    model = tiny_model(freeze_batchnorm_statistics=False).train()
+    before = {name: value.clone() for name, value in model.named_buffers() if name.endswith("running_mean")}
+    model(**tiny_batch())
+    after = dict(model.named_buffers())
+    moved = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    assert moved and not any("body.bn1" in name or "layer1" in name for name in moved)
+
+
+def test_models_can_be_named_by_folder_and_bring_their_processor(tmp_path: Path) -> None:
+    tiny_model("fcos", backbone="resnet26", backbone_style="caffe").save_pretrained(tmp_path / "model")
+    split = tiny_split(tmp_path / "data")
+    trainer = DetectionTrainer(str(tmp_path / "model"), tiny_args(tmp_path / "run"), split, split)
+    assert trainer.processing_class.do_flip_channel_order
+    assert list(trainer.processing_class.image_std) == [1.0, 1.0, 1.0]
+    assert trainer.processing_class.nms_threshold == 0.5
+
+
+def test_prediction_gives_coco_results(tmp_path: Path) -> None:
+    model = tiny_model()
+    split = tiny_split(tmp_path / "data")
+    trainer = DetectionTrainer(model, tiny_args(tmp_path / "run"), None, split, tiny_processor(model))
+    found = trainer.predict(split)
+    assert {"image_id", "category_id", "bbox", "score"} == set(found.predictions[0])
+
+
+def test_a_teacher_of_other_pixels_is_refused(tmp_path: Path) -> None:
+    teacher = tiny_model("fcos", backbone="resnet26", backbone_style="caffe")
+    with pytest.raises(ValueError, match="pixels"):
+        DistillationTrainer(tiny_model(), teacher, tiny_args(tmp_path / "run"))

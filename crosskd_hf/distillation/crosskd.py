@@ -49,7 +49,9 @@ def cross_pass(teacher: DenseDetector, student: HeadOutput, own: HeadOutput, tap
     """
 
     def aligned(taps: list[Tensor] | None, references: list[Tensor] | None) -> list[Tensor]:
-        pairs = zip(taps or [], references or [], strict=True)
+        if taps is None or references is None:
+            raise ValueError("the cross pass needs taps of both heads: give both forwards tap_index")
+        pairs = zip(taps, references, strict=True)
         features = [align(tap.float(), reference.float()) for tap, reference in pairs]
         return [F.relu(feature) for feature in features] if tap_index > 0 else features
 
@@ -79,7 +81,8 @@ def crosskd_losses(
     cross_head = cross_pass(teacher, student_output.head, teacher_output.head, settings.tap_index)
     targets = kd_targets(student, student_output, teacher, teacher_output)
     cross, own = teacher.flatten(cross_head), teacher.flatten(teacher_output.head)
-    terms = prediction_kd_losses(teacher, cross, own, targets, settings)
+    with torch.autocast(cross.logits.device.type, enabled=False):
+        terms = prediction_kd_losses(teacher, cross, own, targets, settings)
     return {f"kd_{name}": settings.crosskd * term for name, term in terms.items()}
 
 

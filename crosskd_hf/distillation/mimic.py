@@ -3,6 +3,7 @@
 The paper's counter-example (CrossKD, arXiv 2306.11369, section 3.1): ground truth and teacher pull at one output.
 """
 
+import torch
 from torch import Tensor
 
 from ..models.modeling_dense import DenseDetector, DenseDetectorOutput
@@ -27,5 +28,6 @@ def mimic_losses(
     """
     targets = kd_targets(student, student_output, teacher, teacher_output)
     mine, own = student.flatten(student_output.head), teacher.flatten(teacher_output.head)
-    terms = prediction_kd_losses(teacher, mine, own, targets, settings)
+    with torch.autocast(mine.logits.device.type, enabled=False):
+        terms = prediction_kd_losses(teacher, mine, own, targets, settings)
     return {f"mimic_{name}": settings.mimic * term for name, term in terms.items()}

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..models.image_processing_dense import pixel_style
 from ..models.modeling_dense import DenseDetector
 from ..recipe import DistillationSection
 
@@ -54,7 +55,7 @@ def check_pair(student: DenseDetector, teacher: DenseDetector, settings: Distill
     """Refuse a pair that can't work, before any data is read.
 
     Raises:
-        ValueError: naming everything that differs: strides, label names, blocks, tap or FPN channels.
+        ValueError: naming everything that differs: strides, label names, pixels, blocks, tap or FPN channels.
     """
     mine, theirs, k = student.config, teacher.config, settings.tap_index
     problems = []
@@ -63,6 +64,9 @@ def check_pair(student: DenseDetector, teacher: DenseDetector, settings: Distill
     if mine.size_divisor != theirs.size_divisor:
         problems.append(f"size_divisor: student {mine.size_divisor}, teacher {theirs.size_divisor}")
     problems += _label_problems(mine.id2label, theirs.id2label)
+    styles = pixel_style(mine), pixel_style(theirs)
+    if styles[0] != styles[1]:
+        problems.append(f"pixels, which both get alike: student {styles[0]}, teacher {styles[1]}")
     if settings.crosskd > 0:
         for role, config in (("student", mine), ("teacher", theirs)):
             if k > config.head_blocks:
@@ -72,10 +76,15 @@ def check_pair(student: DenseDetector, teacher: DenseDetector, settings: Distill
             problems.append(f"tap shape ({name}): student {getattr(mine, name)}, teacher {getattr(theirs, name)}")
     if settings.pkd > 0 and mine.fpn_channels != theirs.fpn_channels:
         problems.append(f"FPN shape (fpn_channels, pkd): student {mine.fpn_channels}, teacher {theirs.fpn_channels}")
-    if settings.mimic > 0 and student.matching_rule() != teacher.matching_rule():
+    if settings.mimic > 0 and _output_format(student) != _output_format(teacher):
         problems.append("predictions (mimic): student and teacher are no detectors of one kind on the same priors")
     if problems:
         raise ValueError("this student can't learn from this teacher; they differ in:\n  - " + "\n  - ".join(problems))
+
+
+def _output_format(model: DenseDetector) -> tuple:
+    deltas = getattr(model.config, "delta_stds", None)
+    return model.matching_rule(), model.head.spec.box_channels, deltas and tuple(deltas)
 
 
 def _label_problems(mine: dict[int, str], theirs: dict[int, str]) -> list[str]:

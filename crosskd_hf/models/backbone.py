@@ -45,7 +45,8 @@ class Backbone(nn.Module):
         # from_pretrained builds the model on the meta device and then initialises what no checkpoint filled: timm has
         # its own initialisation, which must stand.
         for tensor in (*self.body.parameters(), *self.body.buffers()):
-            tensor._is_hf_initialized = True
+            if not tensor.is_meta:
+                tensor._is_hf_initialized = True
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         """(N, 3, H, W) -> three maps (N, C_i, ceil(H / s), ceil(W / s)), s = 8, 16, 32."""
@@ -60,8 +61,9 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> "Backbone":
         """BatchNorm keeps its ImageNet statistics while training (`norm_eval`): detector batches are too small."""
         super().train(mode)
-        if self.freeze_statistics:
-            for module in batchnorms(self.body):
+        for module in batchnorms(self.body):
+            frozen = not any(parameter.requires_grad for parameter in module.parameters())
+            if self.freeze_statistics or frozen:
                 module.eval()
         return self
 
@@ -111,22 +113,19 @@ def frozen_parameters(body: nn.Module, config: DenseDetectorConfig) -> Iterator[
             yield from norm.parameters()
     if config.frozen_stages < 1:
         return
-    # Stage i ends at stride 2 ** (i + 1): 4, 8, 16, 32.
+    # Stage i ends at stride 2 ** (i + 1): 4, 8, 16, 32. timm may nest stages in one module, and flattens some names.
     stride = 2 ** (config.frozen_stages + 1)
     ends = [info["module"] for info in body.feature_info.info if info["reduction"] == stride]
-    modules = dict(body.named_modules())
-    last = ends[-1].replace(".", "_") if ends and ends[-1] not in modules else (ends[-1] if ends else None)
-    if last not in modules:
+    prefixes = tuple(f"{name}." for end in ends[-1:] for name in (end, end.replace(".", "_")))
+    parameters = list(body.named_parameters())
+    inside = [i for i, (name, _) in enumerate(parameters) if name.startswith(prefixes)]
+    if not prefixes or not inside:
         raise ValueError(
             f"frozen_stages is {config.frozen_stages}, but backbone {config.backbone!r} has no stage of stride "
             f"{stride} to freeze up to; set frozen_stages to 0."
         )
-    reached = False
-    for name, child in body.named_children():
-        if reached:
-            break
-        yield from child.parameters()
-        reached = name == last.split(".")[0]
+    # timm registers modules in the order that they run.
+    yield from (parameter for _, parameter in parameters[: inside[-1] + 1])
 
 
 def _stride_on_first_convolution(body: nn.Module, name: str) -> None:

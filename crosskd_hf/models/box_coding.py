@@ -1,6 +1,7 @@
 """Between boxes and what a head predicts. Boxes are xyxy in pixels, all functions batch over leading dimensions."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,7 +35,14 @@ def expected_bins(bin_logits: Tensor) -> Tensor:
     """
     probabilities = bin_logits.unflatten(-1, (4, -1)).softmax(dim=-1)
     bins = torch.arange(probabilities.shape[-1], device=bin_logits.device, dtype=probabilities.dtype)
-    return probabilities @ bins
+    return (probabilities * bins).sum(dim=-1)  # a matrix product would be rounded under autocast
+
+
+def _scale(deltas: Tensor, factors: Sequence[float]) -> Tensor:
+    """Numbers (..., 4) times one factor each; a tensor of the factors would have to be copied to the device."""
+    if all(factor == 1 for factor in factors):
+        return deltas
+    return torch.stack([part * factor for part, factor in zip(deltas.unbind(-1), factors, strict=True)], dim=-1)
 
 
 def boxes_to_deltas(anchors: Tensor, boxes: Tensor, stds: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
@@ -44,12 +52,12 @@ def boxes_to_deltas(anchors: Tensor, boxes: Tensor, stds: tuple[float, ...] = (1
     """
     size, target_size = anchors[..., 2:] - anchors[..., :2], boxes[..., 2:] - boxes[..., :2]
     shift = (box_centers(boxes) - box_centers(anchors)) / size
-    return torch.cat([shift, (target_size / size).log()], dim=-1) / anchors.new_tensor(stds)
+    return _scale(torch.cat([shift, (target_size / size).log()], dim=-1), [1 / std for std in stds])
 
 
 def deltas_to_boxes(anchors: Tensor, deltas: Tensor, stds: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
     """Inverse of `boxes_to_deltas`; the log ratios are clamped to +-`MAX_LOG_RATIO`, boxes are not clipped."""
-    deltas = deltas * anchors.new_tensor(stds)
+    deltas = _scale(deltas, stds)
     size = anchors[..., 2:] - anchors[..., :2]
     center = box_centers(anchors) + deltas[..., :2] * size
     half = size * deltas[..., 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() / 2

@@ -43,13 +43,10 @@ class FCOSForObjectDetection(DenseDetector):
 
     def assign(self, priors: Priors, valid: Tensor, truth: GroundTruth) -> Assignment:
         # FCOS doesn't look at validity: points on padding are background like any other.
-        ranges = torch.cat(
-            [
-                level.new_tensor(limits).expand(len(level), 2)
-                for level, limits in zip(priors.levels, self.config.regress_ranges, strict=True)
-            ]
-        )
-        return point_assign(priors.all, ranges[:, 0], ranges[:, 1], truth.boxes, truth.mask)
+        levels = list(zip(priors.levels, self.config.regress_ranges, strict=True))
+        lower = torch.cat([level.new_full((len(level),), limits[0]) for level, limits in levels])
+        upper = torch.cat([level.new_full((len(level),), limits[1]) for level, limits in levels])
+        return point_assign(priors.all, lower, upper, truth.boxes, truth.mask)
 
     def class_weights(self, valid: Tensor) -> Tensor:
         return torch.ones_like(valid, dtype=torch.float32)

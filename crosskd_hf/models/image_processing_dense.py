@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import timm
 import torch
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_base import BatchFeature
@@ -11,6 +12,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from crosskd_hf.data.transforms import resized_size
 
+from .configuration_dense import DenseDetectorConfig
 from .modeling_dense import DenseDetectorOutput
 from .postprocess import select_detections
 
@@ -25,6 +27,17 @@ BGR_CAFFE: dict[str, Any] = {
     "image_std": [1.0, 1.0, 1.0],
     "do_flip_channel_order": True,
 }
+
+
+def pixel_style(config: DenseDetectorConfig) -> dict[str, Any]:
+    """How a detector's backbone wants its pixels: mean, std and channel order of its pretrained weights."""
+    if config.backbone_style == "caffe":
+        return BGR_CAFFE
+    cfg = timm.get_pretrained_cfg(config.backbone)
+    if cfg is None:
+        return RGB_IMAGENET
+    mean, std = ([round(255 * value, 4) for value in values] for values in (cfg.mean, cfg.std))
+    return {"image_mean": mean, "image_std": std, "do_flip_channel_order": False}
 
 
 class DenseDetectorImageProcessorKwargs(ImagesKwargs, total=False):
@@ -99,6 +112,23 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
         self.nms_threshold = nms_threshold
         self.max_candidates = max_candidates
         self.max_detections = max_detections
+
+    @classmethod
+    def for_model(
+        cls, config: DenseDetectorConfig, short_side: int = 800, long_side: int = 1333
+    ) -> "DenseDetectorImageProcessor":
+        """The processor that goes with a detector: its backbone's pixels, its padding and its NMS threshold.
+
+        Args:
+            config: of the detector.
+            short_side, long_side: pixels that images are resized to fit.
+        """
+        return cls(
+            size={"shortest_edge": short_side, "longest_edge": long_side},
+            size_divisor=config.size_divisor,
+            nms_threshold=config.nms_threshold,
+            **pixel_style(config),
+        )
 
     def process_image(
         self,

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -17,6 +16,8 @@ from .backbone import Backbone
 from .configuration_dense import DenseDetectorConfig
 from .fpn import FPN, FPNConv
 from .head import ClassPredictor, DenseHead, HeadConv, HeadOutput, HeadSpec, flatten_levels
+
+KEPT_PRIORS = 16  # RetinaNet's take 4 MB at 1333 x 800
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class DenseDetectorOutput(ModelOutput):
         pred_boxes: (N, P, 4) decoded boxes, xyxy pixels of `pixel_values`.
         centerness: (N, P) logits, of detectors that have it.
         image_sizes: (N, 2) height and width of each image without padding.
-        level_sizes: (N, levels) priors a level, the same for every image.
+        level_sizes: (N, levels) priors a level, the same for every image; not when `output_distillation`.
         fpn_features: (N, C, H, W) a level, when `output_distillation`.
         head: the head's output with its taps, when `output_distillation`.
         detection: the detector's losses by level and its assignment, when `output_distillation` and labels.
@@ -149,6 +150,7 @@ class DenseDetector(PreTrainedModel):
         self.backbone = Backbone(config, pretrained=pretrained_backbone)
         self.fpn = FPN(config, self.backbone.channels)
         self.head = DenseHead(self.head_spec(config))
+        self._priors: dict[tuple, Priors] = {}
         self.post_init()
 
     # What a detector provides -----------------------------------------------------------------------------------
@@ -207,27 +209,40 @@ class DenseDetector(PreTrainedModel):
         """
         features = self.fpn(self.backbone(pixel_values))
         head = self.head(features, tap_index=tap_index, raw_taps=raw_taps)
-        predictions = self.flatten(head)
-        priors = self.priors(head)
         image_sizes = unpadded_sizes(pixel_values, pixel_mask)
+        # Only the networks run in half precision: a pixel of a large box is more than bfloat16 resolves.
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            output = self._output(head, image_sizes, labels, output_distillation)
+        if output_distillation:
+            output.fpn_features, output.head = features, head
+        return output if return_dict in (None, True) else output.to_tuple()
+
+    def _output(
+        self,
+        head: HeadOutput,
+        image_sizes: Tensor,
+        labels: list[dict[str, Tensor]] | None,
+        output_distillation: bool,
+    ) -> DenseDetectorOutput:
+        predictions, priors = self.flatten(head), self.priors(head)
         output = DenseDetectorOutput(
             logits=predictions.logits,
             pred_boxes=self.decode(predictions.boxes, priors),
             centerness=predictions.centerness,
             image_sizes=image_sizes,
-            level_sizes=image_sizes.new_tensor(priors.level_sizes, dtype=torch.long).expand(len(image_sizes), -1),
         )
-        if output_distillation:
-            output.fpn_features, output.head = features, head
+        if not output_distillation:  # what post-processing needs; copying it to a GPU makes the host wait
+            sizes = torch.tensor(priors.level_sizes, device=image_sizes.device)
+            output.level_sizes = sizes.expand(len(image_sizes), -1)
         if labels is not None:
-            truth = pad_ground_truth(labels, len(pixel_values))
+            truth = pad_ground_truth(labels, len(image_sizes))
             assignment = self.assign(priors, self.valid_priors(head, image_sizes), truth)
             losses = self.detection_losses(predictions, priors, assignment, truth)
             output.loss_dict = {name: term.sum() for name, term in losses.terms.items()}
             output.loss = torch.stack(list(output.loss_dict.values())).sum()
             if output_distillation:
                 output.detection = losses
-        return output if return_dict in (None, True) else output.to_tuple()
+        return output
 
     def flatten(self, head: HeadOutput) -> Predictions:
         """The head's maps as (N, P, ...) tensors in fp32."""
@@ -242,10 +257,18 @@ class DenseDetector(PreTrainedModel):
         )
 
     def priors(self, head: HeadOutput) -> Priors:
-        """Priors of the head's maps."""
-        levels = self.prior_levels(_map_sizes(head), head.logits[0].device)
-        strides = [level.new_full((len(level), 1), s) for level, s in zip(levels, self.config.strides, strict=True)]
-        return Priors(levels, torch.cat(strides))
+        """Priors of the head's maps. Those of the last few sizes are kept."""
+        sizes, device = _map_sizes(head), head.logits[0].device
+        key = (tuple(sizes), device)
+        if key not in self._priors:
+            if len(self._priors) >= KEPT_PRIORS:
+                self._priors.pop(next(iter(self._priors)))
+            with torch.inference_mode(False):  # training may need them later
+                levels = self.prior_levels(sizes, device)
+                pairs = zip(levels, self.config.strides, strict=True)
+                strides = torch.cat([level.new_full((len(level), 1), stride) for level, stride in pairs])
+            self._priors[key] = Priors(levels, strides)
+        return self._priors[key]
 
     def valid_priors(self, head: HeadOutput, image_sizes: Tensor) -> Tensor:
         """(N, P) bool: False for priors beyond an image's own size rounded up to `size_divisor`."""
@@ -278,6 +301,20 @@ class DenseDetector(PreTrainedModel):
             if module.bias is not None:
                 # A class probability of 0.01 everywhere at the start (RetinaNet, arXiv 1708.02002, section 4.1).
                 init.constant_(module.bias, -math.log(99) if isinstance(module, ClassPredictor) else 0.0)
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            # The backbone's: timm has initialised it, so that this only fills what a broken checkpoint lacks.
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor, fill in (
+                (module.weight, init.ones_),
+                (module.bias, init.zeros_),
+                (module.running_mean, init.zeros_),
+                (module.running_var, init.ones_),
+            ):
+                if tensor is not None:
+                    fill(tensor)
 
 
 def _map_sizes(head: HeadOutput) -> list[tuple[int, int]]:
@@ -316,9 +353,9 @@ def matched_boxes(truth: GroundTruth, assignment: Assignment, stand_in: Tensor) 
 
 def class_targets(truth: GroundTruth, assignment: Assignment, num_labels: int) -> Tensor:
     """(N, P, labels) 1 at the label of a positive prior, 0 elsewhere."""
-    labels = gather_labels(truth.labels, assignment.box_index)
-    targets = F.one_hot(labels, num_labels) * assignment.positive.unsqueeze(-1)
-    return targets.to(truth.boxes.dtype)
+    labels = gather_labels(truth.labels, assignment.box_index).unsqueeze(-1)
+    positive = assignment.positive.unsqueeze(-1).to(truth.boxes.dtype)
+    return positive.new_zeros(*assignment.positive.shape, num_labels).scatter(-1, labels, positive)
 
 
 def level_sums(values: Tensor, level_sizes: list[int]) -> Tensor:

@@ -53,7 +53,9 @@ def select_detections(
     boxes = boxes / boxes.new_tensor([width_scale, height_scale, width_scale, height_scale])
     has_area = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     boxes, score, label = boxes[has_area], score[has_area], label[has_area]
-    keep = batched_nms(boxes, score, label, nms_threshold)[:max_detections]
+    # Rounded as the IoUs are: otherwise an IoU of exactly 0.6 would be above 0.6.
+    threshold = torch.tensor(nms_threshold, dtype=boxes.dtype).item()
+    keep = batched_nms(boxes, score, label, threshold)[:max_detections]
     return {"scores": score[keep], "labels": label[keep], "boxes": boxes[keep]}
 
 
