@@ -5,27 +5,20 @@ against the fields below before anything is built, and all problems are reported
 """
 
 import dataclasses
-import difflib
 import importlib.resources
-import math
 import string
-import types
 import typing
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from .strict import RecipeError, cast, check_range, nearest, parse_yaml, type_name
 from .training_args import DetectionTrainingArguments, Problem, training_problems
 
 DETECTORS = ("gfl", "retinanet", "fcos", "atss")
-
-
-class RecipeError(ValueError):
-    """A recipe that can't be run, with every problem found in it."""
 
 
 def setting(
@@ -206,10 +199,10 @@ def find_recipe(name: str | Path) -> Path:
     if path.suffix in (".yaml", ".yml") or path.parent != Path("."):
         if path.is_file():
             return path
-        raise RecipeError(f"recipe file {path} doesn't exist. {_nearest(path.stem, sorted(carried_recipes()))}")
+        raise RecipeError(f"recipe file {path} doesn't exist. {nearest(path.stem, sorted(carried_recipes()))}")
     recipes = carried_recipes()
     if str(name) not in recipes:
-        raise RecipeError(f"there is no recipe {str(name)!r}. {_nearest(str(name), sorted(recipes))}")
+        raise RecipeError(f"there is no recipe {str(name)!r}. {nearest(str(name), sorted(recipes))}")
     return recipes[str(name)]
 
 
@@ -238,7 +231,7 @@ def parse_recipe(content: dict[str, Any], source: str = "recipe", problems: Sequ
     refused: set[str] = set()
     names = [*SECTIONS, "training"]
     for unknown in [key for key in content if key not in names]:
-        found.append(f"unknown section {unknown!r}. {_nearest(str(unknown), names)}")
+        found.append(f"unknown section {unknown!r}. {nearest(str(unknown), names)}")
         refused.update(OPTIONAL_SECTIONS)  # it may be one of them, misspelt
     sections: dict[str, Any] = {}
     for name, section_class in (*SECTIONS.items(), ("training", DetectionTrainingArguments)):
@@ -363,7 +356,7 @@ def describe_fields() -> str:
         for f in _fields(section_class):
             if section == "training" and f.name not in own:
                 continue
-            kind, text = _type_name(hints[f.name]), f.metadata.get("help", "")
+            kind, text = type_name(hints[f.name]), f.metadata.get("help", "")
             if f.metadata.get("choices"):
                 kind = " | ".join(f.metadata["choices"])
             lines.append(f"{section}.{f.name} ({kind}, {_default(f)!r}): {text}")
@@ -384,28 +377,6 @@ def _default(f: dataclasses.Field) -> Any:
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, of which plain YAML keeps the last."""
-
-
-def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
-    seen = set()
-    for key_node, _ in node.value:
-        if key_node.tag == "tag:yaml.org,2002:merge":
-            problem = "merge keys (<<) aren't read: write every value out"
-            raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-        key = loader.construct_object(key_node)
-        if not isinstance(key, Hashable):
-            raise yaml.constructor.ConstructorError(None, None, "a key must be a single word", key_node.start_mark)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = path.read_bytes()
@@ -416,26 +387,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise RecipeError(f"{path}, line {line}: no UTF-8 text ({error.reason}); save it as UTF-8.") from error
-    content = _parse_yaml(text, str(path))
+    content = parse_yaml(text, str(path))
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"{content!r:.50}"
         raise RecipeError(f"{path} must hold the sections {', '.join([*SECTIONS, 'training'])}, but holds {found}.")
     return content
-
-
-def _parse_yaml(text: str, source: str) -> Any:
-    try:
-        # A SafeLoader: no tag of the text can make an object.
-        return yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise RecipeError(f"{source}{where}: no valid YAML ({error.problem or error.context}).") from error
-    except yaml.reader.ReaderError as error:
-        where = f", line {text.count(chr(10), 0, error.position) + 1}"
-        raise RecipeError(f"{source}{where}: no valid YAML ({error.reason}).") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: such as the date 2024-13-45
-        raise RecipeError(f"{source}: no valid YAML ({error}).") from error
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
@@ -443,7 +399,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     parts = key.split(".")
     if not equals or len(parts) > 2 or not all(parts):
         raise RecipeError(f"override {override!r} must look like section.key=value, or section=null.")
-    value = _parse_yaml(text, f"override {override!r}") if text else ""
+    value = parse_yaml(text, f"override {override!r}") if text else ""
     if len(parts) == 1:
         if value is not None:
             raise RecipeError(f"override {override!r}: a whole section can only be set to null.")
@@ -459,9 +415,6 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     content[parts[0]] = {**(section or {}), parts[1]: value}
 
 
-# Checking -----------------------------------------------------------------------------------------------------------
-
-
 def _cast_section(
     name: str, values: Any, section_class: type, problems: list[str], refused: set[str]
 ) -> dict[str, Any]:
@@ -472,121 +425,17 @@ def _cast_section(
         refused.add(name)
         return {}
     fields, hints = {f.name: f for f in _fields(section_class)}, typing.get_type_hints(section_class)
-    cast = {}
+    values_cast = {}
     for key, value in values.items():
         if key not in fields:
-            problems.append(f"unknown key {name}.{key} (value {value!r}). {_nearest(str(key), list(fields))}")
+            problems.append(f"unknown key {name}.{key} (value {value!r}). {nearest(str(key), list(fields))}")
             continue
         try:
-            checked = _cast(value, hints[key])
+            checked = cast(value, hints[key])
             # transformers' fields may have choices of their own, in the same place.
-            _check_range(checked, fields[key].metadata)
-            cast[key] = checked
+            check_range(checked, fields[key].metadata)
+            values_cast[key] = checked
         except ValueError as error:
             problems.append(f"{name}.{key}: {value!r} {error}.")
             refused.add(f"{name}.{key}")
-    return cast
-
-
-def _cast(value: Any, hint: Any) -> Any:
-    """The value as the field's type. Raises ValueError, worded to follow the value."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if value is None and hint in (bool, int, float, str):
-        raise ValueError("must have a value: leave the key out for its default")
-    if origin in (typing.Union, types.UnionType):
-        return _cast_union(value, arguments)
-    if origin is list:
-        if not isinstance(value, list):
-            raise ValueError(f"is no list of {_type_name(arguments[0])}")
-        return [_cast(item, arguments[0]) for item in value]
-    if hint is bool:
-        if not isinstance(value, bool):
-            raise ValueError("is neither true nor false")
-    elif hint in (int, float):
-        return _cast_number(value, hint)
-    elif hint is str:
-        if not isinstance(value, str):
-            raise ValueError("is no text: put it in quotes")
-    elif _is_enum(hint):
-        if not isinstance(value, str):
-            raise ValueError("is no text: put it in quotes")
-        if value not in (allowed := [str(member.value) for member in hint]):
-            raise ValueError(f"must be one of {', '.join(allowed)}")
-    elif origin is typing.Literal:
-        if not any(value is literal or (type(value) is type(literal) and value == literal) for literal in arguments):
-            raise ValueError(f"must be one of {', '.join(map(repr, arguments))}")
-    elif origin is dict or hint is dict:
-        if not isinstance(value, dict):
-            raise ValueError("is no mapping")
-    return value
-
-
-def _cast_union(value: Any, members: Sequence[Any]) -> Any:
-    if value is None:
-        if type(None) in members:
-            return None
-        raise ValueError("must have a value: leave the key out for its default")
-    members = [member for member in members if member is not type(None)]
-    if any(map(_is_enum, members)):
-        # transformers declares `Enum | str` but takes only the Enum's values.
-        members = [member for member in members if member is not str]
-    # A type that takes the value as it is goes before one that casts it.
-    for member in members:
-        if isinstance(member, type) and type(value) is member:
-            return _cast(value, member)
-    errors = []
-    for member in members:
-        try:
-            return _cast(value, member)
-        except ValueError as error:
-            errors.append(str(error))
-    raise ValueError(" and ".join(errors))
-
-
-def _is_enum(hint: Any) -> bool:
-    return isinstance(hint, type) and issubclass(hint, Enum)
-
-
-def _cast_number(value: Any, hint: type) -> Any:
-    kind = "whole number" if hint is int else "number"
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f"is no {kind}")
-    try:
-        # YAML reads 1e-2 as text: it wants 1.0e-2.
-        number = float(value)
-    except ValueError:
-        raise ValueError(f"is no {kind}") from None
-    except OverflowError:
-        raise ValueError("is too large") from None
-    if not math.isfinite(number):
-        raise ValueError("is not finite")
-    if hint is int:
-        if number != int(number) or (isinstance(value, float) and not number.is_integer()):
-            raise ValueError("is no whole number")
-        return int(value) if not isinstance(value, str) else int(number)
-    return number
-
-
-def _check_range(value: Any, metadata: typing.Mapping[str, Any]) -> None:
-    choices, low, high = metadata.get("choices"), metadata.get("minimum"), metadata.get("maximum")
-    for item in value if isinstance(value, list) else [value]:
-        if item is None:
-            continue
-        if choices and item not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}")
-        if low is not None and item < low:
-            raise ValueError(f"must be at least {low}")
-        if high is not None and item > high:
-            raise ValueError(f"must be at most {high}")
-
-
-def _nearest(name: str, valid: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
-    if close:
-        return f"Did you mean {', '.join(close)}?"
-    shown = ", ".join(list(valid)[:12])
-    return f"Valid: {shown}{', ...' if len(valid) > 12 else ''}." if valid else "None are installed."
-
-
-def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+    return values_cast

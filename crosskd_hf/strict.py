@@ -1,0 +1,171 @@
+"""Strict reading: YAML without surprises, and values as the types that dataclass fields declare."""
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Hashable, Sequence
+from enum import Enum
+from typing import Any
+
+import yaml
+
+
+class RecipeError(ValueError):
+    """A recipe that can't be run, with every problem found in it."""
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice, of which plain YAML keeps the last."""
+
+
+def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
+    seen = set()
+    for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            problem = "merge keys (<<) aren't read: write every value out"
+            raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+        key = loader.construct_object(key_node)
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a single word", key_node.start_mark)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """YAML text as plain Python values; no tag of it can make an object.
+
+    Raises:
+        RecipeError: naming the source, the line and the column.
+    """
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise RecipeError(f"{source}{where}: no valid YAML ({error.problem or error.context}).") from error
+    except yaml.reader.ReaderError as error:
+        where = f", line {text.count(chr(10), 0, error.position) + 1}"
+        raise RecipeError(f"{source}{where}: no valid YAML ({error.reason}).") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: such as the date 2024-13-45
+        raise RecipeError(f"{source}: no valid YAML ({error}).") from error
+
+
+def cast(value: Any, hint: Any) -> Any:
+    """The value as the field's type. Numbers may be written as text, as YAML reads 1e-2; nothing else is changed.
+
+    Raises:
+        ValueError: worded to follow the value.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if value is None and hint in (bool, int, float, str):
+        raise ValueError("must have a value: leave the key out for its default")
+    if origin in (typing.Union, types.UnionType):
+        return _cast_union(value, arguments)
+    if origin is list:
+        if not isinstance(value, list):
+            raise ValueError(f"is no list of {type_name(arguments[0])}")
+        return [cast(item, arguments[0]) for item in value]
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise ValueError("is neither true nor false")
+    elif hint in (int, float):
+        return _cast_number(value, hint)
+    elif hint is str:
+        if not isinstance(value, str):
+            raise ValueError("is no text: put it in quotes")
+    elif _is_enum(hint):
+        if not isinstance(value, str):
+            raise ValueError("is no text: put it in quotes")
+        if value not in (allowed := [str(member.value) for member in hint]):
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+    elif origin is typing.Literal:
+        if not any(value is literal or (type(value) is type(literal) and value == literal) for literal in arguments):
+            raise ValueError(f"must be one of {', '.join(map(repr, arguments))}")
+    elif origin is dict or hint is dict:
+        if not isinstance(value, dict):
+            raise ValueError("is no mapping")
+    return value
+
+
+def _cast_union(value: Any, members: Sequence[Any]) -> Any:
+    if value is None:
+        if type(None) in members:
+            return None
+        raise ValueError("must have a value: leave the key out for its default")
+    members = [member for member in members if member is not type(None)]
+    if any(map(_is_enum, members)):
+        # transformers declares `Enum | str` but takes only the Enum's values.
+        members = [member for member in members if member is not str]
+    # A type that takes the value as it is goes before one that casts it.
+    for member in members:
+        if isinstance(member, type) and type(value) is member:
+            return cast(value, member)
+    errors = []
+    for member in members:
+        try:
+            return cast(value, member)
+        except ValueError as error:
+            errors.append(str(error))
+    raise ValueError(" and ".join(errors))
+
+
+def _is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Enum)
+
+
+def _cast_number(value: Any, hint: type) -> Any:
+    kind = "whole number" if hint is int else "number"
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"is no {kind}")
+    try:
+        # YAML reads 1e-2 as text: it wants 1.0e-2.
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"is no {kind}") from None
+    except OverflowError:
+        raise ValueError("is too large") from None
+    if not math.isfinite(number):
+        raise ValueError("is not finite")
+    if hint is int:
+        if number != int(number) or (isinstance(value, float) and not number.is_integer()):
+            raise ValueError("is no whole number")
+        return int(value) if not isinstance(value, str) else int(number)
+    return number
+
+
+def check_range(value: Any, metadata: typing.Mapping[str, Any]) -> None:
+    """Compare a value, or each item of a list, with a field's `choices`, `minimum` and `maximum`.
+
+    Raises:
+        ValueError: worded to follow the value.
+    """
+    choices, low, high = metadata.get("choices"), metadata.get("minimum"), metadata.get("maximum")
+    for item in value if isinstance(value, list) else [value]:
+        if item is None:
+            continue
+        if choices and item not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        if low is not None and item < low:
+            raise ValueError(f"must be at least {low}")
+        if high is not None and item > high:
+            raise ValueError(f"must be at most {high}")
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """A sentence with the valid names that are like a wrong one, or with the first of all."""
+    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+    if close:
+        return f"Did you mean {', '.join(close)}?"
+    shown = ", ".join(list(valid)[:12])
+    return f"Valid: {shown}{', ...' if len(valid) > 12 else ''}." if valid else "None are installed."
+
+
+def type_name(hint: Any) -> str:
+    """A type as a person would write it."""
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")

@@ -1,0 +1,106 @@
+"""Learning rate and weight decay of every parameter group over COCO's full schedule, for each recipe, by hand.
+
+117266 training images at a batch of 16 are 7330 steps an epoch (the last batch is short). 1x is 12 epochs with steps
+at 8 and 11, 2x is 24 with steps at 16 and 22.
+"""
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from crosskd_hf.optimization import build_optimizer, multistep_scheduler
+from crosskd_hf.recipe import carried_recipes, load_recipe
+
+STEPS = 7330
+LINEAR = {0: 1e-5, 1: 0.01 * (0.001 + 0.999 / 499), 250: 0.01 * (0.001 + 0.999 * 250 / 499), 499: 0.01, 500: 0.01}
+CONSTANT = {0: 0.01 / 3, 1: 0.01 / 3, 498: 0.01 / 3, 499: 0.01, 500: 0.01}
+ONE_X = {8 * STEPS - 1: 0.01, 8 * STEPS: 0.001, 11 * STEPS - 1: 0.001, 11 * STEPS: 0.0001, 12 * STEPS - 1: 0.0001}
+TWO_X = {16 * STEPS - 1: 0.01, 16 * STEPS: 0.001, 22 * STEPS - 1: 0.001, 22 * STEPS: 0.0001, 24 * STEPS - 1: 0.0001}
+TWO_X_RECIPES = {
+    "gfl_r101_2x_ms",
+    "retinanet_r101_2x",
+    "retinanet_r50_2x",
+    "retinanet_r50_crosskd",
+    "retinanet_r50_crosskd_pkd",
+    "fcos_r101_2x_ms",
+    "fcos_r50_2x_ms",
+    "fcos_r50_crosskd",
+    "fcos_r50_crosskd_pkd",
+}
+PUBLISHED = sorted(set(carried_recipes()) - {"coco_mini", "gfl_r18_overfit"})
+
+
+def at_batch_16(name: str):
+    """The recipe on one device that accumulates to the published batch."""
+    return load_recipe(name, ["training.gradient_accumulation_steps=8", "training.use_cpu=true"])
+
+
+def test_every_row_is_here() -> None:
+    assert len(PUBLISHED) == 21
+    assert set(PUBLISHED) >= TWO_X_RECIPES
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_learning_rate_and_decay(name: str) -> None:
+    recipe = at_batch_16(name)
+    args = recipe.training_arguments()
+    assert args.global_batch_size == 16 and args.scaled_learning_rate == 0.01
+    fcos, two_x = name.startswith("fcos"), name in TWO_X_RECIPES
+    assert args.num_train_epochs == (24 if two_x else 12)
+    assert args.max_grad_norm == (35 if fcos else 0)
+    model = tiny_model(
+        recipe.model.detector,
+        backbone="resnet26" if fcos else "resnet18",
+        backbone_style=recipe.model.backbone_style,
+        frozen_stages=recipe.model.frozen_stages,
+        train_batchnorm=recipe.model.train_batchnorm,
+    )
+    optimizer = build_optimizer(model, args)
+    factor = multistep_scheduler(optimizer, args, STEPS).lr_lambdas[0]
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    # name -> (learning rate, weight decay) over those of ordinary weights
+    expected = {"weights": (1, 1e-4)}
+    if fcos:
+        expected |= {"convolution biases": (2, 0.0), "other biases": (1, 0.0)}
+    assert set(groups) == set(expected)
+    for step, rate in {**(CONSTANT if fcos else LINEAR), **(TWO_X if two_x else ONE_X)}.items():
+        for group, (multiple, decay) in expected.items():
+            assert groups[group]["initial_lr"] * factor(step) == pytest.approx(multiple * rate, rel=1e-6), (
+                step,
+                group,
+            )
+            assert groups[group]["weight_decay"] == decay
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert sum(len(group["params"]) for group in groups.values()) == len(trained)
+    batchnorm = [p for m in model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()]
+    assert any(p.requires_grad for p in batchnorm) == (not fcos), "FCOS trains no BatchNorm"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_settings_that_no_schedule_shows(name: str) -> None:
+    recipe = load_recipe(name)
+    model, data = recipe.model, recipe.data
+    assert (data.short_side, data.long_side, data.flip_probability) == (800, 1333, 0.5)
+    multiscale = {"gfl_r101_2x_ms": ("range", [480, 800])}.get(name, ("none", []))
+    if name.startswith("fcos"):
+        multiscale = ("choice", [640, 800])
+    assert (data.multiscale, data.multiscale_short_sides) == multiscale
+    assert model.backbone_style == ("caffe" if name.startswith("fcos") else "pytorch")
+    assert model.fpn_relu_before_p7 == name.startswith("fcos")
+    # RetinaNet alone and as a teacher makes P6 from C5; every CrossKD student from P5.
+    plain_retinanet = name.startswith("retinanet") and recipe.teacher is None
+    assert model.fpn_extra_convs == ("on_input" if plain_retinanet else "on_output")
+    assert (model.frozen_stages, model.drop_path_rate) == ((0, 0.2) if "swint_1x" in name else (1, 0.0))
+    if recipe.teacher:
+        assert recipe.teacher.fpn_extra_convs == ("on_input" if name.startswith("retinanet") else "on_output")
+        weights = recipe.distillation
+        family = name.split("_")[0]
+        k, cls, box, pkd = {
+            "gfl": (3, 1, 4, 6),
+            "retinanet": (3, 1, 1, 2),
+            "fcos": (2, 0.4, 0.75, 2),
+            "atss": (3, 1, 1, 1),
+        }[family]
+        assert (weights.tap_index, weights.cls_weight, weights.box_weight) == (k, cls, box)
+        assert weights.pkd == (pkd if name.endswith("pkd") else 0)
+        assert weights.mimic == 0 and weights.crosskd == 1 and weights.tap == "rectified"
