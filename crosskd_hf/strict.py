@@ -80,6 +80,8 @@ def cast(value: Any, hint: Any) -> Any:
         if not isinstance(value, str):
             raise ValueError("is no text: put it in quotes")
     elif _is_enum(hint):
+        if value is False and "no" in [member.value for member in hint]:
+            return "no"  # which YAML reads as false
         if not isinstance(value, str):
             raise ValueError("is no text: put it in quotes")
         if value not in (allowed := [str(member.value) for member in hint]):

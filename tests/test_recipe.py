@@ -131,7 +131,7 @@ def test_values_are_cast_by_the_field(section, key, value, expected):
         ("training", "lr_milestones", 8, "is no list of float"),
         ("training", "lr_scheduler_type", "liner", "must be one of linear, cosine"),
         ("training", "eval_strategy", "epcoh", "must be one of no, steps, epoch"),
-        ("training", "eval_strategy", False, "is no text"),  # what YAML makes of a bare no
+        ("training", "eval_strategy", True, "is no text"),  # what YAML makes of a bare no
         ("training", "optim", "sdg", "training.optim: 'sdg' must be one of"),
         ("training", "train_sampling_strategy", "unknown", "must be one of random"),
         ("training", "trackio_static_space_id", True, "must be one of False"),
@@ -552,3 +552,9 @@ def test_the_trial_recipe_is_short_and_offline():
     read = load_recipe("coco_mini")
     assert (read.model.backbone_weights, read.teacher.checkpoint) == ("random", "random")
     assert (read.data.short_side, read.data.long_side, read.training["max_steps"]) == (800, 1333, 4)
+
+
+def test_a_strategy_of_no_needs_no_quotes():
+    """YAML reads an unquoted `no` as false; transformers' strategies have it as a word."""
+    given = {"output_dir": "x", "eval_strategy": False, "save_strategy": False}
+    assert parse_recipe({"training": given}).training == {**given, "eval_strategy": "no", "save_strategy": "no"}
