@@ -6,8 +6,10 @@ Importing the package registers its detectors with transformers' auto classes an
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
-from .data.coco import DetectionSplit, keep_for_training, load_coco
+from .data.coco import load_coco
 from .data.dataset import DetectionDataset
+from .data.shapes import load_shapes
+from .data.split import DetectionSplit, keep_for_training
 from .evaluation import CocoEvaluator
 from .models import (
     CONFIGS,
@@ -65,4 +67,5 @@ __all__ = [
     "keep_for_training",
     "load_coco",
     "load_recipe",
+    "load_shapes",
 ]

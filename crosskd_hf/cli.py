@@ -1,6 +1,7 @@
 """The `crosskd` command: `crosskd train RECIPE`, `crosskd evaluate MODEL`, `crosskd convert CHECKPOINT FOLDER`."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,8 +9,8 @@ from accelerate import PartialState
 from transformers import AutoImageProcessor
 
 from . import train
-from .data.coco import load_coco
 from .data.dataset import DetectionDataset
+from .data.load import load_split
 from .evaluation import format_metrics
 from .factory import convert_checkpoint, count_parameters, load_detector
 from .recipe import DataSection, RecipeError, load_recipe
@@ -44,16 +45,12 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, float]:
     data = load_recipe(recipe).data if recipe else DataSection()
     model = load_detector(arguments.model, None, ())
     processor = AutoImageProcessor.from_pretrained(arguments.model)
-    whole = load_coco(
-        arguments.data or data.path,
-        arguments.split or data.val_split,
-        annotations=data.annotations,
-        images=data.images,
-        cache_dir=data.cache_dir,
-    )
+    if arguments.data:
+        data = dataclasses.replace(data, path=arguments.data)
     # The recipe's limit is for its own validation set.
     own = not (arguments.data or arguments.split)
-    split = train.first_images(whole, arguments.max_images or (data.max_val_images if own else None))
+    limit = arguments.max_images or (data.max_val_images if own or data.layout == "shapes" else None)
+    split = load_split(data, arguments.split or data.val_split, limit)
     size = processor.size
     dataset = DetectionDataset(split, train=False, short_side=size["shortest_edge"], long_side=size["longest_edge"])
     args = DetectionTrainingArguments(
@@ -64,7 +61,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, float]:
     trainer = DetectionTrainer(model, args, eval_dataset=dataset, processing_class=processor)
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
-        print(f"{len(split.dataset)} of {len(whole.dataset)} images")
+        print(f"{len(split)} images")
         print(format_metrics({name.removeprefix("eval_"): value for name, value in metrics.items()}))
         print(f"written to {Path(args.output_dir) / EVALUATION_FOLDER}")
     return metrics

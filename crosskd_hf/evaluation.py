@@ -27,7 +27,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 if TYPE_CHECKING:
-    from .data.coco import DetectionSplit
+    from .data.split import DetectionSplit
 
 logger = logging.getLogger(__name__)
 

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .convert import CheckpointError
-from .data.coco import DetectionSplit, keep_for_training, load_coco
-from .data.dataset import DetectionDataset
+from .data.load import load_datasets
 from .evaluation import format_metrics
 from .factory import build_model, count_parameters, load_teacher
 from .models.image_processing_dense import DenseDetectorImageProcessor
-from .recipe import DataSection, Recipe, RecipeError, load_recipe
+from .recipe import Recipe, RecipeError, load_recipe
 from .trainer import DetectionTrainer, DistillationTrainer
 
 RECIPE_FILE = "recipe.yaml"
@@ -35,41 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="build everything, print it, and stop")
 
 
-def load_split(data: DataSection, name: str) -> DetectionSplit:
-    """A split of the recipe's data set."""
-    return load_coco(data.path, name, annotations=data.annotations, images=data.images, cache_dir=data.cache_dir)
-
-
-def load_datasets(data: DataSection, seed: int) -> tuple[DetectionDataset, DetectionDataset]:
-    """The training and the evaluation set of a recipe."""
-    train = keep_for_training(
-        load_split(data, data.train_split), filter_empty=data.filter_empty, min_image_side=data.min_image_side
-    )
-    size = {"short_side": data.short_side, "long_side": data.long_side}
-    return (
-        DetectionDataset(
-            first_images(train, data.max_train_images),
-            train=True,
-            multiscale=data.multiscale,
-            multiscale_short_sides=data.multiscale_short_sides,
-            flip_probability=data.flip_probability,
-            seed=seed,
-            **size,
-        ),
-        DetectionDataset(first_images(load_split(data, data.val_split), data.max_val_images), train=False, **size),
-    )
-
-
-def first_images(split: DetectionSplit, count: int | None) -> DetectionSplit:
-    """The first images of a split; all if `count` is None."""
-    if count is None or count >= len(split.dataset):
-        return split
-    return DetectionSplit(split.dataset.select(range(count)), split.label_names, split.category_ids)
-
-
 def build_trainer(recipe: Recipe) -> DetectionTrainer:
     """Everything a recipe describes, ready to train."""
     args = recipe.training_arguments()
+    set_seed(args.seed)  # new weights are drawn before the Trainer seeds for itself
     train_dataset, eval_dataset = load_datasets(recipe.data, args.seed)
     names = train_dataset.split.label_names
     model = build_model(recipe.model, names)

@@ -9,13 +9,15 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
-from .data.coco import DetectionSplit
+from .checkpoints import checkpoint_bytes, disk_errors_explained, mark_complete, remove_checkpoint, remove_surplus
 from .data.collator import DetectionCollator
 from .data.dataset import DetectionDataset
 from .data.sampler import OrientationBatchSampler
+from .data.split import DetectionSplit
 from .distillation.objective import distillation_losses, teacher_forward
 from .distillation.settings import check_pair, resolve_settings
 from .evaluation import CocoEvaluator
@@ -123,6 +125,9 @@ class DetectionTrainer(Trainer):
             "pin_memory": self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             "persistent_workers": self.args.dataloader_persistent_workers and workers > 0,
             "prefetch_factor": self.args.dataloader_prefetch_factor if workers > 0 else None,
+            # Its own, since an iterator draws a seed: from the global generator, a resumed run, which starts another
+            # number of iterators, would go on with other dropout. The data sets don't use that seed.
+            "generator": torch.Generator().manual_seed(self.args.seed),
         }
 
     def get_batch_samples(self, *args, **kwargs):
@@ -165,6 +170,13 @@ class DetectionTrainer(Trainer):
         if self.train_sampler is None:
             self.get_train_dataloader()
         return max(1, -(-self._batches_per_epoch // self.args.gradient_accumulation_steps))
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """An epoch, or nothing if a resumed run has all its steps: transformers would take one more in mid-epoch."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def training_step(self, *args, **kwargs) -> Tensor:
         """Forward and backward, timed."""
@@ -243,8 +255,42 @@ class DetectionTrainer(Trainer):
             ) from None
         super().log({**logs, **averages}, start_time)
 
-    def _latest_checkpoint(self) -> Path:
-        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+    def _latest_checkpoint(self, trial=None) -> Path:
+        return Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+
+    # Checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """Save a checkpoint that counts only once all of it, from every process, is on the disk.
+
+        Older ones over `save_total_limit` go after that, so that there is a whole one at any moment.
+
+        Raises:
+            OSError: the disk is full; the partial folder is removed, older checkpoints are as they were.
+        """
+        folder = self._latest_checkpoint(trial)
+        if self.args.should_save:
+            remove_checkpoint(folder)  # what an interrupted run left of it
+        self.accelerator.wait_for_everyone()
+        with disk_errors_explained(folder, checkpoint_bytes(self.model, self.args)):
+            self._write_checkpoint(model, trial, folder)
+            self.accelerator.wait_for_everyone()  # every process has written its random state
+            if self.args.should_save:
+                mark_complete(folder)
+        if self.args.should_save:
+            remove_surplus(
+                folder.parent, self.args.save_total_limit, newest=folder, best=self.state.best_model_checkpoint
+            )
+
+    def _write_checkpoint(self, model: nn.Module, trial, folder: Path) -> None:
+        """Have transformers write a checkpoint without removing others, which it would do before it is complete."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)  # it was written without the limit
 
     # Evaluation -------------------------------------------------------------------------------------------------
 

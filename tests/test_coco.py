@@ -6,7 +6,9 @@ import pickle
 import pytest
 
 from crosskd_hf.data import coco
-from crosskd_hf.data.coco import keep_for_training, load_coco
+from crosskd_hf.data.coco import load_coco
+from crosskd_hf.data.problems import DataError
+from crosskd_hf.data.split import keep_for_training
 
 IMAGES = [(10, 40, 32), (5, 32, 40), (9, 31, 50)]
 
@@ -14,6 +16,9 @@ IMAGES = [(10, 40, 32), (5, 32, 40), (9, 31, 50)]
 @pytest.fixture
 def load(tmp_path):
     return lambda root, split="mini", **kwargs: load_coco(root, split, cache_dir=tmp_path / "cache", **kwargs)
+
+
+NAN = float("nan")
 
 
 def edit(root, change):
@@ -61,7 +66,7 @@ def test_second_load_does_not_parse_and_an_edited_file_is_parsed_again(write_coc
     root = write_coco(IMAGES, [(1, 5, 7, [1, 1, 2, 2])])
     calls = []
     parse = coco.read_annotations
-    monkeypatch.setattr(coco, "read_annotations", lambda path: calls.append(path) or parse(path))
+    monkeypatch.setattr(coco, "read_annotations", lambda path, problems: calls.append(path) or parse(path, problems))
     first, second = load(root), load(root)
     assert len(calls) == 1
     assert second.category_ids == first.category_ids == (3, 7) and second.label_names == first.label_names
@@ -113,20 +118,29 @@ def test_pickled_split_maps_the_file_again(write_coco, load):
         (lambda c: c["images"][1].update(id="a"), "image number 1: id must be an integer, got 'a'"),
         (lambda c: c["images"][1].update(width=0), "image 5: width and height must be at least 1"),
         (lambda c: c["images"][1].pop("height"), "image 5: height must be an integer, got None"),
-        (lambda c: c["images"][1].update(file_name="/etc/a.png"), "image 5: file_name '/etc/a.png' leaves"),
-        (lambda c: c["images"][1].update(file_name="a/../../b.png"), "image 5: file_name .* leaves"),
-        (lambda c: c["images"][1].update(file_name="..\\b.png"), "image 5: file_name .* leaves"),
+        (
+            lambda c: c["images"][1].update(file_name="/etc/a.png"),
+            r"leaves .*: /etc/a.png \(image id 5\)",
+        ),
+        (lambda c: c["images"][1].update(file_name="a/../../b.png"), r"leaves .*b.png \(image id 5\)"),
+        (lambda c: c["images"][1].update(file_name="..\\b.png"), r"leaves .*b.png \(image id 5\)"),
         (lambda c: c["images"][1].update(file_name=""), "image 5: file_name must be"),
         (lambda c: c["categories"][1].update(id=7), "category id 7 appears twice"),
         (lambda c: c["categories"][1].update(name="cat"), "two categories are named 'cat'"),
         (lambda c: c["categories"][1].pop("name"), "category 3 has no name"),
-        (lambda c: c["annotations"][0].update(image_id=99), "annotation 21 is of image 99"),
-        (lambda c: c["annotations"][0].update(category_id=4), "annotation 21 is of category 4"),
-        (lambda c: c["annotations"][0].pop("bbox"), "annotation 21: bbox must be four"),
-        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "annotation 21: bbox must be four"),
-        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3, float("nan")]), "annotation 21: bbox must be four"),
-        (lambda c: c["annotations"][0].update(area=None), "annotation 21: area must be"),
-        (lambda c: c["annotations"][1].update(id=21), "annotation id 21 appears twice"),
+        (lambda c: c["annotations"][0].update(image_id=99), "not in the list of images .*annotation 21 of image 99"),
+        (
+            lambda c: c["annotations"][0].update(category_id=4),
+            "not listed .*annotation 21 of category 4",
+        ),
+        (lambda c: c["annotations"][0].pop("bbox"), "four finite numbers .*annotation 21 of 5.png"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "four finite numbers .*annotation 21 of 5.png"),
+        (
+            lambda c: c["annotations"][0].update(bbox=[1, 2, 3, float("nan")]),
+            "four finite numbers .*annotation 21 of 5.png",
+        ),
+        (lambda c: c["annotations"][0].update(area="big"), "four finite numbers .*annotation 21 of .* area 'big'"),
+        (lambda c: c["annotations"][1].update(id=21), "id of an earlier one .*annotation 21"),
         (lambda c: c["annotations"][1].pop("id"), "annotation number 1: id must be an integer"),
         (lambda c: c["annotations"][1].update(id=1.5), "annotation number 1: id must be an integer, got 1.5"),
     ],
@@ -154,7 +168,7 @@ def test_missing_files_are_named(write_coco, load, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"image folder .*elsewhere does not exist"):
         load(root, images="elsewhere")
     (root / "mini" / "5.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 of the 3 images .* first is 5\.png \(image id 5\)"):
+    with pytest.raises(DataError, match=r"1 x image cannot be read .*: 5\.png \(image id 5\) does not exist"):
         load(root)
     (root / "annotations" / "instances_mini.json").write_text("{")
     with pytest.raises(ValueError, match=r"instances_mini\.json is not a JSON file"):

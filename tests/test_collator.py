@@ -2,10 +2,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from crosskd_hf.data.coco import keep_for_training, load_coco
+from crosskd_hf.data.coco import load_coco
 from crosskd_hf.data.collator import DetectionCollator
 from crosskd_hf.data.dataset import DetectionDataset
 from crosskd_hf.data.sampler import OrientationBatchSampler
+from crosskd_hf.data.split import keep_for_training
 from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor
 
 

@@ -18,7 +18,8 @@ import torch.multiprocessing as mp
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from crosskd_hf.data.coco import DetectionSplit, load_coco
+from crosskd_hf.data.coco import load_coco
+from crosskd_hf.data.split import DetectionSplit
 from crosskd_hf.evaluation import SUMMARY_NAMES, CocoEvaluator, format_metrics
 
 Objects = list[tuple]  # label, xywh box and maybe a dict of `area`, `iscrowd`

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from crosskd_hf.data.coco import DetectionSplit, load_coco
+from crosskd_hf.data.coco import load_coco
+from crosskd_hf.data.split import DetectionSplit
 from crosskd_hf.models import CONFIGS, MODELS, DenseDetector
 from crosskd_hf.training_args import DetectionTrainingArguments
 

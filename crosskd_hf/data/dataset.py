@@ -4,17 +4,18 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import datasets
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from crosskd_hf.data.coco import DetectionSplit
+from crosskd_hf.data.boxes import MIN_SIDE
+from crosskd_hf.data.images import ImageError, load_rgb
+from crosskd_hf.data.problems import DataError
 from crosskd_hf.data.sampler import SampleKey, stable_seed
+from crosskd_hf.data.split import DetectionSplit
 from crosskd_hf.data.transforms import Multiscale, build_transform
-
-MIN_BOX_SIDE = 1.0  # pixels of the original image
 
 
 class DetectionDataset(Dataset[dict[str, Any]]):
@@ -62,7 +63,8 @@ class DetectionDataset(Dataset[dict[str, Any]]):
             flip_probability=flip_probability,
         )
         columns = ["image_id", "image", "file_name", "width", "height"]
-        self._rows = split.dataset.select_columns([*columns, "objects"] if train else columns)
+        rows = split.dataset.select_columns([*columns, "objects"] if train else columns)
+        self._rows = rows.cast_column("image", datasets.Image(decode=False))  # decoded by `load_rgb`
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -72,13 +74,13 @@ class DetectionDataset(Dataset[dict[str, Any]]):
 
         Raises:
             IndexError: no such index.
-            ValueError: an image that cannot be read, or whose size is not the one in the annotation file.
+            DataError: an image that cannot be read, or whose size is not the one in the annotation file.
         """
         key = key if isinstance(key, SampleKey) else SampleKey(0, operator.index(key))
         if not 0 <= key.index < len(self):
             raise IndexError(f"index {key.index} is outside a data set of {len(self)} images")
         row = self._read(key.index)
-        sample: dict[str, Any] = {"image": tv_tensors.Image(F.pil_to_tensor(row["image"].convert("RGB")))}
+        sample: dict[str, Any] = {"image": tv_tensors.Image(F.pil_to_tensor(row["image"]))}
         if self.train:
             sample["class_labels"], sample["boxes"] = training_boxes(row["objects"], row["height"], row["width"])
         with torch.random.fork_rng(devices=[]):
@@ -94,16 +96,18 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         return columns["width"] < columns["height"]
 
     def _read(self, index: int) -> dict[str, Any]:
+        row = self._rows[index]
+        stored = row["image"]
         try:
-            row = self._rows[index]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises
-            record = self._rows.select_columns(["image_id", "file_name"])[index]
-            raise ValueError(
-                f"image {record['image_id']} ({record['file_name']}) cannot be read: {error}; restore or remove it"
+            row["image"] = load_rgb(stored["path"] if stored["bytes"] is None else stored["bytes"])
+        except ImageError as error:
+            raise DataError(
+                f"image {row['image_id']} ({row['file_name']}) {error}; restore or remove it, or set "
+                "data.on_error=skip to leave it out"
             ) from error
         width, height = row["image"].size
         if (width, height) != (row["width"], row["height"]):
-            raise ValueError(
+            raise DataError(
                 f"image {row['image_id']} ({row['file_name']}) is {width} x {height} pixels, but the annotation file "
                 f"says {row['width']} x {row['height']}: its boxes would not fit; correct one or the other"
             )
@@ -127,7 +131,7 @@ def training_boxes(
         objects["bbox"], objects["category"], objects["area"], objects["iscrowd"], strict=True
     ):
         overlaps = min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0)
-        if not crowd and w >= MIN_BOX_SIDE and h >= MIN_BOX_SIDE and area > 0 and overlaps:
+        if not crowd and w >= MIN_SIDE and h >= MIN_SIDE and area > 0 and overlaps:
             labels.append(label)
             boxes.append([x, y, x + w, y + h])
     return torch.tensor(labels, dtype=torch.int64), tv_tensors.BoundingBoxes(

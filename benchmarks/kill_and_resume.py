@@ -1,0 +1,387 @@
+"""Kills a training run with SIGKILL at random moments, starts it again, and compares it with an undisturbed one.
+
+    python benchmarks/kill_and_resume.py --kills 5 --workers 0 --processes 1 --seed 0 --output DIR
+
+A small CrossKD recipe on generated noise images is trained twice by the same command: undisturbed, and killed. Every
+second kill is aimed at a checkpoint that is being written or removed, which random moments seldom hit. Weights,
+optimizer, schedule and random states must agree bit for bit; otherwise the exit status is 1. Needs Linux (/proc).
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from crosskd_hf.checkpoints import MARKER, checkpoint_folders, newest_complete
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {"detector": "gfl", "backbone": "resnet18", "fpn_channels": 64, "head_channels": 64}
+SAVE_STEPS = 10
+POLL = 0.002  # seconds
+STATES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "rng_state_1.pth")
+
+
+# The run --------------------------------------------------------------------------------------------------------
+
+
+def write_noise_coco(folder: Path, images: int) -> None:
+    """Noise images, upright and wide, with one or two boxes each, in COCO layout."""
+    rng = np.random.default_rng(0)
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "noise").mkdir()
+    content: dict = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+    for i in range(1, images + 1):
+        width, height = (128, 96) if i % 3 else (96, 120)
+        pixels = rng.integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((width, height)).save(folder / "noise" / f"{i}.png")
+        content["images"].append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
+        for j in range(1 + i % 2):
+            x, y, w, h = (int(v) for v in rng.integers((0, 0, 20, 20), (60, 50, 60, 60)))
+            box = [x, y, min(w, width - x), min(h, height - y)]
+            record = {"id": 10 * i + j, "image_id": i, "category_id": 1 + j, "bbox": box}
+            content["annotations"].append(record | {"area": box[2] * box[3], "iscrowd": 0})
+    (folder / "annotations" / "instances_noise.json").write_text(json.dumps(content))
+
+
+def write_recipe(folder: Path, steps: int, workers: int, seed: int) -> Path:
+    """CrossKD with everything that draws random numbers: drop path, flips, scales, shuffling, random weights."""
+    content = {
+        "model": {**SMALL, "backbone_weights": "random", "drop_path_rate": 0.3, "frozen_stages": 0},
+        "teacher": {**SMALL, "checkpoint": "random"},
+        "distillation": {"tap_index": 3},
+        "data": {
+            "path": str(folder / "data"),
+            "train_split": "noise",
+            "val_split": "noise",
+            "short_side": 96,
+            "long_side": 128,
+            "multiscale": "choice",
+            "multiscale_short_sides": [64, 80, 96],
+            "cache_dir": str(folder / "cache"),
+        },
+        "training": {
+            "output_dir": "set by the command line",
+            "max_steps": steps,
+            "warmup_steps": 5,
+            "lr_milestones": [4],
+            "learning_rate": 0.002,
+            "gradient_accumulation_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": SAVE_STEPS,
+            "save_total_limit": 2,
+            "eval_strategy": "steps",
+            "eval_steps": SAVE_STEPS + 5,
+            "logging_steps": 1,
+            "dataloader_num_workers": workers,
+            "seed": seed,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        },
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def command(recipe: Path, output: Path, processes: int) -> list[str]:
+    """What a user would type, with a free port for the processes to meet."""
+    train = ["-m", "crosskd_hf.train", str(recipe), f"training.output_dir={output}"]
+    if processes == 1:
+        return [sys.executable, *train]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    return [sys.executable, *launch, "--main_process_port", port, *train]
+
+
+def start(recipe: Path, output: Path, processes: int, log: Path) -> subprocess.Popen:
+    """Start a run in a process group of its own, its output to a file."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with open(log, "w") as file:
+        return subprocess.Popen(
+            command(recipe, output, processes), env=environment, stdout=file, stderr=file, start_new_session=True
+        )
+
+
+def steps_logged(log: Path) -> int:
+    """Optimizer steps that a run has logged."""
+    return len(re.findall(r"'loss': ", log.read_text(errors="replace")))
+
+
+# Killing --------------------------------------------------------------------------------------------------------
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all that came from it: torch starts each rank in a session, so not all are in its group."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # it has just ended
+                continue
+            parents.setdefault(int(fields[1]), []).append(int(entry.name))
+    family = [pid]
+    for member in family:
+        family += parents.get(member, [])
+    return family
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to a run and everything it started, and wait until all are gone."""
+    family = descendants(process.pid)
+    for pid in family:  # the launcher first, so that it has no time to end the others in its own way
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    process.wait()
+    while any(is_alive(pid) for pid in family):
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def is_changing(output: Path, since: float) -> bool:
+    """Whether a checkpoint folder is without marker and was touched after a time (`time.time()`)."""
+    for folder in checkpoint_folders(output):
+        try:
+            if not (folder / MARKER).exists() and folder.stat().st_mtime >= since:
+                return True
+        except FileNotFoundError:  # removed in between
+            return True
+    return False
+
+
+@dataclass
+class Kill:
+    """One kill, in seconds from the start of its process."""
+
+    number: int
+    aim: str
+    planned: float
+    seconds: float
+    resumed_from: int
+    steps_reached: int
+    left_behind: str
+
+
+@dataclass
+class Timing:
+    """Seconds of the undisturbed run: until the first step is logged, and in all."""
+
+    first_step: float
+    total: float
+    steps: int
+
+    def until(self, step: int) -> float:
+        """From the start of a process that goes on from a step until its end."""
+        return self.first_step + (self.total - self.first_step) * (1 - step / self.steps)
+
+
+def plan(rng: random.Random, timing: Timing, resumed: int, kills_left: int) -> float:
+    """When to kill a process that goes on from step `resumed`: uniform up to twice its share of what is left.
+
+    While there is no checkpoint, the first kill may come at any time (0 counts as a checkpoint never made), and later
+    ones come after the first checkpoint's time.
+    """
+    work = timing.until(resumed) - timing.first_step
+    high = timing.first_step + work * min(1.0, 2 / (kills_left + 1))
+    return rng.uniform(0.3 * timing.first_step, max(high, 1.1 * timing.first_step))
+
+
+def wait_for_kill(process: subprocess.Popen, moment: float, aimed: bool, output: Path, delay: float) -> float | None:
+    """Wait until a run is to be killed. Seconds since its start, or None if it ended before."""
+    began, since = time.monotonic(), time.time()
+    while process.poll() is None:
+        now = time.monotonic() - began
+        if now >= moment:
+            if not aimed:
+                return now
+            if is_changing(output, since):
+                time.sleep(delay)
+                return time.monotonic() - began
+        time.sleep(POLL)
+    return None
+
+
+def run_killed(recipe: Path, folder: Path, output: Path, processes: int, timing: Timing, kills: int, seed: int):
+    """Kill and start again until all kills are spent and the run has ended by itself.
+
+    Returns:
+        the kills, and how many processes there were.
+    """
+    rng, done, starts = random.Random(seed), [], 0
+    while True:
+        number = len(done) + 1
+        resumed = int(Path(newest_complete(output) or "checkpoint-0").name.removeprefix("checkpoint-"))
+        moment = plan(rng, timing, resumed, kills - len(done))
+        if number == 2:  # whatever the dice say, kills hit after the first checkpoint
+            moment = max(
+                moment, timing.first_step + 1.2 * SAVE_STEPS * (timing.total - timing.first_step) / timing.steps
+            )
+        aimed, delay = number % 2 == 0, rng.uniform(0, 0.15)
+        log = folder / f"killed_{starts}.log"
+        process = start(recipe, output, processes, log)
+        starts += 1
+        seconds = wait_for_kill(process, moment if number <= kills else float("inf"), aimed, output, delay)
+        if seconds is None:
+            if process.returncode:
+                raise SystemExit(f"a run ended with status {process.returncode}:\n{log.read_text()[-3000:]}")
+            if number > kills:
+                return done, starts
+            continue  # it ended before its kill; the next process finds a finished run, and is killed in that
+        kill_all(process)
+        reached = resumed + steps_logged(log)
+        aim = "saving" if aimed else "any"
+        done.append(Kill(number, aim, round(moment, 2), round(seconds, 2), resumed, reached, left_behind(output)))
+        print(row(done[-1]), flush=True)
+
+
+def left_behind(output: Path) -> str:
+    """What a kill left of checkpoints: `30` is whole, `40?` is not."""
+    return " ".join(
+        folder.name.removeprefix("checkpoint-") + ("" if (folder / MARKER).exists() else "?")
+        for folder in checkpoint_folders(output)
+    )
+
+
+HEADER = f"{'kill':>4}  {'aim':<6}  {'seconds':>7}  {'resumed from':>12}  {'last step logged':>16}  checkpoints then"
+
+
+def row(kill: Kill) -> str:
+    return (
+        f"{kill.number:>4}  {kill.aim:<6}  {kill.seconds:>7.2f}  {kill.resumed_from or 'start':>12}  "
+        f"{kill.steps_reached:>16}  {kill.left_behind or '-'}"
+    )
+
+
+def run_undisturbed(recipe: Path, output: Path, processes: int, log: Path, steps: int) -> Timing:
+    """Run to the end and note how long it took."""
+    began, first = time.monotonic(), None
+    process = start(recipe, output, processes, log)
+    while process.poll() is None:
+        if first is None and steps_logged(log):
+            first = time.monotonic() - began
+        time.sleep(0.05)
+    if process.returncode:
+        raise SystemExit(f"the undisturbed run ended with status {process.returncode}:\n{log.read_text()[-3000:]}")
+    return Timing(first or 0.0, time.monotonic() - began, steps)
+
+
+# Comparison -----------------------------------------------------------------------------------------------------
+
+
+def flatten(value, name: str = "") -> dict[str, object]:
+    """Name -> leaf of nested dicts, lists and tuples."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return {name: value}
+    return {path: leaf for key, part in items for path, leaf in flatten(part, f"{name}.{key}").items()}
+
+
+def same(a: object, b: object) -> bool:
+    """Bit for bit, so that NaN equals itself and 0.0 isn't -0.0."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        a, b = a.cpu().contiguous().numpy(), b.cpu().contiguous().numpy()
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    return type(a) is type(b) and a == b
+
+
+def load(path: Path) -> dict[str, object]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return flatten(torch.load(path, weights_only=False))  # written by this program
+
+
+def compare(first: Path, second: Path, steps: int) -> list[dict]:
+    """Each file of the final state: values compared, those that differ, and SHA-256 of both."""
+    rows = []
+    last = f"checkpoint-{steps}"
+    for name in ["model.safetensors", *(f"{last}/{state}" for state in STATES)]:
+        if not (first / name).exists() and not (second / name).exists():
+            continue
+        a, b = load(first / name), load(second / name)
+        names = sorted({*a, *b})
+        different = [key for key in names if key not in a or key not in b or not same(a[key], b[key])]
+        digests = [hashlib.sha256((folder / name).read_bytes()).hexdigest() for folder in (first, second)]
+        rows.append({"file": name, "values": len(names), "different": different, "sha256": digests})
+    metrics = [json.loads((folder / "evaluation" / "eval_metrics.json").read_text()) for folder in (first, second)]
+    different = [key for key in metrics[0] if metrics[0][key] != metrics[1].get(key)]
+    rows.append({"file": "evaluation/eval_metrics.json", "values": len(metrics[0]), "different": different})
+    return rows
+
+
+def main() -> None:
+    """Run both, print the tables, write `result.json`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=0, help="data workers a process")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="of the training and of the kills' moments")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of the run")
+    parser.add_argument("--images", type=int, default=50)
+    parser.add_argument("--output", type=Path, required=True, help="a new or empty folder")
+    options = parser.parse_args()
+    folder = options.output.resolve()
+    if folder.exists() and any(folder.iterdir()):
+        parser.error(f"{folder} isn't empty")
+    write_noise_coco(folder / "data", options.images)
+    recipe = write_recipe(folder, options.steps, options.workers, options.seed)
+    whole, killed = folder / "whole", folder / "killed"
+    timing = run_undisturbed(recipe, whole, options.processes, folder / "whole.log", options.steps)
+    print(
+        f"undisturbed: {timing.total:.1f} s, first step after {timing.first_step:.1f} s, {timing.steps} steps; "
+        f"{options.workers} workers, {options.processes} processes\n{HEADER}",
+        flush=True,
+    )
+    # The cache of the data set is a part of the run, so the killed one makes its own.
+    shutil.rmtree(folder / "cache")
+    kills, starts = run_killed(recipe, folder, killed, options.processes, timing, options.kills, options.seed)
+    rows = compare(whole, killed, options.steps)
+    for entry in rows:
+        digest = "sha256 equal" if len(set(entry.get("sha256", [""]))) == 1 else "sha256 differs"
+        text = f"{len(entry['different'])} differ: {entry['different'][:5]}" if entry["different"] else "identical"
+        print(f"{entry['file']:<40} {entry['values']:>5} values, {text}{', ' + digest if 'sha256' in entry else ''}")
+    equal = not any(entry["different"] for entry in rows)
+    print(f"{len(kills)} kills, {starts} starts: " + ("the same bit for bit" if equal else "DIFFERENT"))
+    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    result = {"settings": settings, "equal": equal, "starts": starts, "timing": asdict(timing)}
+    result |= {"kills": [asdict(kill) for kill in kills], "files": rows}
+    (folder / "result.json").write_text(json.dumps(result, indent=1))
+    sys.exit(not equal)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""Which checkpoints are whole: a marker written last, and what is chosen, removed and refused by it.
+
+A process can be killed between any two bytes that it writes. transformers takes the newest folder named `checkpoint-N`
+for the last checkpoint, also one that is half written or half deleted. Here only a folder whose marker is there, and
+whose files are those that the marker lists, counts.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import distributed as dist
+from torch import nn
+from transformers.training_args import OptimizerNames
+
+from .training_args import DetectionTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+MARKER = "complete.json"
+REMOVING = "removing.json"  # what the marker of a checkpoint is renamed to before its files go
+NAME = re.compile(r"checkpoint-(\d+)")
+CHUNK = 1 << 22  # bytes
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# How safetensors (Rust) and torch.save (C++) report a write that failed: neither raises an OSError.
+FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "inline_container", "PytorchStreamWriter")
+
+
+# Whole or not ---------------------------------------------------------------------------------------------------
+
+
+def mark_complete(folder: str | Path) -> None:
+    """Write the marker of a checkpoint, which lists every file in it with its size and SHA-256.
+
+    The files are flushed to the disk first and the marker appears at once, so that a power cut can't leave a marker
+    over missing data. SHA-256 because it is the one checksum that every machine has a tool for (`sha256sum`), and the
+    hardware makes it about as fast as reading; a size alone would miss blocks of zeros after a crash.
+
+    Args:
+        folder: a checkpoint that no process writes to any more.
+
+    Raises:
+        ValueError: there is nothing in it.
+        OSError: it can't be read or written.
+    """
+    folder = Path(folder)
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.relative_to(folder).as_posix() != MARKER:
+            _sync(path)
+            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    if not files:
+        raise ValueError(f"{folder} holds no files: it can't be a complete checkpoint")
+    write_atomically(folder / MARKER, json.dumps({"files": files}, indent=1))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that appears complete or not at all; an earlier one stays until then.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    if os.name == "posix":  # elsewhere folders can't be opened
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "r+b") as file:  # Windows flushes only what is open for writing
+        os.fsync(file.fileno())
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint that has a marker, naming the file; None if nothing is.
+
+    Files that the marker doesn't list are no damage: others may have added them.
+    """
+    try:
+        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        for name, expected in files.items():
+            path = folder / name
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes instead of {expected['bytes']}"
+            if sha256(path) != expected["sha256"]:
+                return f"the contents of {name} have changed (SHA-256)"
+    except OSError as error:
+        return f"{Path(error.filename or MARKER).name} can't be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MARKER} isn't one that this program wrote"
+    return None
+
+
+def checkpoint_folders(output_dir: str | Path) -> list[Path]:
+    """The folders named `checkpoint-N` in a folder, N rising. None if the folder isn't there."""
+    output_dir = Path(output_dir)
+    if not output_dir.is_dir():
+        return []
+    return sorted((path for path in output_dir.iterdir() if NAME.fullmatch(path.name) and path.is_dir()), key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest whole checkpoint in a folder; None, maybe with a warning, means from the beginning.
+
+    In a distributed run every process has to call it: the first one looks and tells the others, so that all go on
+    from the same step, whatever their view of a network drive is.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return newest_complete(output_dir)
+    found = [newest_complete(output_dir) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def newest_complete(output_dir: str | Path) -> str | None:
+    """`last_complete_checkpoint` as this process sees it."""
+    folders = checkpoint_folders(output_dir)
+    for folder in reversed(folders):
+        if not (folder / MARKER).exists():
+            logger.warning("%s is left out: saving or removing it was interrupted (no %s in it)", folder, MARKER)
+        elif problem := damage(folder):
+            logger.warning("%s is left out: it is damaged, %s", folder, problem)
+        else:
+            return str(folder)
+    if folders:
+        logger.warning("no checkpoint in %s is whole: training starts from the beginning", output_dir)
+    return None
+
+
+# Removal --------------------------------------------------------------------------------------------------------
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint, whole or not. From the first moment on it doesn't count as one any more.
+
+    Raises:
+        OSError: it can't be deleted.
+    """
+    if not folder.is_dir():
+        return
+    if (folder / MARKER).exists():
+        os.replace(folder / MARKER, folder / REMOVING)
+    for path in folder.iterdir():
+        if path.name != REMOVING:  # the last to go, so that `remove_surplus` knows what was meant to
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    shutil.rmtree(folder)
+
+
+def remove_surplus(output_dir: str | Path, limit: int | None, newest: Path, best: str | None = None) -> None:
+    """Delete the oldest whole checkpoints over a limit, and what an interrupted removal left.
+
+    Folders without a marker are neither counted nor touched: they may be somebody's own. Steps past the newest are
+    from a run that was given up, so they count as the oldest.
+
+    Args:
+        limit: how many to keep (`save_total_limit`); None or 0 keeps all.
+        newest: the one just saved; it stays.
+        best: path of the best one; it stays too, whatever the limit.
+    """
+    folders = checkpoint_folders(output_dir)
+    marked = [folder for folder in folders if (folder / MARKER).exists()]
+    surplus = [folder for folder in folders if folder not in marked and (folder / REMOVING).exists()]
+    if limit and limit > 0:
+        protected = {newest.name, *([Path(best).name] if best else [])}
+        marked.sort(key=lambda folder: (_step(folder) <= _step(newest), _step(folder)))
+        old = [folder for folder in marked if folder.name not in protected]
+        surplus += old[: max(0, len(marked) - max(limit, len(protected)))]
+    for folder in surplus:
+        try:
+            remove_checkpoint(folder)
+        except OSError as error:  # no reason to end a run that has just been saved; the next removal tries again
+            logger.warning("%s is not needed any more, but can't be removed: %s", folder, error)
+
+
+# Disk space -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def disk_errors_explained(folder: Path, needed_bytes: int) -> Iterator[None]:
+    """Around the writing of a checkpoint: remove what a failed write leaves, and say it if the disk was full.
+
+    Args:
+        folder: of the checkpoint.
+        needed_bytes: about what it takes.
+
+    Raises:
+        OSError: the disk is full (`errno` ENOSPC). Other errors pass as they are.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not is_disk_full(error):
+            raise
+        free = shutil.disk_usage(_existing(folder)).free  # before the removal
+        shutil.rmtree(folder, ignore_errors=True)
+        good = newest_complete(folder.parent)
+        intact = f"The last good checkpoint, {good}, is intact" if good else "There is no earlier checkpoint"
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk is full: {folder} needs about {_gb(needed_bytes)} GB, {_gb(free)} GB were free when writing "
+            f"failed. The partial folder was removed. {intact}; free some space (or lower save_total_limit) and start "
+            "the same command again to go on",
+        ) from error
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is that of a full disk, as Python, safetensors or torch says it."""
+    while error is not None:
+        full = isinstance(error, OSError) and error.errno in FULL
+        if full or (not isinstance(error, OSError) and any(text in str(error) for text in FULL_TEXTS)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def checkpoint_bytes(model: nn.Module, args: DetectionTrainingArguments) -> int:
+    """About the size of a checkpoint: all weights and, unless `save_only_model`, the state of the trained ones.
+
+    SGD keeps one value a parameter, or none without momentum; any other optimizer counts as two, as Adam.
+    """
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    values = (1 if args.momentum else 0) if args.optim == OptimizerNames.SGD else 2
+    state = 0 if args.save_only_model else values * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return weights + state
+
+
+def checkpoints_at_once(save_total_limit: int | None) -> int:
+    """Checkpoints that are on the disk at the same time: an old one goes when the new one is whole; at least 2."""
+    return max(save_total_limit or 0, 1) + 1
+
+
+def check_disk_space(output_dir: str | Path, needed_bytes: int, checkpoints: int) -> None:
+    """Refuse a run whose checkpoints can't fit.
+
+    Args:
+        output_dir: needn't be there. Checkpoints in it count as free: they give way to the new ones.
+        needed_bytes: for all checkpoints together, `checkpoint_bytes` x `checkpoints_at_once`.
+        checkpoints: how many these are, for the message.
+
+    Raises:
+        ValueError: naming the folder, what is needed and what is free.
+    """
+    taken = sum(path.stat().st_size for f in checkpoint_folders(output_dir) for path in f.rglob("*") if path.is_file())
+    free = shutil.disk_usage(_existing(Path(output_dir))).free + taken
+    if free < needed_bytes:
+        raise ValueError(
+            f"training.output_dir {output_dir} needs about {_gb(needed_bytes)} GB for {checkpoints} checkpoints (one "
+            f"more than save_total_limit while a new one is written), but only {_gb(free)} GB are free: free some "
+            "space, lower training.save_total_limit, or name another training.output_dir."
+        )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the closest one above it that is there."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.3g}"

@@ -1,0 +1,320 @@
+"""Any `datasets` data set with the columns `image` and `objects`: Hub, Parquet, `save_to_disk`, image folders.
+
+`objects` holds the boxes of an image: `bbox`, and `category` or `category_id`; `id`, `area` and `iscrowd` may be
+there. It is a dict of lists (as in cppe-5 and detection-datasets/coco) or a list of dicts. Other columns that are read
+if there are any: `image_id`, `file_name`, `width`, `height`.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from .coco import leaves_folder
+from .images import ImageSource
+from .problems import DataError, Kind, Problems
+from .records import ImageRecord, ObjectRecord, arrow_row, cache_note, check_records, read_cache_note
+from .split import SPLIT_NAME, DetectionSplit, annotation_features
+
+CATEGORY_KEYS = ("category", "category_id")
+METADATA = "metadata.jsonl"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The classes of a data set: names and COCO ids by label, and what the `category` column holds -> label."""
+
+    names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    labels: dict[int | str, int]
+
+
+@dataclass
+class ColumnsConfig(datasets.BuilderConfig):
+    """What one Arrow cache is made from; `fingerprint` is that of the data set."""
+
+    fingerprint: str = ""
+    where: str = ""
+    box_format: str = "xywh"
+    box_unit: str = "pixel"
+    names: tuple[str, ...] = ()
+    category_ids: tuple[int, ...] = ()
+    on_error: str = "stop"
+
+
+class ColumnAnnotations(datasets.GeneratorBasedBuilder):
+    """Writes the checked annotations of a data set to Arrow, without the images, which stay where they are.
+
+    `source` and `vocabulary` must be set before it prepares; the configuration's fingerprint stands for them.
+    """
+
+    VERSION = datasets.Version("1.0.0")
+    BUILDER_CONFIG_CLASS = ColumnsConfig
+    source: datasets.Dataset
+    vocabulary: Vocabulary
+
+    def _info(self) -> datasets.DatasetInfo:
+        names = (*self.config.names,)
+        row = {"row": datasets.Value("int64")}
+        return datasets.DatasetInfo(features=datasets.Features({**annotation_features(names), **row}))
+
+    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        config, problems = self.config, Problems()
+        records = _records(self.source, self.vocabulary, config.where, problems)
+        checked = check_records(
+            records, _sources(self.source), problems, config.where, config.box_format, config.box_unit
+        )
+        if config.on_error == "stop":
+            problems.raise_if_stopping(config.where)
+        if not checked:
+            raise DataError(f"{config.where}: no image is left: {problems.lines(stopping=True)[0]}")
+        self.info.description = cache_note(config.category_ids, problems)
+        return [datasets.SplitGenerator(name=SPLIT_NAME, gen_kwargs={"checked": checked})]
+
+    def _generate_examples(self, checked: list[tuple[int, ImageRecord]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        for position, record in checked:
+            yield position, {**arrow_row(record), "row": position}
+
+
+def load_columns(
+    path: str,
+    split: str,
+    *,
+    other_splits: Sequence[str] = (),
+    config: str | None = None,
+    box_format: str = "xywh",
+    box_unit: str = "pixel",
+    label_names: Sequence[str] = (),
+    category_ids: Sequence[int] = (),
+    on_error: str = "stop",
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> DetectionSplit:
+    """Load one split of a `datasets` data set.
+
+    Args:
+        path: Hub id; or a folder of Parquet files, of `save_to_disk`, or of images with `metadata.jsonl`.
+        split: its name, or a slice such as "train[:80%]" (not for `save_to_disk`).
+        other_splits: whose categories count too where the data set has no class names of its own.
+        config: configuration of a Hub data set that has several.
+        box_format, box_unit: see `to_xywh`; compared with the images.
+        label_names: class names by label, if the data set has none; they also fix the order of named categories.
+        category_ids: what the `category` column holds for each of `label_names`; by default 0, 1, 2, ...
+        on_error: `stop` at images that can't be read and boxes that can't be, or `skip` and report them.
+        cache_dir: where Arrow files go; by default the cache of `datasets`.
+
+    Raises:
+        DataError: no such data set, split or column; unknown categories; images or boxes that can't be used.
+    """
+    where = f"{path}, split {split!r}"
+    cache = None if cache_dir is None else str(cache_dir)
+    source = _with_image_column(_open(path, split, config, cache), where)
+    if not len(source):
+        raise DataError(f"{where} is empty: it has no image")
+    category_key(source, where)
+    others = [_open(path, other, config, cache) for other in other_splits if other != split]
+    vocabulary = _vocabulary([source, *others], label_names, category_ids, where)
+    builder = ColumnAnnotations(
+        cache_dir=cache,
+        dataset_name="crosskd_columns",
+        fingerprint=source._fingerprint,
+        where=where,
+        box_format=box_format,
+        box_unit=box_unit,
+        names=vocabulary.names,
+        category_ids=vocabulary.category_ids,
+        on_error=on_error,
+    )
+    builder.source, builder.vocabulary = source, vocabulary
+    builder.download_and_prepare()
+    annotations = builder.as_dataset(split=SPLIT_NAME)
+    ids, problems = read_cache_note(annotations.info, where)
+    images = source.select_columns(["image"])
+    if len(annotations) != len(images):
+        images = images.select(annotations["row"][:])
+    both = datasets.concatenate_datasets([annotations.remove_columns(["row"]), images], axis=1)
+    return DetectionSplit(both, vocabulary.names, ids, problems)
+
+
+def _open(path: str, split: str, config: str | None, cache_dir: str | None) -> datasets.Dataset:
+    folder = Path(path).expanduser()
+    try:
+        if folder.is_dir():
+            if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+                return _from_disk(folder, split)
+            _check_metadata(folder)
+            return datasets.load_dataset(str(folder), split=split, cache_dir=cache_dir)
+        return datasets.load_dataset(path, config, split=split, cache_dir=cache_dir)
+    except DataError:
+        raise
+    except datasets.exceptions.DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        raise DataError(f"{path}, split {split!r} can't be read: {cause}") from error
+    except Exception as error:  # the library raises a dozen kinds of its own
+        text = str(error).splitlines()[0] if str(error) else repr(error)
+        raise DataError(
+            f"{path}, split {split!r} can't be opened as a data set ({text}). data.path "
+            "must be a Hub id, or a folder of Parquet files, of save_to_disk, or of images with metadata.jsonl; for a "
+            "folder with annotations/ set data.layout=coco."
+        ) from error
+
+
+def _from_disk(folder: Path, split: str) -> datasets.Dataset:
+    saved = datasets.load_from_disk(str(folder))
+    if isinstance(saved, datasets.Dataset):
+        if split != "train":
+            raise DataError(f"{folder} holds one data set without splits: call it 'train', not {split!r}")
+        return saved
+    if split not in saved:
+        raise DataError(f"{folder} has no split {split!r}; it has {', '.join(saved)}")
+    return saved[split]
+
+
+def _check_metadata(folder: Path) -> None:
+    """Name the line of an image folder's metadata that is wrong; `datasets` names neither line nor file."""
+    for file in sorted(folder.rglob(METADATA)):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            where = f"{file}, line {number}"
+            try:
+                name = json.loads(line).get("file_name")
+            except (ValueError, AttributeError) as error:
+                raise DataError(f"{where} is no JSON object: {error}") from error
+            if not isinstance(name, str) or not name:
+                raise DataError(f"{where} has no file_name, the image's path relative to {METADATA}")
+            if leaves_folder(name):
+                raise DataError(f"{where}: file_name {name!r} leaves the image folder; make it relative, without ..")
+            if not (file.parent / name).is_file():
+                raise DataError(f"{where}: {name} does not exist in {file.parent}; restore it or remove the line")
+
+
+def _with_image_column(source: datasets.Dataset, where: str) -> datasets.Dataset:
+    """The data set with undecoded images in the column `image`."""
+    for name in ("image", "objects"):
+        if name not in source.column_names:
+            raise DataError(
+                f"{where} has no column {name!r}, but {', '.join(source.column_names)}. A detection data set has "
+                "`image` and `objects` with bbox and category: rename the columns."
+            )
+    feature = source.features["image"]
+    if isinstance(feature, datasets.Value) and feature.dtype not in ("binary", "large_binary"):
+        raise DataError(f"{where}: the column image holds {feature.dtype}; cast it with cast_column('image', Image())")
+    return source.cast_column("image", datasets.Image(decode=False))
+
+
+def _objects_feature(source: datasets.Dataset) -> dict[str, Any]:
+    """Key -> feature of one object, for a dict of lists and for a list of dicts."""
+    feature = source.features["objects"]
+    inner = getattr(feature, "feature", feature)
+    return inner if isinstance(inner, dict) else {}
+
+
+def category_key(source: datasets.Dataset, where: str) -> str:
+    """The key of `objects` that holds the category.
+
+    Raises:
+        DataError: there is neither, or no bbox.
+    """
+    keys = _objects_feature(source)
+    found = [key for key in CATEGORY_KEYS if key in keys]
+    if not found or "bbox" not in keys:
+        raise DataError(
+            f"{where}: objects must have bbox and category (or category_id), but has {', '.join(keys) or 'no keys'}"
+        )
+    return found[0]
+
+
+def _vocabulary(
+    sources: Sequence[datasets.Dataset], label_names: Sequence[str], category_ids: Sequence[int], where: str
+) -> Vocabulary:
+    key = category_key(sources[0], where)
+    feature = _objects_feature(sources[0])[key]
+    feature = getattr(feature, "feature", feature)
+    if isinstance(feature, datasets.ClassLabel):
+        own = list(feature.names)
+        names = list(label_names) or own
+        if sorted(names) != sorted(own):
+            raise DataError(f"{where}: the data's classes are {own}, but data.label_names says {names}")
+        ids = list(category_ids) or list(range(len(names)))
+        return Vocabulary(tuple(names), tuple(ids), {own.index(name): label for label, name in enumerate(names)})
+    values = {value for source in sources for row in _object_rows(source) for value in _values(row, key)}
+    values.discard(None)
+    if not values:
+        raise DataError(f"{where}: no object has a {key}, so that there are no classes")
+    if all(isinstance(value, str) for value in values):
+        names = list(label_names) or sorted(values)
+        labels: dict[int | str, int] = {name: label for label, name in enumerate(names)}
+        ids = list(category_ids) or list(range(len(names)))
+    else:
+        ids = list(category_ids) or (list(range(len(label_names))) if label_names else sorted(values))
+        names = list(label_names) or [str(value) for value in ids]
+        labels = {value: label for label, value in enumerate(ids)}
+    if unknown := sorted(values - set(labels)):
+        raise DataError(
+            f"{where}: objects have the categories {unknown[:5]}, which data.label_names "
+            f"{'and data.category_ids ' if category_ids else ''}don't list: {names[:10]} are for {list(labels)[:10]}. "
+            "Add them; data.category_ids gives the data's number of each name."
+        )
+    return Vocabulary(tuple(names), tuple(ids), labels)
+
+
+def _object_rows(source: datasets.Dataset) -> Iterator[Any]:
+    for batch in source.select_columns(["objects"]).with_format("arrow").iter(1000):
+        yield from batch["objects"].to_pylist()
+
+
+def _values(row: Any, key: str) -> list[Any]:
+    """A key of all objects of an image; None where it is missing."""
+    if isinstance(row, dict):
+        return list(row.get(key) or [])
+    return [obj.get(key) for obj in row or []]
+
+
+def _records(source: datasets.Dataset, vocabulary: Vocabulary, where: str, problems: Problems) -> list[ImageRecord]:
+    key = category_key(source, where)
+    optional = [name for name in ("image_id", "file_name", "width", "height") if name in source.column_names]
+    columns = {name: source.with_format("arrow", columns=[name])[:][name].to_pylist() for name in optional}
+    ids = columns.get("image_id", [])
+    if not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        ids = list(range(len(source)))
+    if len(set(ids)) != len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise DataError(f"{where}: image id {twice} appears twice; image ids must be unique")
+    names = columns.get("file_name") or _file_names(source)
+    records, number = [], 0
+    for position, row in enumerate(_object_rows(source)):
+        objects = []
+        boxes, categories = _values(row, "bbox"), _values(row, key)
+        if len(boxes) != len(categories):
+            raise DataError(f"{where}: {names[position]} has {len(boxes)} boxes, but {len(categories)} categories")
+        given = _values(row, "id") or range(number + 1, number + 1 + len(boxes))
+        areas = _values(row, "area") or [None] * len(boxes)
+        crowds = _values(row, "iscrowd") or [False] * len(boxes)
+        number += len(boxes)
+        for object_id, box, category, area, crowd in zip(given, boxes, categories, areas, crowds, strict=True):
+            if category not in vocabulary.labels:
+                problems.add(Kind.CATEGORY, f"annotation {object_id} of {names[position]}: {category!r}")
+                continue
+            object_id = object_id if isinstance(object_id, int) else number
+            objects.append(ObjectRecord(object_id, box, vocabulary.labels[category], area, bool(crowd)))
+        size = [columns[name][position] if name in columns else None for name in ("width", "height")]
+        records.append(ImageRecord(ids[position], str(names[position]), *size, objects))
+    return records
+
+
+def _file_names(source: datasets.Dataset) -> list[str]:
+    names = []
+    for batch in source.select_columns(["image"]).with_format("arrow").iter(1000):
+        paths = batch["image"].combine_chunks().field("path").to_pylist()
+        names += [os.path.basename(path) if path else f"row {len(names) + i}" for i, path in enumerate(paths)]
+    return names
+
+
+def _sources(source: datasets.Dataset) -> Iterable[ImageSource]:
+    for row in source.select_columns(["image"]):
+        image = row["image"] or {"bytes": b"", "path": None}  # a missing image is an empty file
+        yield image["path"] if image["bytes"] is None else image["bytes"]

@@ -1,0 +1,99 @@
+"""The data section of a recipe -> splits and data sets."""
+
+import pyarrow.compute as pc
+
+from crosskd_hf.recipe import DataSection
+
+from .coco import load_coco
+from .columns import load_columns
+from .dataset import DetectionDataset
+from .problems import DataError
+from .shapes import load_shapes
+from .split import DetectionSplit, keep_for_training
+
+
+def load_split(data: DataSection, name: str, limit: int | None = None) -> DetectionSplit:
+    """A split of a recipe's data set.
+
+    Args:
+        data: the recipe's section.
+        name: of the split.
+        limit: only the first images; layout shapes generates this many.
+
+    Raises:
+        FileNotFoundError, ValueError: the data can't be used; all that is wrong is told together.
+    """
+    if data.layout == "shapes":
+        return load_shapes(
+            name,
+            limit or 0,
+            side=data.shapes_side,
+            difficulty=data.shapes_difficulty,
+            seed=data.shapes_seed,
+            cache_dir=data.cache_dir,
+        )
+    if data.layout == "datasets":
+        whole = load_columns(
+            data.path,
+            name,
+            other_splits=(data.train_split, data.val_split),
+            config=data.config,
+            box_format=data.box_format,
+            box_unit=data.box_unit,
+            label_names=data.label_names,
+            category_ids=data.category_ids,
+            on_error=data.on_error,
+            cache_dir=data.cache_dir,
+        )
+    else:
+        whole = load_coco(
+            data.path,
+            name,
+            annotations=data.annotations,
+            images=data.images,
+            on_error=data.on_error,
+            cache_dir=data.cache_dir,
+        )
+    return whole.first(limit)
+
+
+def load_datasets(data: DataSection, seed: int) -> tuple[DetectionDataset, DetectionDataset]:
+    """The training and the evaluation set of a recipe.
+
+    Args:
+        data: the recipe's section.
+        seed: of the augmentation.
+
+    Raises:
+        FileNotFoundError, ValueError: the data can't be used, or there is nothing to train or evaluate on.
+    """
+    evaluated = load_split(data, data.val_split, data.max_val_images)
+    check_evaluable(evaluated, data.val_split)
+    generated = data.layout == "shapes"
+    whole = load_split(data, data.train_split, data.max_train_images if generated else None)
+    # The limit counts images that are trained on.
+    train = keep_for_training(whole, filter_empty=data.filter_empty, min_image_side=data.min_image_side)
+    size = {"short_side": data.short_side, "long_side": data.long_side}
+    return (
+        DetectionDataset(
+            train if generated else train.first(data.max_train_images),
+            train=True,
+            multiscale=data.multiscale,
+            multiscale_short_sides=data.multiscale_short_sides,
+            flip_probability=data.flip_probability,
+            seed=seed,
+            **size,
+        ),
+        DetectionDataset(evaluated, train=False, **size),
+    )
+
+
+def check_evaluable(split: DetectionSplit, name: str) -> None:
+    """Raise DataError if a split has no box to find: every metric would be undefined."""
+    objects = split.dataset.with_format("arrow", columns=["objects"])[:]["objects"]
+    crowds = pc.list_flatten(pc.struct_field(objects, "iscrowd"))
+    if len(crowds) == (pc.sum(crowds).as_py() or 0):
+        raise DataError(
+            f"the split {name!r} has {len(split)} images, but no box (crowds don't count): there is nothing to "
+            "evaluate on. Set data.val_split to a split with boxes."
+        )

@@ -1,0 +1,101 @@
+"""One split of a detection data set, whatever it was read from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .problems import Problems
+
+SPLIT_NAME = "images"  # one cache holds one split: its own name need not be a valid `datasets` split name
+
+
+@dataclass(frozen=True)
+class DetectionSplit:
+    """One split of a detection data set.
+
+    Attributes:
+        dataset: columns `image_id`, `image` (decoded when read), `file_name`, `width`, `height` (pixels, as people see
+            the image) and `objects`, a dict of equally long lists: `id`, `bbox` ([x, y, w, h], absolute pixels),
+            `category` (label 0..C-1), `area` (pixels^2), `iscrowd`.
+        label_names: the C class names, by label.
+        category_ids: the C COCO category ids, by label.
+        problems: what was wrong with the whole split; with `on_error="skip"` it is left out.
+    """
+
+    dataset: datasets.Dataset
+    label_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    problems: Problems = field(default_factory=Problems)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Label -> class name, as a transformers config takes it."""
+        return dict(enumerate(self.label_names))
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """Class name -> label, as a transformers config takes it."""
+        return {name: label for label, name in self.id2label.items()}
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.dataset)
+
+    def first(self, count: int | None) -> "DetectionSplit":
+        """The first images; all if `count` is None."""
+        if count is None or count >= len(self):
+            return self
+        return replace(self, dataset=self.dataset.select(range(count)))
+
+
+def detection_features(names: Sequence[str]) -> datasets.Features:
+    """The columns of a `DetectionSplit` with these class names."""
+    return datasets.Features({**annotation_features(names), "image": datasets.Image()})
+
+
+def annotation_features(names: Sequence[str]) -> datasets.Features:
+    """The columns of a `DetectionSplit` but the images."""
+    return datasets.Features(
+        {
+            "image_id": datasets.Value("int64"),
+            "file_name": datasets.Value("string"),
+            "width": datasets.Value("int32"),
+            "height": datasets.Value("int32"),
+            "objects": {
+                "id": datasets.List(datasets.Value("int64")),
+                "bbox": datasets.List(datasets.List(datasets.Value("float64"), length=4)),
+                "category": datasets.List(datasets.ClassLabel(names=list(names))),
+                "area": datasets.List(datasets.Value("float64")),
+                "iscrowd": datasets.List(datasets.Value("bool")),
+            },
+        }
+    )
+
+
+def keep_for_training(split: DetectionSplit, *, filter_empty: bool = True, min_image_side: int = 32) -> DetectionSplit:
+    """Leave out the images that the published training leaves out. No image is decoded.
+
+    Args:
+        split: the split to filter; it is not changed.
+        filter_empty: drop images without any annotation. One with only crowd boxes stays, as background.
+        min_image_side: drop images whose shorter side is below this, in pixels.
+
+    Raises:
+        ValueError: no image is left.
+    """
+    # Arrow columns, not `Dataset.filter`: this is one vectorised pass, and leaves no cache file for ranks to race for.
+    columns: pa.Table = split.dataset.with_format("arrow", columns=["width", "height", "objects"])[:]
+    keep = pc.greater_equal(pc.min_element_wise(columns["width"], columns["height"]), min_image_side)
+    if filter_empty:
+        number_of_objects = pc.list_value_length(pc.struct_field(columns["objects"], "id"))
+        keep = pc.and_(keep, pc.greater(number_of_objects, 0))
+    indices = pc.indices_nonzero(keep)
+    if len(indices) == 0:
+        raise ValueError(
+            f"none of the {len(split.dataset)} images is left for training: each is narrower than {min_image_side} "
+            "pixels or has no annotation; check the annotation file, or set filter_empty=False"
+        )
+    return replace(split, dataset=split.dataset.select(indices.to_pylist()))

@@ -1,0 +1,333 @@
+"""Which checkpoints count: the marker, damage, rotation, full disks."""
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from tiny import tiny_args, tiny_model
+
+from crosskd_hf import checkpoints
+from crosskd_hf.checkpoints import (
+    MARKER,
+    REMOVING,
+    check_disk_space,
+    checkpoint_bytes,
+    checkpoint_folders,
+    checkpoints_at_once,
+    damage,
+    disk_errors_explained,
+    is_disk_full,
+    last_complete_checkpoint,
+    mark_complete,
+    remove_checkpoint,
+    remove_surplus,
+)
+
+
+def make(run: Path, step: int, marked: bool = True) -> Path:
+    """A checkpoint of two files, one of them in a folder."""
+    folder = run / f"checkpoint-{step}"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "weights").write_bytes(b"w" * 100 + str(step).encode())
+    (folder / "inner" / "state").write_text("state")
+    if marked:
+        mark_complete(folder)
+    return folder
+
+
+def steps(run: Path) -> list[int]:
+    return [int(folder.name.split("-")[1]) for folder in checkpoint_folders(run)]
+
+
+# The marker -----------------------------------------------------------------------------------------------------
+
+
+def test_a_marker_lists_every_file_and_leaves_no_temporary_one(tmp_path: Path) -> None:
+    folder = make(tmp_path, 1)
+    files = json.loads((folder / MARKER).read_text())["files"]
+    assert set(files) == {"weights", "inner/state"}
+    assert files["inner/state"]["bytes"] == 5
+    assert {path.name for path in folder.iterdir()} == {"weights", "inner", MARKER}
+    assert damage(folder) is None
+
+
+def test_marking_again_does_not_list_the_marker(tmp_path: Path) -> None:
+    folder = make(tmp_path, 1)
+    mark_complete(folder)
+    assert damage(folder) is None
+    assert MARKER not in json.loads((folder / MARKER).read_text())["files"]
+
+
+def test_an_empty_folder_cannot_be_complete(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no files"):
+        mark_complete(tmp_path)
+
+
+def flip_a_bit(folder: Path) -> None:
+    content = bytearray((folder / "weights").read_bytes())
+    content[50] ^= 1
+    (folder / "weights").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda f: os.truncate(f / "weights", 40), r"weights has 40 bytes instead of 101"),
+        (flip_a_bit, r"the contents of weights have changed"),
+        (lambda f: (f / "inner" / "state").unlink(), r"state can't be read \(No such file"),
+        (lambda f: (f / MARKER).write_text(""), rf"{MARKER} isn't one"),
+        (lambda f: (f / MARKER).write_text("[]"), rf"{MARKER} isn't one"),
+        (lambda f: (f / MARKER).write_text('{"files": {"weights": 3}}'), rf"{MARKER} isn't one"),
+    ],
+)
+def test_damage_is_named_and_the_previous_checkpoint_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, harm, message: str
+) -> None:
+    good, bad = make(tmp_path, 4), make(tmp_path, 6)
+    harm(bad)
+    with caplog.at_level(logging.WARNING):
+        assert last_complete_checkpoint(tmp_path) == str(good)
+    assert len(caplog.records) == 1
+    assert caplog.records[0].getMessage().startswith(str(bad))
+    assert re.search(message, caplog.text)
+
+
+def test_files_that_others_add_are_no_damage(tmp_path: Path) -> None:
+    folder = make(tmp_path, 4)
+    (folder / "notes.txt").write_text("mine")
+    assert last_complete_checkpoint(tmp_path) == str(folder)
+
+
+def test_the_newest_is_the_one_of_the_highest_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (10, 100, 9):
+        make(tmp_path, step)
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-200.txt").write_text("")
+    (tmp_path / "checkpoint-300").write_text("a file")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+    assert not caplog.records
+
+
+def test_folders_without_marker_are_left_alone_and_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make(tmp_path, 4)
+    make(tmp_path, 6, marked=False)
+    assert last_complete_checkpoint(tmp_path).endswith("checkpoint-4")
+    assert "checkpoint-6 is left out" in caplog.text and steps(tmp_path) == [4, 6]
+
+
+def test_only_broken_checkpoints_mean_a_new_start_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path, 6, marked=False)
+    assert last_complete_checkpoint(tmp_path) is None
+    assert "training starts from the beginning" in caplog.text
+
+
+def test_no_checkpoints_mean_a_new_start_without_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert last_complete_checkpoint(tmp_path) is None
+    assert last_complete_checkpoint(tmp_path / "absent") is None
+    assert not caplog.records
+
+
+# Removal --------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """In place of SIGKILL: nothing handles it."""
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_a_removal_cut_short_leaves_nothing_that_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Killed before each deletion in turn; the next removal of others then clears up."""
+    make(tmp_path, 2)
+    calls = []
+
+    def deadly(original):
+        def call(*args, **kwargs):
+            calls.append(args)
+            if len(calls) > after:
+                raise Killed
+            return original(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "unlink", deadly(Path.unlink))
+        patch.setattr(os, "rmdir", deadly(os.rmdir))
+        patch.setattr(os, "unlink", deadly(os.unlink))
+        remove_checkpoint(tmp_path / "checkpoint-2")
+    assert last_complete_checkpoint(tmp_path) is None
+    newest = make(tmp_path, 4)
+    remove_surplus(tmp_path, None, newest)
+    assert steps(tmp_path) in ([4], [2, 4])
+    if (tmp_path / "checkpoint-2").exists():  # cut between its last file and the folder itself
+        assert not any((tmp_path / "checkpoint-2").iterdir())
+
+
+def test_removing_what_is_not_there_is_no_error(tmp_path: Path) -> None:
+    remove_checkpoint(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [
+        (None, None, [2, 4, 6, 8]),
+        (0, None, [2, 4, 6, 8]),
+        (4, None, [2, 4, 6, 8]),
+        (3, None, [4, 6, 8]),
+        (1, None, [8]),
+        (2, 2, [2, 8]),
+        (1, 2, [2, 8]),
+        (1, 8, [8]),
+        (3, 4, [4, 6, 8]),
+    ],
+)
+def test_the_oldest_go_first_but_never_the_newest_or_the_best(
+    tmp_path: Path, limit: int | None, best: int | None, left: list[int]
+) -> None:
+    for step in (2, 4, 6, 8):
+        make(tmp_path, step)
+    best_path = None if best is None else f"moved/elsewhere/checkpoint-{best}"
+    remove_surplus(tmp_path, limit, tmp_path / "checkpoint-8", best_path)
+    assert steps(tmp_path) == left
+
+
+def test_folders_without_marker_are_neither_counted_nor_removed(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        make(tmp_path, step, marked=step != 4)
+    remove_surplus(tmp_path, 2, tmp_path / "checkpoint-6")
+    assert steps(tmp_path) == [2, 4, 6]
+
+
+def test_steps_past_the_newest_are_of_an_abandoned_run(tmp_path: Path) -> None:
+    for step in (2, 4, 100):
+        make(tmp_path, step)
+    remove_surplus(tmp_path, 2, tmp_path / "checkpoint-4")
+    assert steps(tmp_path) == [2, 4]
+
+
+def test_a_removal_that_fails_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (2, 4):
+        make(tmp_path, step)
+
+    def busy(path, *args, **kwargs):
+        raise OSError(errno.EBUSY, "busy", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    remove_surplus(tmp_path, 1, tmp_path / "checkpoint-4")
+    assert "checkpoint-2 is not needed any more, but can't be removed" in caplog.text
+    monkeypatch.undo()
+    assert last_complete_checkpoint(tmp_path).endswith("checkpoint-4")
+    assert (tmp_path / "checkpoint-2" / REMOVING).exists()
+    remove_surplus(tmp_path, 1, tmp_path / "checkpoint-4")
+    assert steps(tmp_path) == [4]
+
+
+# Full disks -----------------------------------------------------------------------------------------------------
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (FULL, True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598"), True),
+        (RuntimeError("CUDA error"), False),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (None, False),
+    ],
+)
+def test_full_disks_are_told_from_other_errors(error: BaseException | None, full: bool) -> None:
+    assert is_disk_full(error) is full
+
+
+def test_a_full_disk_behind_another_error_is_found() -> None:
+    try:
+        try:
+            raise FULL
+        except OSError as error:
+            raise RuntimeError("can't save") from error
+    except RuntimeError as error:
+        assert is_disk_full(error)
+
+
+def test_a_full_disk_removes_the_partial_folder_and_names_the_last_good_one(tmp_path: Path) -> None:
+    make(tmp_path, 4)
+    partial = make(tmp_path, 6, marked=False)
+    with pytest.raises(OSError, match=r"(?s)checkpoint-6 needs about 2\.5 GB.*checkpoint-4, is intact") as raised:
+        with disk_errors_explained(partial, 2_500_000_000):
+            raise FULL
+    assert raised.value.errno == errno.ENOSPC and steps(tmp_path) == [4]
+    with pytest.raises(OSError, match=r"checkpoint-4 needs .*There is no earlier checkpoint"):
+        with disk_errors_explained(tmp_path / "checkpoint-4", 1):
+            raise FULL
+
+
+def test_other_errors_pass(tmp_path: Path) -> None:
+    partial = make(tmp_path, 6, marked=False)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        with disk_errors_explained(partial, 1):
+            raise RuntimeError("CUDA error")
+    assert partial.is_dir()
+
+
+def test_the_size_of_a_checkpoint_counts_weights_and_the_state_of_trained_ones(tmp_path: Path) -> None:
+    model = tiny_model()
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    everything = sum(tensor.nbytes for tensor in model.state_dict().values())
+    for options, values in (
+        ({}, 1),
+        ({"momentum": 0.0}, 0),
+        ({"optim": "adamw_torch"}, 2),
+        ({"save_only_model": True}, 0),
+    ):
+        assert checkpoint_bytes(model, tiny_args(tmp_path, **options)) == everything + values * trained
+
+
+def test_a_run_that_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=3000)
+    asked = []
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: asked.append(Path(path)) or usage)
+    check_disk_space(tmp_path / "not" / "yet", 3000, 2)
+    assert asked == [tmp_path]
+    with pytest.raises(ValueError, match=r"training\.output_dir .* for 2 checkpoints .* only 3e-06 GB are free"):
+        check_disk_space(tmp_path / "not" / "yet", 3001, 2)
+    size = sum(path.stat().st_size for path in make(tmp_path, 2).rglob("*") if path.is_file())
+    check_disk_space(tmp_path, 3000 + size, 2)  # a checkpoint that is there gives way
+    with pytest.raises(ValueError, match=r"training\.output_dir"):
+        check_disk_space(tmp_path, 3001 + size, 2)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(None, 2), (1, 2), (2, 3), (5, 6)])
+def test_one_more_than_the_limit_is_on_the_disk_while_saving(limit: int | None, expected: int) -> None:
+    assert checkpoints_at_once(limit) == expected
+
+
+def test_torch_and_safetensors_report_full_disks_as_they_did(tmp_path: Path) -> None:
+    """What `is_disk_full` knows of torch, from a real failure: a file size limit of one page."""
+    resource = pytest.importorskip("resource")
+    import signal
+
+    previous, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, previous[1]))
+    try:
+        with pytest.raises(RuntimeError) as raised:
+            torch.save(torch.zeros(10_000), tmp_path / "state.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert is_disk_full(raised.value)

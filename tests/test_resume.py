@@ -1,0 +1,246 @@
+"""Interrupted and resumed runs against undisturbed ones, bit for bit."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
+from transformers import TrainerCallback
+
+from crosskd_hf import checkpoints
+from crosskd_hf.checkpoints import MARKER, last_complete_checkpoint
+from crosskd_hf.data.dataset import DetectionDataset
+from crosskd_hf.trainer import DetectionTrainer, DistillationTrainer
+
+HERE = Path(__file__).resolve().parent
+# 7 images in batches of 2 are 4 batches an epoch, so that checkpoints 3 and 6 and the end lie in mid-epoch, both with
+# 1 and with 2 batches accumulated.
+OPTIONS = {
+    "max_steps": 7,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "save_total_limit": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "lr_milestones": [1],
+    "learning_rate": 0.01,
+}
+
+
+class Interrupted(Exception):
+    pass
+
+
+class InterruptAt(TrainerCallback):
+    """Ends a run at a step, after it was saved if it was."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Interrupted
+
+
+def build(root: Path, name: str, teacher: bool = False, model_seed: int = 1, **options) -> DetectionTrainer:
+    """A trainer with drop path, flips and several scales; the run's folder is `root/name`."""
+    model = tiny_model(seed=model_seed, drop_path_rate=0.5, frozen_stages=0)
+    split = tiny_split(root / "data", images=7)
+    size = {"short_side": 64, "long_side": 96}
+    train = DetectionDataset(split, train=True, multiscale="choice", multiscale_short_sides=(48, 64), **size)
+    args = tiny_args(root / name, **{**OPTIONS, **options})
+    common = {"train_dataset": train, "eval_dataset": split, "processing_class": tiny_processor(model)}
+    if teacher:
+        return DistillationTrainer(model, tiny_model(seed=2), args, **common)
+    return DetectionTrainer(model, args, **common)
+
+
+def final_state(trainer: DetectionTrainer) -> dict:
+    """Everything that the next step would depend on."""
+    optimizer = trainer.optimizer.state_dict()
+    momenta = {f"{i}.{name}": value for i, entry in optimizer["state"].items() for name, value in entry.items()}
+    weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    rates = [group["lr"] for group in optimizer["param_groups"]]
+    schedule = {key: value for key, value in trainer.lr_scheduler.state_dict().items() if key != "lr_lambdas"}
+    steps = trainer.state.global_step, trainer.state.epoch
+    return {**weights, **momenta, "rates": rates, "schedule": schedule, "rng": torch.get_rng_state(), "steps": steps}
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert set(one) == set(other)
+    different = [
+        name
+        for name, value in one.items()
+        if not (torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name])
+    ]
+    assert not different, f"{len(different)} of {len(one)} differ: {different[:5]}"
+
+
+def undisturbed(root: Path, **options) -> dict:
+    trainer = build(root, "whole", **options)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    after = final_state(trainer)
+    assert any(not torch.equal(value, after[name]) for name, value in before.items())
+    return after
+
+
+def interrupted(root: Path, step: int, **options) -> None:
+    trainer = build(root, "cut", **options)
+    trainer.add_callback(InterruptAt(step))
+    with pytest.raises(Interrupted):
+        trainer.train()
+
+
+def resumed(root: Path, expected: str, **options) -> dict:
+    """Go on in a new trainer, with other weights and another random state than the checkpoint's."""
+    checkpoint = last_complete_checkpoint(root / "cut")
+    assert Path(checkpoint).name == expected
+    trainer = build(root, "cut", model_seed=9, **options)
+    torch.manual_seed(999)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return final_state(trainer)
+
+
+@pytest.mark.parametrize(
+    ("workers", "accumulation", "teacher"), [(0, 1, False), (2, 1, True), (0, 2, True), (2, 2, False)]
+)
+def test_a_run_resumed_in_mid_epoch_ends_as_an_undisturbed_one(
+    tmp_path: Path, workers: int, accumulation: int, teacher: bool
+) -> None:
+    options = {"dataloader_num_workers": workers, "gradient_accumulation_steps": accumulation, "teacher": teacher}
+    whole = undisturbed(tmp_path, **options)
+    interrupted(tmp_path, 5, **options)
+    assert_same(whole, resumed(tmp_path, "checkpoint-3", **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        # The checkpoint of step 4 comes before the evaluation of the epoch's end, which must draw no random numbers.
+        {"save_steps": 4, "eval_strategy": "epoch"},
+        {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True},
+        # Workers that live on are seeded once a run, others once an epoch.
+        {"save_steps": 2, "dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+        {"save_steps": 4, "optim": "adamw_torch_fused"},
+    ],
+    ids=["evaluated after saving", "by epoch", "persistent workers", "adam"],
+)
+def test_a_run_resumed_between_epochs_ends_as_an_undisturbed_one(tmp_path: Path, options: dict) -> None:
+    options = {"max_steps": 10, **options}
+    whole = undisturbed(tmp_path, **options)
+    interrupted(tmp_path, 6, **options)
+    expected = "checkpoint-6" if options.get("save_steps") == 2 else "checkpoint-4"
+    assert_same(whole, resumed(tmp_path, expected, **options))
+
+
+def test_dropout_matters_to_these_tests(tmp_path: Path) -> None:
+    """Without the random state the weights differ: the tests above would notice."""
+    whole = undisturbed(tmp_path)
+    interrupted(tmp_path, 5)
+    checkpoint = last_complete_checkpoint(tmp_path / "cut")
+    trainer = build(tmp_path, "cut")
+    trainer._load_rng_state = lambda folder: torch.manual_seed(999)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(AssertionError, match="differ"):
+        assert_same(whole, final_state(trainer))
+
+
+def test_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:
+    trainer = build(tmp_path, "cut")
+    trainer.train()
+    whole = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    again = build(tmp_path, "cut", model_seed=9)
+    again.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path / "cut"))
+    assert again.state.global_step == 7
+    assert_same(whole, again.model.state_dict())
+
+
+def test_a_damaged_checkpoint_costs_steps_but_no_difference(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = undisturbed(tmp_path)
+    trainer = build(tmp_path, "cut")
+    trainer.train()
+    os.truncate(tmp_path / "cut" / "checkpoint-7" / "optimizer.pt", 1000)
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"cut short")
+    assert_same(whole, resumed(tmp_path, "checkpoint-6"))
+    assert "optimizer.pt has 1000 bytes" in caplog.text
+    assert Path(last_complete_checkpoint(tmp_path / "cut")).name == "checkpoint-7", "it was written again"
+
+
+def test_rotation_waits_for_the_marker_and_keeps_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build(tmp_path, "cut", save_total_limit=1, eval_strategy="no")
+    seen = []
+    original = checkpoints.mark_complete
+
+    def marking(folder):
+        run = Path(folder).parent
+        seen.append(
+            (Path(folder).name, [f.name for f in checkpoints.checkpoint_folders(run) if (f / MARKER).exists()])
+        )
+        original(folder)
+
+    monkeypatch.setattr("crosskd_hf.trainer.mark_complete", marking)
+    trainer.train()
+    assert seen == [
+        ("checkpoint-3", []),
+        ("checkpoint-6", ["checkpoint-3"]),
+        ("checkpoint-7", ["checkpoint-6"]),
+    ]
+    assert [folder.name for folder in checkpoints.checkpoint_folders(tmp_path / "cut")] == ["checkpoint-7"]
+    saved = torch.load(tmp_path / "cut" / "checkpoint-7" / "training_args.bin", weights_only=False)
+    assert saved.save_total_limit == trainer.args.save_total_limit == 1
+
+
+def test_a_disk_that_fills_up_while_saving_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = undisturbed(tmp_path)
+    trainer = build(tmp_path, "cut")
+
+    def full(output_dir):
+        if output_dir.endswith("-6"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        DetectionTrainer._save_rng_state(trainer, output_dir)
+
+    monkeypatch.setattr(trainer, "_save_rng_state", full)
+    with pytest.raises(OSError, match=r"checkpoint-6 needs about .*checkpoint-3, is intact"):
+        trainer.train()
+    assert [folder.name for folder in checkpoints.checkpoint_folders(tmp_path / "cut")] == ["checkpoint-3"]
+    assert trainer.args.save_total_limit == 2
+    assert_same(whole, resumed(tmp_path, "checkpoint-3"))
+
+
+def test_a_run_killed_while_it_saves_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    """SIGKILL once the second checkpoint's folder is there, before its marker is."""
+    whole = undisturbed(tmp_path)
+    code = f"import test_resume, pathlib; test_resume.build(pathlib.Path({str(tmp_path)!r}), 'cut').train()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL)
+    target = tmp_path / "cut" / "checkpoint-6"
+    while not target.exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    assert not (target / MARKER).exists()
+    assert_same(whole, resumed(tmp_path, "checkpoint-3"))
+    assert load_file(tmp_path / "cut" / "checkpoint-7" / "model.safetensors").keys() <= whole.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "processes"), [(2, 1), (0, 2)])
+def test_a_run_killed_at_random_ends_as_an_undisturbed_one(tmp_path: Path, workers: int, processes: int) -> None:
+    script = HERE.parent / "benchmarks" / "kill_and_resume.py"
+    options = ["--kills", "2", "--steps", "40", "--workers", str(workers), "--processes", str(processes)]
+    ended = subprocess.run(
+        [sys.executable, str(script), *options, "--output", str(tmp_path / "kills")],
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
