@@ -2,12 +2,14 @@
 
     python benchmarks/kill_and_resume.py --kills 5 --workers 0 --processes 1 --seed 0 --output DIR
 
-A small CrossKD recipe on generated noise images is trained twice by the same command: undisturbed, and killed. Every
-second kill is aimed at a checkpoint that is being written or removed, which random moments seldom hit. Weights,
-optimizer, schedule and random states must agree bit for bit; otherwise the exit status is 1. Needs Linux (/proc).
+A small CrossKD recipe on generated noise images is trained twice by the same command: undisturbed, and killed. Some
+kills are aimed at phases that random moments seldom hit: a checkpoint that is being written or removed, an evaluation,
+the final save. Weights, optimizer, schedule and random states must agree bit for bit; otherwise the exit status is 1.
+Needs Linux (/proc).
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -19,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +36,9 @@ from crosskd_hf.checkpoints import MARKER, checkpoint_folders, newest_complete
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"detector": "gfl", "backbone": "resnet18", "fpn_channels": 64, "head_channels": 64}
 SAVE_STEPS = 10
+EVAL_STEPS = 15
+AIMS = ("any", "saving", "evaluation", "any", "end")  # in turn
+LONGEST_DELAY = 0.3  # seconds between the start of the phase that is aimed at and the kill
 POLL = 0.002  # seconds
 STATES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "rng_state_1.pth")
 
@@ -90,7 +96,7 @@ def write_recipe(folder: Path, steps: int, workers: int, seed: int) -> Path:
             "save_steps": SAVE_STEPS,
             "save_total_limit": 2,
             "eval_strategy": "steps",
-            "eval_steps": SAVE_STEPS + 5,
+            "eval_steps": EVAL_STEPS,
             "logging_steps": 1,
             "dataloader_num_workers": workers,
             "seed": seed,
@@ -180,6 +186,20 @@ def is_changing(output: Path, since: float) -> bool:
     return False
 
 
+def phase(output: Path, log: Path, resumed: int, steps: int, since: float) -> str:
+    """What a run is at, from its log and its folders."""
+    text = log.read_text(errors="replace")
+    if "train_runtime" in text:
+        return "end"
+    if is_changing(output, since):
+        return "saving"
+    last = text.rfind("'loss': ")
+    if last < 0:
+        return "starting"
+    step = resumed + text.count("'loss': ")
+    return "evaluation" if (step % EVAL_STEPS == 0 or step == steps) and "'eval_AP'" not in text[last:] else "training"
+
+
 @dataclass
 class Kill:
     """One kill, in seconds from the start of its process."""
@@ -190,6 +210,7 @@ class Kill:
     seconds: float
     resumed_from: int
     steps_reached: int
+    phase: str
     left_behind: str
 
 
@@ -201,57 +222,65 @@ class Timing:
     total: float
     steps: int
 
-    def until(self, step: int) -> float:
-        """From the start of a process that goes on from a step until its end."""
-        return self.first_step + (self.total - self.first_step) * (1 - step / self.steps)
+    @property
+    def step(self) -> float:
+        """Seconds a step, with the saves and evaluations that go with it."""
+        return (self.total - self.first_step) / self.steps
 
 
 def plan(rng: random.Random, timing: Timing, resumed: int, kills_left: int) -> float:
-    """When to kill a process that goes on from step `resumed`: uniform up to twice its share of what is left.
+    """Seconds after which to kill a process that goes on from step `resumed`.
 
-    While there is no checkpoint, the first kill may come at any time (0 counts as a checkpoint never made), and later
-    ones come after the first checkpoint's time.
+    Uniform from the imports of a starting process up to twice a kill's share of the steps that are left.
     """
-    work = timing.until(resumed) - timing.first_step
+    work = timing.step * (timing.steps - resumed)
     high = timing.first_step + work * min(1.0, 2 / (kills_left + 1))
     return rng.uniform(0.3 * timing.first_step, max(high, 1.1 * timing.first_step))
 
 
-def wait_for_kill(process: subprocess.Popen, moment: float, aimed: bool, output: Path, delay: float) -> float | None:
-    """Wait until a run is to be killed. Seconds since its start, or None if it ended before."""
-    began, since = time.monotonic(), time.time()
+def wait_for_kill(process: subprocess.Popen, moment: float, is_due: Callable[[], bool], delay: float) -> float | None:
+    """Wait until a run is to be killed: a moment is over and then, after a delay, what is aimed at has begun.
+
+    Returns:
+        seconds since the call, or None if the run ended before.
+    """
+    began = time.monotonic()
     while process.poll() is None:
-        now = time.monotonic() - began
-        if now >= moment:
-            if not aimed:
-                return now
-            if is_changing(output, since):
-                time.sleep(delay)
-                return time.monotonic() - began
+        if time.monotonic() - began >= moment and is_due():
+            time.sleep(delay)
+            return time.monotonic() - began
         time.sleep(POLL)
     return None
 
 
-def run_killed(recipe: Path, folder: Path, output: Path, processes: int, timing: Timing, kills: int, seed: int):
+def last_step(output: Path) -> int:
+    """Step of the checkpoint that the next process goes on from."""
+    return int(Path(newest_complete(output) or "checkpoint-0").name.removeprefix("checkpoint-"))
+
+
+def run_killed(
+    recipe: Path, folder: Path, processes: int, timing: Timing, kills: int, seed: int
+) -> tuple[list[Kill], int]:
     """Kill and start again until all kills are spent and the run has ended by itself.
 
     Returns:
         the kills, and how many processes there were.
     """
-    rng, done, starts = random.Random(seed), [], 0
+    rng, done, starts, output = random.Random(seed), [], 0, folder / "killed"
     while True:
-        number = len(done) + 1
-        resumed = int(Path(newest_complete(output) or "checkpoint-0").name.removeprefix("checkpoint-"))
+        number, resumed = len(done) + 1, last_step(output)
+        # A run that is over doesn't save or evaluate any more.
+        aim = "any" if resumed == timing.steps else AIMS[(number - 1) % len(AIMS)]
         moment = plan(rng, timing, resumed, kills - len(done))
         if number == 2:  # whatever the dice say, kills hit after the first checkpoint
-            moment = max(
-                moment, timing.first_step + 1.2 * SAVE_STEPS * (timing.total - timing.first_step) / timing.steps
-            )
-        aimed, delay = number % 2 == 0, rng.uniform(0, 0.15)
-        log = folder / f"killed_{starts}.log"
+            moment = max(moment, timing.first_step + 1.2 * SAVE_STEPS * timing.step)
+        moment = moment if number <= kills else float("inf")
+        log, since = folder / f"killed_{starts}.log", time.time()
         process = start(recipe, output, processes, log)
         starts += 1
-        seconds = wait_for_kill(process, moment if number <= kills else float("inf"), aimed, output, delay)
+        now = functools.partial(phase, output, log, resumed, timing.steps, since)
+        delay = 0.0 if aim == "any" else rng.uniform(0, LONGEST_DELAY)
+        seconds = wait_for_kill(process, moment, lambda aim=aim, now=now: aim == "any" or now() == aim, delay)
         if seconds is None:
             if process.returncode:
                 raise SystemExit(f"a run ended with status {process.returncode}:\n{log.read_text()[-3000:]}")
@@ -260,8 +289,8 @@ def run_killed(recipe: Path, folder: Path, output: Path, processes: int, timing:
             continue  # it ended before its kill; the next process finds a finished run, and is killed in that
         kill_all(process)
         reached = resumed + steps_logged(log)
-        aim = "saving" if aimed else "any"
-        done.append(Kill(number, aim, round(moment, 2), round(seconds, 2), resumed, reached, left_behind(output)))
+        times = round(moment, 2), round(seconds, 2)
+        done.append(Kill(number, aim, *times, resumed, reached, now(), left_behind(output)))
         print(row(done[-1]), flush=True)
 
 
@@ -273,14 +302,13 @@ def left_behind(output: Path) -> str:
     )
 
 
-HEADER = f"{'kill':>4}  {'aim':<6}  {'seconds':>7}  {'resumed from':>12}  {'last step logged':>16}  checkpoints then"
+COLUMNS = "{:>4}  {:<10}  {:>7}  {:>12}  {:>16}  {:<10}  {}"
+HEADER = COLUMNS.format("kill", "aim", "seconds", "resumed from", "last step logged", "killed in", "checkpoints then")
 
 
 def row(kill: Kill) -> str:
-    return (
-        f"{kill.number:>4}  {kill.aim:<6}  {kill.seconds:>7.2f}  {kill.resumed_from or 'start':>12}  "
-        f"{kill.steps_reached:>16}  {kill.left_behind or '-'}"
-    )
+    origin, left = kill.resumed_from or "start", kill.left_behind or "-"
+    return COLUMNS.format(kill.number, kill.aim, kill.seconds, origin, kill.steps_reached, kill.phase, left)
 
 
 def run_undisturbed(recipe: Path, output: Path, processes: int, log: Path, steps: int) -> Timing:
@@ -368,7 +396,7 @@ def main() -> None:
     )
     # The cache of the data set is a part of the run, so the killed one makes its own.
     shutil.rmtree(folder / "cache")
-    kills, starts = run_killed(recipe, folder, killed, options.processes, timing, options.kills, options.seed)
+    kills, starts = run_killed(recipe, folder, options.processes, timing, options.kills, options.seed)
     rows = compare(whole, killed, options.steps)
     for entry in rows:
         digest = "sha256 equal" if len(set(entry.get("sha256", [""]))) == 1 else "sha256 differs"

@@ -1,4 +1,4 @@
-"""The `crosskd` command: `crosskd train RECIPE`, `crosskd evaluate MODEL`, `crosskd convert CHECKPOINT FOLDER`."""
+"""The `crosskd` command: demo, check-data, train, evaluate, predict, convert."""
 
 import argparse
 import dataclasses
@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import AutoImageProcessor
 
-from . import train
+from . import check_data, demo, predict, train
 from .data.dataset import DetectionDataset
 from .data.load import load_split
 from .evaluation import format_metrics
@@ -97,14 +97,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     train.add_arguments(commands.add_parser("train", help="run a recipe", description=train.__doc__))
     add_evaluate_arguments(commands.add_parser("evaluate", help="COCO metrics of a saved model"))
     add_convert_arguments(commands.add_parser("convert", help="MMDetection checkpoint to a model of this package"))
+    demo.add_arguments(commands.add_parser("demo", help="teacher, student alone and distilled, offline"))
+    check_data.add_arguments(commands.add_parser("check-data", help="report on a recipe's data before training"))
+    predict.add_arguments(commands.add_parser("predict", help="detections of image files"))
     arguments = parser.parse_args(argv)
     if arguments.command == "train":
         train.launch(arguments)
         return
+    functions = {
+        "evaluate": evaluate,
+        "convert": convert,
+        "demo": demo.run,
+        "check-data": check_data.run,
+        "predict": predict.run,
+    }
     try:
-        {"evaluate": evaluate, "convert": convert}[arguments.command](arguments)
-    except train.USER_ERRORS as error:
-        raise SystemExit(train.explain(error)) from error
+        with train.explained(train.USER_ERRORS):
+            functions[arguments.command](arguments)
     finally:
         PartialState().destroy_process_group()
 

@@ -1,5 +1,6 @@
 """Recipe sections -> models and image processors."""
 
+import copy
 import hashlib
 import logging
 import os
@@ -60,7 +61,7 @@ def build_model(section: ModelSection, label_names: Sequence[str]) -> DenseDetec
         CheckpointError: if the checkpoint can't be used.
     """
     if section.checkpoint:
-        return load_detector(section.checkpoint, section, label_names)
+        return for_labels(load_detector(section.checkpoint, section, label_names), label_names)
     config = build_config(section, label_names)
     pretrained = section.backbone_weights == "pretrained"
     try:
@@ -75,6 +76,31 @@ def build_model(section: ModelSection, label_names: Sequence[str]) -> DenseDetec
     if section.backbone_weights not in ("pretrained", "random"):
         load_backbone_weights(model, section.backbone_weights)
     return model
+
+
+def for_labels(model: DenseDetector, label_names: Sequence[str]) -> DenseDetector:
+    """A detector for other classes: everything is kept but the class predictor, which is new.
+
+    Args:
+        model: a trained detector.
+        label_names: of the data that it is to be trained on; if they are its own, it is returned as it is.
+    """
+    own = [model.config.id2label[label] for label in range(model.config.num_labels)]
+    if own == list(label_names):
+        return model
+    logger.warning(
+        "the checkpoint knows %d classes (%s, ...), the data has %d (%s, ...): its class predictor is replaced by a "
+        "new one, which has to be trained",
+        *(len(own), ", ".join(own[:3]), len(label_names), ", ".join(label_names[:3])),
+    )
+    config = copy.deepcopy(model.config)
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: label for label, name in enumerate(label_names)}
+    new = type(model)(config)
+    kept = {name: value for name, value in model.state_dict().items() if "cls_predictor" not in name}
+    missing, unexpected = new.load_state_dict(kept, strict=False)
+    assert not unexpected and all("cls_predictor" in name for name in missing), (missing, unexpected)
+    return new
 
 
 def load_backbone_weights(model: DenseDetector, path: str) -> None:

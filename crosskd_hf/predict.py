@@ -6,9 +6,10 @@ Used like this:
     for prediction in predict(model, processor, paths):       # reads as it goes; nothing is kept
         print(prediction.path, prediction.labels, prediction.boxes)
 
-The command writes, into its output folder, a picture of each image with the boxes on it, and `predictions.json`: a list
-of COCO results {image_id, file_name, category_id, category, bbox, score}, bbox being [x, y, width, height] in pixels of
-the upright image. Its ids are explained at `number_images`.
+The command writes, into its output folder, a picture of each image with the boxes on it, and `predictions.json`: a
+list of COCO results {image_id, file_name, category_id, category, bbox, score}, bbox being [x, y, width, height] in
+pixels of the upright image. Its ids are those of an annotation file, see `match_images`, or else made up, see
+`number_images`; category_id is then the model's label, counted from 0.
 """
 
 import argparse
@@ -99,10 +100,11 @@ def predict(
 ) -> Iterator[Prediction]:
     """Detections of image files, in the order of the files, read and computed while they are asked for.
 
-    At most two batches of images are in memory: one being computed, one being read. Images of one batch that have the
-    same size once resized and padded run through the model together, others one after another: padded to a larger
-    neighbour, an image would get other predictions, since convolutions see the padding. So each image gets what
-    `processor(image)` and the model give for it alone, up to the rounding of batched kernels (1e-6 of a score).
+    In memory are one batch that is computed and one that is read (or an image a worker, if that is more). Images of
+    one batch that have the same size once resized and padded run through the model together, others one after
+    another: padded to a larger neighbour, an image would get other predictions, since convolutions see the padding.
+    So each image gets what `processor(image)` and the model give for it alone, up to the rounding of batched kernels
+    (1e-6 of a score).
 
     Args:
         model: on the device to compute on; it is put into evaluation mode.
@@ -118,9 +120,7 @@ def predict(
         PredictionError: an argument is out of its range; while iterating and without `on_error`, an image can't be
             read.
     """
-    _check_range(threshold=threshold)
-    _check_count(batch_size=batch_size, minimum=1)
-    _check_count(workers=workers, minimum=0)
+    _check_numbers(batch_size, workers, threshold)
     return _predict(model, processor, paths, threshold, batch_size, workers, on_error)
 
 
@@ -241,8 +241,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--annotations",
         metavar="FILE",
-        help="COCO instances JSON that gives image ids by file_name and category ids by label, so that pycocotools can "
-        "score the results; an image that isn't in it is an error",
+        help="COCO instances JSON that gives image ids by file_name and category ids by label, so that pycocotools "
+        "can score the results; an image that isn't in it is an error",
     )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if there is one, else cpu)")
     parser.add_argument(
@@ -261,9 +261,7 @@ def run(arguments: argparse.Namespace) -> None:
             results that can't be written. `predictions.json` is then as it was before.
         CheckpointError: the model can't be loaded.
     """
-    _check_range(threshold=arguments.threshold, json_threshold=arguments.json_threshold)
-    _check_count(batch_size=arguments.batch_size, minimum=1)
-    _check_count(workers=arguments.workers, minimum=0)
+    _check_numbers(arguments.batch_size, arguments.workers, arguments.threshold, arguments.json_threshold)
     paths = find_images(arguments.sources, arguments.recursive)
     names = _relative_names(paths)
     output = Path(arguments.output_dir)
@@ -273,51 +271,23 @@ def run(arguments: argparse.Namespace) -> None:
     entries = match_images(paths, annotated) if annotated else number_images(names)
     model, processor = _load(arguments.model, arguments.device)
     id2label = model.config.id2label
-    category_ids = _category_ids(id2label, annotated)
-    picture_names = _picture_names(names)
-    by_path = dict(zip(paths, zip(entries, picture_names, strict=True), strict=True))
-
-    unreadable: list[str] = []
-    written = detections = 0
+    writer = _Writer(
+        _ResultsFile(output / RESULTS_FILE),
+        pictures,
+        dict(zip(paths, entries, strict=True)),
+        dict(zip(paths, _picture_names(names), strict=True)),
+        id2label,
+        _category_ids(id2label, annotated),
+        arguments.threshold,
+        arguments.json_threshold,
+    )
     start = time.perf_counter()
-    with (
-        _ResultsFile(output / RESULTS_FILE) as results,
-        # On a terminal only: in a log file, the summary says the same.
-        tqdm(total=len(paths), unit="img", desc="predict", disable=None) as bar,
-    ):
-
-        def leave_out(path: Path, error: ImageError) -> None:
-            if arguments.on_error == "stop":
-                raise _unreadable(path, error) from error
-            unreadable.append(f"{path} {error}")
-            bar.update()
-
-        for prediction in predict(
-            model,
-            processor,
-            paths,
-            batch_size=arguments.batch_size,
-            workers=arguments.workers,
-            on_error=leave_out,
-        ):
-            entry, picture_name = by_path[prediction.path]
-            if wrong := _wrong_size(prediction.image, entry):
-                leave_out(prediction.path, ImageError(wrong))
-                continue
-            rows = coco_results(prediction, entry, id2label, category_ids, arguments.json_threshold)
-            results.add(rows)
-            if pictures:
-                _save(_picture(prediction, id2label, arguments.threshold), pictures / picture_name)
-            written += 1
-            detections += len(rows)
-            bar.update()
-        if not written:
-            raise PredictionError("none of the images could be used:\n  " + "\n  ".join(unreadable))
-    seconds = time.perf_counter() - start
-    print(f"{written} images, {detections} detections, {written / seconds:.1f} images/s")
+    counts, left_out = _write_all(writer, model, processor, paths, arguments)
+    speed = len(counts) / (time.perf_counter() - start)
+    print(f"{len(counts)} images, {sum(counts)} detections, {speed:.1f} images/s")
     print(f"written to {output / RESULTS_FILE}" + (f" and {pictures}" if pictures else ""))
-    if unreadable:
-        print(f"{len(unreadable)} of {len(paths)} images were left out:\n  " + "\n  ".join(unreadable))
+    if left_out:
+        print(f"{len(left_out)} of {len(paths)} images were left out:\n  " + "\n  ".join(left_out))
 
 
 def coco_results(
@@ -373,7 +343,7 @@ def _predict(
 
     model.eval()
     batch: list[_Sample] = []
-    samples = _read_ahead(map(Path, paths), read, workers, batch_size)
+    samples = _read_ahead(map(Path, paths), read, workers, max(batch_size, workers))
     with contextlib.closing(samples):  # its threads end when the caller stops asking
         for path, sample in samples:
             if isinstance(sample, _Sample):
@@ -453,6 +423,44 @@ def _load(source: str, device: str | None) -> tuple[DenseDetector, DenseDetector
         raise PredictionError(f"the device {name!r} can't be used ({reason}). Try --device cpu.") from error
 
 
+def _write_all(
+    writer: "_Writer",
+    model: DenseDetector,
+    processor: DenseDetectorImageProcessor,
+    paths: Sequence[Path],
+    arguments: argparse.Namespace,
+) -> tuple[list[int], list[str]]:
+    """The number of results of each written image, and the name and reason of each that was left out."""
+    counts: list[int] = []
+    left_out: list[str] = []
+
+    def leave_out(path: Path, error: ImageError) -> None:
+        if arguments.on_error == "stop":
+            raise _unreadable(path, error) from error
+        left_out.append(f"{path} {error}")
+        bar.update()
+
+    # The bar is for terminals; in a log file, the summary says the same.
+    with writer.results, tqdm(total=len(paths), unit="img", desc="predict", disable=None) as bar:
+        for prediction in predict(
+            model,
+            processor,
+            paths,
+            batch_size=arguments.batch_size,
+            workers=arguments.workers,
+            on_error=leave_out,
+        ):
+            try:
+                counts.append(writer.write(prediction))
+            except ImageError as error:
+                leave_out(prediction.path, error)
+            else:
+                bar.update()
+        if not counts:  # raised in here, so that no results are written
+            raise PredictionError("none of the images could be used:\n  " + "\n  ".join(left_out))
+    return counts, left_out
+
+
 def _category_ids(id2label: Mapping[int, str], annotated: Annotated | None) -> dict[int, int]:
     """The COCO category id of each label."""
     if annotated is None:
@@ -525,18 +533,6 @@ def _picture_names(names: Sequence[str]) -> list[str]:
     return pictures
 
 
-def _picture(prediction: Prediction, id2label: Mapping[int, str], threshold: float) -> Image.Image:
-    keep = prediction.scores > threshold
-    labels = prediction.labels[keep].tolist()
-    return draw_boxes(
-        prediction.image,
-        prediction.boxes[keep],
-        [id2label[label] for label in labels],
-        prediction.scores[keep].tolist(),
-        [label_color(label) for label in labels],
-    )
-
-
 def _save(picture: Image.Image, path: Path) -> None:
     """Write a picture; a file is there complete or not at all."""
     temporary = _temporary(path)
@@ -587,6 +583,58 @@ class _ResultsFile:
             self._temporary.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class _Writer:
+    """Where predictions go.
+
+    Attributes:
+        results: open while `write` is called.
+        pictures: folder, or None for no pictures.
+        entries, picture_names: of each image.
+        id2label, category_ids: names and COCO category ids of the model's labels.
+        threshold, json_threshold: of what is drawn, and of what goes into the results.
+    """
+
+    results: _ResultsFile
+    pictures: Path | None
+    entries: Mapping[Path, ImageEntry]
+    picture_names: Mapping[Path, str]
+    id2label: Mapping[int, str]
+    category_ids: Mapping[int, int]
+    threshold: float
+    json_threshold: float
+
+    def write(self, prediction: Prediction) -> int:
+        """Write the results and the picture of an image: the number of results.
+
+        Raises:
+            ImageError: the image doesn't have its annotated size; nothing is written.
+            PredictionError: the disk doesn't take it.
+        """
+        entry = self.entries[prediction.path]
+        if entry.size is not None and prediction.image.size != entry.size:
+            (width, height), (listed_width, listed_height) = prediction.image.size, entry.size
+            raise ImageError(
+                f"is {width} x {height} pixels, but the annotation file says {listed_width} x {listed_height}"
+            )
+        rows = coco_results(prediction, entry, self.id2label, self.category_ids, self.json_threshold)
+        self.results.add(rows)
+        if self.pictures:
+            _save(self._picture(prediction), self.pictures / self.picture_names[prediction.path])
+        return len(rows)
+
+    def _picture(self, prediction: Prediction) -> Image.Image:
+        keep = prediction.scores > self.threshold
+        labels = prediction.labels[keep].tolist()
+        return draw_boxes(
+            prediction.image,
+            prediction.boxes[keep],
+            [self.id2label[label] for label in labels],
+            prediction.scores[keep].tolist(),
+            [label_color(label) for label in labels],
+        )
+
+
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
@@ -612,28 +660,18 @@ def _check_output(output: Path, pictures: Path | None, paths: Sequence[Path]) ->
     for path in paths:
         if path.parent in inside:
             raise PredictionError(
-                f"the image {path} lies where pictures are written, and could be overwritten: name another folder with "
-                "--output-dir, or use --no-pictures."
+                f"the image {path} lies where pictures are written, and could be overwritten: name another folder "
+                "with --output-dir, or use --no-pictures."
             )
 
 
-def _check_range(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 <= value <= 1:  # NaN fails here as well
-            raise PredictionError(f"{name} must be from 0 to 1, got {value}")
-
-
-def _check_count(*, minimum: int, **values: int) -> None:
-    for name, value in values.items():
+def _check_numbers(batch_size: int, workers: int, *thresholds: float) -> None:
+    for threshold in thresholds:
+        if not 0 <= threshold <= 1:  # NaN fails here as well
+            raise PredictionError(f"a threshold must be from 0 to 1, got {threshold}")
+    for name, value, minimum in (("batch size", batch_size, 1), ("number of workers", workers, 0)):
         if value < minimum:
-            raise PredictionError(f"{name} must be at least {minimum}, got {value}")
-
-
-def _wrong_size(image: Image.Image, entry: ImageEntry) -> str | None:
-    if entry.size is None or image.size == entry.size:
-        return None
-    (width, height), (listed_width, listed_height) = image.size, entry.size
-    return f"is {width} x {height} pixels, but the annotation file says {listed_width} x {listed_height}"
+            raise PredictionError(f"the {name} must be at least {minimum}, got {value}")
 
 
 def _unreadable(path: Path, error: ImageError) -> PredictionError:

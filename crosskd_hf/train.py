@@ -1,24 +1,30 @@
 """Run a recipe: `accelerate launch -m crosskd_hf.train RECIPE [section.key=value ...] [--dry-run]`."""
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from accelerate import PartialState
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
+from .checkpoints import check_disk_space, checkpoint_bytes, checkpoints_at_once, last_complete_checkpoint
 from .convert import CheckpointError
 from .data.load import load_datasets
+from .data.problems import DataError
 from .evaluation import format_metrics
 from .factory import build_model, count_parameters, load_teacher
 from .models.image_processing_dense import DenseDetectorImageProcessor
+from .monitoring import NonFiniteLossError
 from .recipe import Recipe, RecipeError, load_recipe
-from .trainer import DetectionTrainer, DistillationTrainer
+from .trainer import EVALUATION_FOLDER, DetectionTrainer, DistillationTrainer
 
 RECIPE_FILE = "recipe.yaml"
-# What ends in one message while a run is built. During training, tracebacks stand.
-USER_ERRORS = (RecipeError, CheckpointError, FileNotFoundError, ValueError)
+STATE_FILE = "trainer_state.json"  # written last: a run that has it beside its model is finished
+# What ends in one message while a run is built, and while it trains. Other errors there keep their tracebacks.
+USER_ERRORS = (RecipeError, CheckpointError, OSError, ValueError)
+RUN_ERRORS = (DataError, NonFiniteLossError, OSError)
 # Training arguments that don't change what is computed, so that a run can go on with other values.
 MAY_CHANGE = (
     *("output_dir", "disable_tqdm", "report_to", "run_name", "push_to_hub", "hub_model_id", "hub_strategy"),
@@ -86,16 +92,20 @@ def describe(trainer: DetectionTrainer) -> str:
     return "\n".join(lines)
 
 
-def last_checkpoint(recipe: Recipe, output: Path) -> str | None:
-    """The checkpoint that a run goes on from, if it was interrupted.
+def check_output(recipe: Recipe, output: Path) -> None:
+    """Refuse a folder that holds another run.
 
     Raises:
-        RecipeError: if the folder holds another run, naming what differs: a checkpoint restores its own learning rate
-            and schedule, so that changed values would be ignored.
+        RecipeError: naming what differs. A checkpoint restores its own learning rate and schedule, so that changed
+            values would be ignored; and a finished run would be written over.
     """
-    checkpoint = get_last_checkpoint(output) if output.is_dir() else None
-    if checkpoint is None or not (output / RECIPE_FILE).is_file():
-        return checkpoint
+    if not (output / RECIPE_FILE).is_file():
+        if (output / "config.json").exists():
+            raise RecipeError(
+                f"{output} holds a model, but no {RECIPE_FILE} of a run: name another training.output_dir, or remove "
+                "that folder."
+            )
+        return
     before, now = (flat_settings(r) for r in (load_recipe(output / RECIPE_FILE), recipe))
     changed = [
         f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
@@ -107,7 +117,11 @@ def last_checkpoint(recipe: Recipe, output: Path) -> str | None:
             f"{output} holds a run of other settings:\n  - " + "\n  - ".join(changed) + "\nIt can only be continued "
             "as it was. Name another training.output_dir, or remove that folder to start again."
         )
-    return checkpoint
+
+
+def is_finished(output: Path) -> bool:
+    """Whether a folder holds the model and the metrics of a run that came to its end."""
+    return (output / STATE_FILE).is_file() and (output / "config.json").is_file()
 
 
 def flat_settings(recipe: Recipe) -> dict[str, object]:
@@ -116,25 +130,67 @@ def flat_settings(recipe: Recipe) -> dict[str, object]:
     return {f"{name}.{key}": value for name, values in sections for key, value in values.items()}
 
 
-def run(trainer: DetectionTrainer, recipe: Recipe, checkpoint: str | None) -> dict[str, float]:
-    """Train, evaluate and save as a recipe says, from a checkpoint if there is one.
+def run(trainer: DetectionTrainer, recipe: Recipe) -> dict[str, float]:
+    """Train, evaluate and save as a recipe says, from the last whole checkpoint if there is one.
 
     Returns:
         the final metrics.
     """
+    output = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
-        recipe.save(Path(trainer.args.output_dir) / RECIPE_FILE)
-    trainer.train(resume_from_checkpoint=checkpoint)
+        recipe.save(output / RECIPE_FILE)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(output))
     trainer.save_model()
-    trainer.save_state()
     step, metrics = trainer.last_evaluation
     if step != trainer.state.global_step or trainer.args.load_best_model_at_end:
         metrics = trainer.evaluate()
+    trainer.save_state()  # the last file: see `is_finished`
     if trainer.is_world_process_zero():
-        print(format_metrics({name.removeprefix("eval_"): value for name, value in metrics.items()}))
+        print_metrics(metrics)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     return metrics
+
+
+def print_metrics(metrics: dict[str, float]) -> None:
+    """The table of a run's metrics."""
+    print(format_metrics({name.removeprefix("eval_"): value for name, value in metrics.items()}), flush=True)
+
+
+def train_recipe(recipe: Recipe, dry_run: bool = False) -> None:
+    """Everything from the checks to the saved model. A finished run is not run again.
+
+    Raises:
+        SystemExit: with one message about what the user can mend.
+    """
+    with explained(USER_ERRORS):
+        trainer = prepare(recipe, dry_run)
+    if trainer is not None and not dry_run:
+        with explained(RUN_ERRORS):
+            run(trainer, recipe)
+
+
+def prepare(recipe: Recipe, dry_run: bool = False) -> DetectionTrainer | None:
+    """Check and build a run, and print what it is. None if it is finished already."""
+    output = Path(recipe.training_arguments().output_dir)
+    check_output(recipe, output)
+    if is_finished(output) and not dry_run:
+        if PartialState().is_main_process:
+            print(f"{output} holds this run, finished; remove the folder to run it again.")
+            print_metrics(json.loads((output / EVALUATION_FOLDER / "eval_metrics.json").read_text(encoding="utf-8")))
+        return None
+    trainer = build_trainer(recipe)
+    check_space(trainer)
+    if trainer.is_world_process_zero():
+        print(describe(trainer), flush=True)
+    return trainer
+
+
+def check_space(trainer: DetectionTrainer) -> None:
+    """Refuse a run whose checkpoints don't fit on the disk."""
+    args = trainer.args
+    count = checkpoints_at_once(args.save_total_limit) if args.save_strategy != "no" else 1
+    check_disk_space(args.output_dir, checkpoint_bytes(trainer.model, args) * count, count)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -146,20 +202,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def launch(arguments: argparse.Namespace) -> None:
-    """Run parsed arguments. What the user can mend before training ends in one message instead of a traceback."""
+    """Run parsed arguments."""
     try:
-        try:
+        with explained(USER_ERRORS):
             recipe = load_recipe(arguments.recipe, arguments.overrides)
-            trainer = build_trainer(recipe)
-            checkpoint = last_checkpoint(recipe, Path(trainer.args.output_dir))
-        except USER_ERRORS as error:
-            raise SystemExit(explain(error)) from error
-        if trainer.is_world_process_zero():
-            print(describe(trainer), flush=True)
-        if not arguments.dry_run:
-            run(trainer, recipe, checkpoint)
+        train_recipe(recipe, arguments.dry_run)
     finally:
         PartialState().destroy_process_group()
+
+
+@contextlib.contextmanager
+def explained(kinds: tuple[type[Exception], ...]) -> Iterator[None]:
+    """End the program with one message instead of a traceback at errors of these kinds."""
+    try:
+        yield
+    except kinds as error:
+        raise SystemExit(explain(error)) from error
 
 
 def explain(error: Exception) -> str:

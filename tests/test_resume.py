@@ -28,7 +28,8 @@ OPTIONS = {
     "save_steps": 3,
     "save_total_limit": 2,
     "eval_strategy": "steps",
-    "eval_steps": 2,
+    "eval_steps": 4,
+    "per_device_eval_batch_size": 4,
     "lr_milestones": [1],
     "learning_rate": 0.01,
 }
@@ -51,14 +52,14 @@ class InterruptAt(TrainerCallback):
 
 def build(root: Path, name: str, teacher: bool = False, model_seed: int = 1, **options) -> DetectionTrainer:
     """A trainer with drop path, flips and several scales; the run's folder is `root/name`."""
-    model = tiny_model(seed=model_seed, drop_path_rate=0.5, frozen_stages=0)
+    model = tiny_model(seed=model_seed, backbone="test_resnet", drop_path_rate=0.5, frozen_stages=0)
     split = tiny_split(root / "data", images=7)
     size = {"short_side": 64, "long_side": 96}
     train = DetectionDataset(split, train=True, multiscale="choice", multiscale_short_sides=(48, 64), **size)
     args = tiny_args(root / name, **{**OPTIONS, **options})
     common = {"train_dataset": train, "eval_dataset": split, "processing_class": tiny_processor(model)}
     if teacher:
-        return DistillationTrainer(model, tiny_model(seed=2), args, **common)
+        return DistillationTrainer(model, tiny_model(seed=2, backbone="test_resnet"), args, **common)
     return DetectionTrainer(model, args, **common)
 
 
@@ -128,8 +129,8 @@ def test_a_run_resumed_in_mid_epoch_ends_as_an_undisturbed_one(
         {"save_steps": 4, "eval_strategy": "epoch"},
         {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True},
         # Workers that live on are seeded once a run, others once an epoch.
-        {"save_steps": 2, "dataloader_num_workers": 1, "dataloader_persistent_workers": True},
-        {"save_steps": 4, "optim": "adamw_torch_fused"},
+        {"save_steps": 2, "dataloader_num_workers": 1, "dataloader_persistent_workers": True, "eval_strategy": "no"},
+        {"save_steps": 4, "optim": "adamw_torch_fused", "eval_strategy": "no"},
     ],
     ids=["evaluated after saving", "by epoch", "persistent workers", "adam"],
 )

@@ -133,6 +133,7 @@ def test_every_recipe_takes_a_step_when_made_small(name: str, tmp_path: Path) ->
         *small("model"),
         "model.backbone_weights=random",
         f"data.path={tmp_path / 'data'}",
+        "data.layout=coco",
         "data.train_split=mini",
         "data.val_split=mini",
         f"data.cache_dir={tmp_path / 'cache'}",

@@ -1,0 +1,60 @@
+"""PNG charts. matplotlib is imported when one is drawn, not with the package."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 120
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of a size in inches, without any window system."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a PNG; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI, format="png")
+
+
+def bars(figure: "Figure", position: tuple[int, int, int], title: str, counts: Mapping[str, int]) -> None:
+    """Horizontal bars in one field of a figure's grid, the first on top.
+
+    Args:
+        figure: to draw on.
+        position: rows, columns and number of the field, as matplotlib counts.
+        title: above the field.
+        counts: name -> value.
+    """
+    axes = figure.add_subplot(*position)
+    axes.barh(list(counts), list(counts.values()))
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize="medium")
+    axes.tick_params(labelsize="small")
+
+
+def learning_curves(curves: Mapping[str, Sequence[tuple[float, float]]], x_label: str, path: Path) -> None:
+    """AP against training progress.
+
+    Args:
+        curves: name -> points (progress, AP 0..1).
+        x_label: what progress is counted in.
+        path: of the PNG.
+    """
+    figure = new_figure(7, 4.5)
+    axes = figure.add_subplot()
+    for name, points in curves.items():
+        axes.plot([x for x, _ in points], [100 * y for _, y in points], marker="o", markersize=3, label=name)
+    axes.set(xlabel=x_label, ylabel="AP (COCO, %)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)

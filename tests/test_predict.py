@@ -1,0 +1,643 @@
+import argparse
+import errno
+import json
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tiny import LABELS, tiny_model, tiny_processor, write_tiny_coco
+
+from crosskd_hf import predict as module
+from crosskd_hf.convert import CheckpointError
+from crosskd_hf.data.images import load_rgb
+from crosskd_hf.predict import (
+    Annotated,
+    ImageEntry,
+    Prediction,
+    PredictionError,
+    add_arguments,
+    coco_results,
+    find_images,
+    match_images,
+    number_images,
+    predict,
+    read_annotated,
+    run,
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a saved detector that finds something in noise."""
+    folder = tmp_path_factory.mktemp("model")
+    model = tiny_model("retinanet")
+    model.save_pretrained(folder)
+    tiny_processor(model).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def detector():
+    model = tiny_model("retinanet").eval()
+    return model, tiny_processor(model)
+
+
+def noise(path: Path, width: int = 96, height: int = 64, mode: str = "RGB", seed: int = 0, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((width, height)).convert(mode).save(path, **options)
+    return path
+
+
+def command(*words: object) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    run(parser.parse_args([str(word) for word in words]))
+
+
+def results(output: Path) -> list[dict]:
+    return json.loads((output / "predictions.json").read_text())
+
+
+def alone(detector: tuple, path: Path, threshold: float = 0.0) -> dict[str, torch.Tensor]:
+    model, processor = detector
+    image = load_rgb(path)
+    with torch.no_grad():
+        outputs = model(**processor(image, return_tensors="pt"))
+    return processor.post_process_object_detection(outputs, threshold, [(image.height, image.width)])[0]
+
+
+# predict
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_predictions_are_those_of_each_image_alone(tmp_path: Path, detector, batch_size: int, workers: int) -> None:
+    """Four padded sizes, so that one batch has images of the same and of other sizes."""
+    sizes = [(96, 64), (64, 96), (192, 128), (96, 40), (33, 33), (96, 64)]
+    paths = [noise(tmp_path / f"{i}.png", *size, seed=i) for i, size in enumerate(sizes)]
+    found = list(predict(*detector, paths, threshold=0.1, batch_size=batch_size, workers=workers))
+    assert [prediction.path for prediction in found] == paths
+    assert [prediction.image.size for prediction in found] == sizes
+    for prediction in found:
+        expected = alone(detector, prediction.path, threshold=0.1)
+        assert len(expected["scores"]) > 0
+        assert torch.equal(prediction.labels, expected["labels"])
+        torch.testing.assert_close(prediction.scores, expected["scores"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(prediction.boxes, expected["boxes"], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gfl", "fcos", "atss"])
+def test_every_detector(tmp_path: Path, name: str) -> None:
+    model = tiny_model(name).eval()
+    paths = [noise(tmp_path / "a.png"), noise(tmp_path / "b.png", 64, 96, seed=1)]
+    for prediction in predict(model, tiny_processor(model), paths):
+        expected = alone((model, tiny_processor(model)), prediction.path)
+        torch.testing.assert_close(prediction.boxes, expected["boxes"], rtol=0, atol=1e-3)
+
+
+def test_the_threshold_is_exclusive(tmp_path: Path, detector) -> None:
+    path = noise(tmp_path / "a.png")
+    scores = next(predict(*detector, [path])).scores
+    third = scores[2].item()
+    assert len(next(predict(*detector, [path], threshold=third)).scores) == 2
+    assert len(next(predict(*detector, [path], threshold=np.nextafter(np.float32(third), np.float32(0)))).scores) == 3
+
+
+def test_evaluation_mode_and_no_gradients(tmp_path: Path) -> None:
+    model = tiny_model("retinanet").train()
+    prediction = next(predict(model, tiny_processor(model), [noise(tmp_path / "a.png")]))
+    assert not model.training
+    assert not prediction.scores.requires_grad
+
+
+@pytest.mark.parametrize(("workers", "limit"), [(0, 2), (1, 5), (2, 5)])
+def test_images_are_read_only_when_they_are_needed(
+    tmp_path: Path, detector, monkeypatch: pytest.MonkeyPatch, workers: int, limit: int
+) -> None:
+    """With batches of 2: no file before the first is asked for, then one batch and what is read ahead of it."""
+    read: list[Path] = []
+
+    def counting(path: Path) -> Image.Image:
+        read.append(path)
+        return load_rgb(path)
+
+    monkeypatch.setattr(module, "load_rgb", counting)
+    path = noise(tmp_path / "a.png")
+    asked: list[int] = []
+
+    def endless():
+        while True:
+            asked.append(1)
+            yield path
+
+    threads = threading.active_count()
+    predictions = predict(*detector, endless(), batch_size=2, workers=workers)
+    assert not read and not asked
+    for count in range(1, 8):
+        next(predictions)
+        assert len(read) <= len(asked) <= limit + 2 * ((count - 1) // 2)
+    predictions.close()
+    assert threading.active_count() == threads
+
+
+def test_memory_is_let_go(tmp_path: Path, detector) -> None:
+    """Only the images of two batches are alive, however many went by."""
+    path = noise(tmp_path / "a.png")
+    seen = []
+    for prediction in predict(*detector, [path] * 12, batch_size=2, workers=1):
+        seen.append(weakref.ref(prediction.scores))
+        del prediction
+        assert sum(ref() is not None for ref in seen) <= 4
+
+
+def test_broken_images(tmp_path: Path, detector) -> None:
+    good, broken = noise(tmp_path / "a.png"), tmp_path / "b.png"
+    broken.write_bytes(good.read_bytes()[:100])
+    missing = tmp_path / "c.png"
+    errors = []
+    found = list(predict(*detector, [broken, good, missing], on_error=lambda *error: errors.append(error)))
+    assert [prediction.path for prediction in found] == [good]
+    assert [path for path, _ in errors] == [broken, missing]
+    assert str(errors[1][1]) == "does not exist"
+    predictions = predict(*detector, [good, missing], batch_size=1)
+    assert next(predictions).path == good
+    with pytest.raises(PredictionError, match=r"c\.png does not exist: restore or remove it"):
+        next(predictions)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": -0.01}, "threshold must be from 0 to 1, got -0.01"),
+        ({"threshold": 1.01}, "threshold must be from 0 to 1"),
+        ({"threshold": float("nan")}, "threshold must be from 0 to 1, got nan"),
+        ({"batch_size": 0}, "batch size must be at least 1, got 0"),
+        ({"workers": -1}, "number of workers must be at least 0, got -1"),
+    ],
+)
+def test_wrong_arguments_raise_at_the_call(detector, options: dict, message: str) -> None:
+    with pytest.raises(PredictionError, match=message):
+        predict(*detector, [], **options)
+
+
+def test_extreme_arguments_are_fine(detector) -> None:
+    assert list(predict(*detector, [], threshold=1.0, batch_size=1, workers=0)) == []
+    assert list(predict(*detector, [], threshold=0.0)) == []
+
+
+# sources
+
+
+def test_files_folders_and_patterns(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a.png", "notes.txt", ".hidden.png", "deep/c.png", "deep/deeper/d.webp"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    def found(*sources: str, recursive: bool = False) -> list[str]:
+        paths = find_images([str(tmp_path / source) for source in sources], recursive)
+        return [path.relative_to(tmp_path).as_posix() for path in paths]
+
+    assert found(".") == ["a.png", "b.JPG"]
+    assert found(".", recursive=True) == ["a.png", "b.JPG", "deep/c.png", "deep/deeper/d.webp"]
+    assert found("*.png") == ["a.png"]
+    assert found("*") == ["a.png", "b.JPG"]
+    assert found("**/*.png") == ["a.png", "deep/c.png"]
+    assert found("deep/c.png", "a.png", ".", "*.png") == ["a.png", "b.JPG", "deep/c.png"]
+    assert found("notes.txt") == ["notes.txt"], "a file that is named is taken at its word"
+    assert found("deep") == ["deep/c.png"]
+
+
+def test_a_name_with_brackets_is_a_file_first(tmp_path: Path) -> None:
+    path = tmp_path / "a[1].png"
+    path.touch()
+    assert find_images([str(path)]) == [path]
+
+
+def test_relative_and_absolute_are_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.png").touch()
+    monkeypatch.chdir(tmp_path)
+    assert find_images(["a.png", str(tmp_path / "a.png"), "./a.png"]) == [Path("a.png")]
+
+
+def test_sources_without_images(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.png").touch()
+    with pytest.raises(PredictionError, match=r"folder .* holds no images \(\.bmp .*\.webp\); --recursive looks"):
+        find_images([str(tmp_path)])
+    (tmp_path / "sub" / "a.png").unlink()
+    with pytest.raises(PredictionError, match=r"holds no images \(.*\.jpg.*\)\.$"):
+        find_images([str(tmp_path)], recursive=True)
+    with pytest.raises(PredictionError, match=r"the pattern .*\*\.jpg matches no images \(\.bmp"):
+        find_images([str(tmp_path / "*.jpg")])
+    with pytest.raises(PredictionError, match=r"there is no file or folder .*nowhere"):
+        find_images([str(tmp_path / "nowhere")])
+
+
+# ids
+
+
+def test_ids_are_the_stems_if_those_are_different_numbers() -> None:
+    def ids(*names: str) -> list[int]:
+        return [entry.image_id for entry in number_images(names)]
+
+    assert ids("000000000139.jpg", "x/000000000042.png") == [139, 42]
+    assert ids("0.png") == [0]
+    assert ids("1.jpg", "01.png") == [1, 2], "the same number"
+    assert ids("7.jpg", "9.jpg", "b.jpg") == [1, 2, 3]
+    assert ids("-3.jpg") == ids("3.5.jpg") == ids("٣.jpg") == [1]
+
+
+def test_annotated_images_are_found_by_the_end_of_the_path(tmp_path: Path) -> None:
+    annotated = Annotated(
+        {"a.png": ImageEntry(5, "a.png"), "x/a.png": ImageEntry(6, "x/a.png"), "b.png": ImageEntry(7, "b.png")}, {}
+    )
+    paths = [tmp_path / "a.png", tmp_path / "x" / "a.png", tmp_path / "y" / "b.png"]
+    assert [entry.image_id for entry in match_images(paths, annotated)] == [5, 6, 7]
+    with pytest.raises(PredictionError, match=r"c\.png is not an image of the annotation file"):
+        match_images([tmp_path / "c.png"], annotated)
+    with pytest.raises(PredictionError, match=r"c/b\.png and .*d/b\.png are both 'b\.png'"):
+        match_images([tmp_path / "c" / "b.png", tmp_path / "d" / "b.png"], annotated)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "is no COCO instances file"),
+        ('{"images": []}', "is no COCO instances file: .* 'categories'"),
+        ('{"images": [{"id": 1}], "categories": []}', "file_name"),
+        (
+            '{"images": [], "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}',
+            "lists the category 'a' twi",
+        ),
+    ],
+)
+def test_annotation_files_that_are_none(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "wrong.json"
+    path.write_text(text)
+    with pytest.raises(PredictionError, match=f"wrong.json.*{message}"):
+        read_annotated(path)
+
+
+def test_missing_annotation_file(tmp_path: Path) -> None:
+    with pytest.raises(PredictionError, match=r"annotation file .*none\.json can't be read \(No such file"):
+        read_annotated(tmp_path / "none.json")
+
+
+def test_repeated_file_name(tmp_path: Path) -> None:
+    image = {"id": 1, "file_name": "a.png", "width": 1, "height": 1}
+    path = tmp_path / "twice.json"
+    path.write_text(json.dumps({"images": [image, image | {"id": 2}], "categories": []}))
+    with pytest.raises(PredictionError, match=r"lists the file_name 'a\.png' twice"):
+        read_annotated(path)
+
+
+# results
+
+
+def test_results_by_hand() -> None:
+    prediction = Prediction(
+        Path("a.png"),
+        Image.new("RGB", (50, 50)),
+        torch.tensor([0.5, 0.25]),
+        torch.tensor([1, 0]),
+        torch.tensor([[1.0, 2.0, 11.12345, 22.0], [0.0, 0.0, 3.0, 4.0]]),
+    )
+    entry = ImageEntry(9, "a.png")
+    first = {"image_id": 9, "file_name": "a.png", "category_id": 7, "category": "dog"}
+    first |= {"bbox": [1.0, 2.0, 10.123, 20.0], "score": 0.5}
+    assert coco_results(prediction, entry, LABELS, {0: 3, 1: 7}, 0.25) == [first], "0.25 is not above 0.25"
+    both = coco_results(prediction, entry, LABELS, {0: 3, 1: 7}, 0.2499)
+    assert [row["category_id"] for row in both] == [7, 3]
+
+
+def test_the_command_writes_what_predict_gives(tmp_path: Path, saved: str, detector, capsys) -> None:
+    paths = [noise(tmp_path / "in" / f"{i}.png", 96, 64 + i, seed=i) for i in (3, 4, 11)]
+    command(saved, tmp_path / "in", "--output-dir", tmp_path / "out", "--device", "cpu")
+    rows = results(tmp_path / "out")
+    for path in paths:
+        expected = alone(detector, path)
+        found = [row for row in rows if row["image_id"] == int(path.stem)]
+        assert [row["file_name"] for row in found] == [path.name] * len(expected["scores"])
+        assert [row["category_id"] for row in found] == expected["labels"].tolist()
+        assert [row["category"] for row in found] == [LABELS[label] for label in expected["labels"].tolist()]
+        corners = expected["boxes"]
+        boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1)
+        torch.testing.assert_close(torch.tensor([row["bbox"] for row in found]), boxes, rtol=0, atol=2e-3)
+        scores = torch.tensor([row["score"] for row in found])
+        torch.testing.assert_close(scores, expected["scores"], rtol=0, atol=1e-5)
+    assert sorted(os.listdir(tmp_path / "out")) == ["pictures", "predictions.json"], "nothing temporary stays"
+    assert sorted(os.listdir(tmp_path / "out" / "pictures")) == ["11.png", "3.png", "4.png"]
+    text = capsys.readouterr()
+    assert f"3 images, {len(rows)} detections" in text.out and "left out" not in text.out
+    assert text.err == "" or "predict" not in text.err, "no bar where there is no terminal"
+
+
+def test_thresholds_of_the_command(tmp_path: Path, saved: str, detector) -> None:
+    path = noise(tmp_path / "a.png")
+    scores = alone(detector, path)["scores"]
+    middle = scores[4].item() / 2 + scores[5].item() / 2
+    options = ["--no-pictures", "--output-dir", tmp_path / "out"]
+    command(saved, path, *options, "--threshold", 1, "--json-threshold", middle)
+    assert len(results(tmp_path / "out")) == 5
+    assert not (tmp_path / "out" / "pictures").exists()
+    command(saved, path, *options, "--json-threshold", 1)
+    assert results(tmp_path / "out") == []
+
+
+def test_only_detections_above_the_threshold_are_drawn(tmp_path: Path, saved: str) -> None:
+    path = noise(tmp_path / "a.png", 512, 512)
+    for threshold in (0, 1):
+        command(saved, path, "--threshold", threshold, "--output-dir", tmp_path / str(threshold))
+    with Image.open(tmp_path / "1" / "pictures" / "a.png") as plain, Image.open(path) as image:
+        assert plain.tobytes() == image.tobytes()
+    with Image.open(tmp_path / "0" / "pictures" / "a.png") as drawn, Image.open(path) as image:
+        assert drawn.tobytes() != image.tobytes()
+
+
+def test_same_names_and_formats(tmp_path: Path, saved: str) -> None:
+    source = tmp_path / "in"
+    for name in ("x/a.jpg", "y/a.jpg", "y/b.JPEG", "c.bmp", "c.png", "c.bmp.png"):
+        noise(source / name, seed=len(name))
+    before = {path: path.read_bytes() for path in source.rglob("*.*")}
+    command(saved, source, "--recursive", "--output-dir", tmp_path / "out")
+    pictures = tmp_path / "out" / "pictures"
+    written = {path.relative_to(pictures).as_posix(): path for path in pictures.rglob("*") if path.is_file()}
+    assert set(written) == {"x/a.jpg", "y/a.jpg", "y/b.JPEG", "c.bmp.png.png", "c.png", "c.bmp.png"}
+    for name, path in written.items():
+        with Image.open(path) as picture:
+            assert picture.format == ("PNG" if name.endswith("png") else "JPEG")
+    assert {row["file_name"] for row in results(tmp_path / "out")} == {
+        p.relative_to(source).as_posix() for p in before
+    }
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_inputs_are_never_overwritten(tmp_path: Path, saved: str) -> None:
+    path = noise(tmp_path / "pictures" / "a.png")
+    content = path.read_bytes()
+    with pytest.raises(PredictionError, match=r"a\.png lies where pictures are written"):
+        command(saved, path, "--output-dir", tmp_path)
+    command(saved, path, "--output-dir", tmp_path, "--no-pictures")
+    # A picture that is a link to the input: the link is replaced, not what it points to.
+    out = tmp_path / "out" / "pictures"
+    out.mkdir(parents=True)
+    (out / "a.png").symlink_to(path)
+    command(saved, path, "--output-dir", tmp_path / "out")
+    assert path.read_bytes() == content
+    assert not (out / "a.png").is_symlink()
+    # The folder itself as a link.
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "pictures").symlink_to(path.parent)
+    with pytest.raises(PredictionError, match="lies where pictures are written"):
+        command(saved, path, "--output-dir", tmp_path / "linked")
+
+
+def test_broken_images_are_skipped_and_named(tmp_path: Path, saved: str, capsys) -> None:
+    for i in (1, 2, 3):
+        noise(tmp_path / "in" / f"{i}.png", seed=i)
+    (tmp_path / "in" / "2.png").write_bytes(b"")
+    command(saved, tmp_path / "in", "--output-dir", tmp_path / "out", "--batch-size", 2)
+    assert {row["image_id"] for row in results(tmp_path / "out")} == {1, 3}
+    text = capsys.readouterr().out
+    assert "2 images," in text
+    assert f"1 of 3 images were left out:\n  {tmp_path / 'in' / '2.png'} is an empty file" in text
+
+
+def test_stop_leaves_the_earlier_results(tmp_path: Path, saved: str) -> None:
+    noise(tmp_path / "in" / "1.png")
+    (tmp_path / "in" / "2.png").write_bytes(b"no image")
+    arguments = [saved, tmp_path / "in", "--output-dir", tmp_path / "out", "--on-error", "stop", "--batch-size", 1]
+    with pytest.raises(PredictionError, match=r"2\.png cannot be read .*restore or remove it"):
+        command(*arguments)
+    assert os.listdir(tmp_path / "out") == ["pictures"], "neither results nor a part of them"
+    (tmp_path / "out" / "predictions.json").write_text("earlier")
+    with pytest.raises(PredictionError):
+        command(*arguments)
+    assert (tmp_path / "out" / "predictions.json").read_text() == "earlier"
+    noise(tmp_path / "in" / "2.png")
+    command(*arguments)
+    assert {row["image_id"] for row in results(tmp_path / "out")} == {1, 2}
+
+
+def test_no_image_can_be_read(tmp_path: Path, saved: str) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(PredictionError, match=r"none of the images could be used:\n.*a\.png is an .*\n.*b\.png is an"):
+        command(saved, tmp_path, "--output-dir", tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_bug_leaves_no_part_either(tmp_path: Path, saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "draw_boxes", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        command(saved, noise(tmp_path / "a.png"), "--output-dir", tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_full_disk(tmp_path: Path, saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = noise(tmp_path / "a.png")
+    message = r"can't be written \(No space left on device\)\. Make room, or name another folder with --output-dir"
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        with pytest.raises(PredictionError, match=r"pictures/a\.png " + message):
+            command(saved, path, "--output-dir", tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == ["pictures"]
+    assert os.listdir(tmp_path / "out" / "pictures") == []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(PredictionError, match=r"predictions\.json " + message):
+            command(saved, path, "--output-dir", tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == ["pictures"]
+
+
+def test_output_that_is_a_file(tmp_path: Path, saved: str) -> None:
+    path = noise(tmp_path / "a.png")
+    with pytest.raises(PredictionError, match=r"a\.png is a file: name a folder with --output-dir"):
+        command(saved, path, "--output-dir", path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "pictures").touch()
+    with pytest.raises(PredictionError, match=r"pictures is a file"):
+        command(saved, path, "--output-dir", tmp_path / "out")
+    with pytest.raises(PredictionError, match=r"can't be written \(Not a directory\)"):
+        command(saved, path, "--output-dir", path / "below")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--threshold", "1.5"], "threshold must be from 0 to 1, got 1.5"),
+        (["--json-threshold", "-0.5"], "threshold must be from 0 to 1, got -0.5"),
+        (["--batch-size", "0"], "batch size must be at least 1"),
+        (["--workers", "-1"], "number of workers must be at least 0"),
+        (["--device", "abacus"], "the device 'abacus' can't be used .*--device cpu"),
+        (["--annotations", "none.json"], "annotation file none.json can't be read"),
+    ],
+)
+def test_wrong_options(tmp_path: Path, saved: str, options: list[str], message: str) -> None:
+    with pytest.raises(PredictionError, match=message):
+        command(saved, noise(tmp_path / "a.png"), "--output-dir", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_such_model(tmp_path: Path, saved: str) -> None:
+    path = noise(tmp_path / "a.png")
+    with pytest.raises(CheckpointError, match="can't be loaded as a detector"):
+        command(tmp_path / "nothing", path)
+    tiny_model().save_pretrained(tmp_path / "bare")
+    with pytest.raises(PredictionError, match=r"bare' has no image processor"):
+        command(tmp_path / "bare", path)
+
+
+# annotations
+
+
+def test_scored_by_pycocotools(tmp_path: Path, saved: str) -> None:
+    """Images listed with other ids than their names say, and categories with other ids than the labels."""
+    write_tiny_coco(tmp_path)
+    file = tmp_path / "annotations" / "instances_mini.json"
+    content = json.loads(file.read_text())
+    for record in content["images"]:
+        record["id"] += 100
+    content["annotations"] = []
+    file.write_text(json.dumps(content))
+    arguments = [saved, tmp_path / "mini", "--annotations", file, "--output-dir", tmp_path / "out", "--no-pictures"]
+    command(*arguments)
+    rows = results(tmp_path / "out")
+    assert {row["image_id"] for row in rows} == {101, 102, 103, 104, 105}
+    assert {(row["category"], row["category_id"]) for row in rows} == {("cat", 3), ("dog", 7)}
+    # Our own best detections become the truth, so that they score 1.
+    best: dict[int, dict] = {}
+    for row in rows:
+        if row["image_id"] not in best or row["score"] > best[row["image_id"]]["score"]:
+            best[row["image_id"]] = row
+    for i, row in enumerate(best.values(), start=1):
+        area = row["bbox"][2] * row["bbox"][3]
+        truth = {"id": i, "image_id": row["image_id"], "category_id": row["category_id"], "bbox": row["bbox"]}
+        content["annotations"].append(truth | {"area": area, "iscrowd": 0})
+    file.write_text(json.dumps(content))
+    truth = COCO(str(file))
+    evaluation = COCOeval(truth, truth.loadRes(str(tmp_path / "out" / "predictions.json")), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[8] == 1.0  # AR100: every box is found, at every IoU
+
+
+def test_annotations_that_do_not_fit(tmp_path: Path, saved: str, capsys) -> None:
+    write_tiny_coco(tmp_path, images=2)
+    file = tmp_path / "annotations" / "instances_mini.json"
+    content = json.loads(file.read_text())
+    options = ["--annotations", file, "--output-dir", tmp_path / "out", "--no-pictures"]
+    with pytest.raises(PredictionError, match=r"other\.png is not an image of the annotation file"):
+        command(saved, noise(tmp_path / "other.png"), *options)
+
+    content["images"][0]["width"] = 95
+    file.write_text(json.dumps(content))
+    command(saved, tmp_path / "mini", *options)
+    assert {row["image_id"] for row in results(tmp_path / "out")} == {2}
+    assert "1.png is 96 x 64 pixels, but the annotation file says 95 x 64" in capsys.readouterr().out
+    with pytest.raises(PredictionError, match=r"1\.png is 96 x 64 pixels, but"):
+        command(saved, tmp_path / "mini", *options, "--on-error", "stop")
+
+    content["categories"][1]["name"] = "wolf"
+    file.write_text(json.dumps(content))
+    with pytest.raises(
+        PredictionError, match=r"1 labels that aren't categories .* 'dog'; its categories are cat, wolf"
+    ):
+        command(saved, tmp_path / "mini", *options)
+
+
+# kinds of images
+
+
+def grey(path: Path) -> None:
+    noise(path, mode="L")
+
+
+def sixteen_bit(path: Path) -> None:
+    levels = np.random.default_rng(0).integers(0, 65535, (64, 96), dtype=np.uint16)
+    Image.fromarray(levels).save(path)
+
+
+def transparent(path: Path) -> None:
+    noise(path, mode="RGBA")
+
+
+def palette(path: Path) -> None:
+    noise(path, mode="P", transparency=0)
+
+
+def cmyk(path: Path) -> None:
+    noise(path, mode="CMYK")
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.png", grey),
+        ("a.png", sixteen_bit),
+        ("a.png", transparent),
+        ("a.png", palette),
+        ("a.jpg", cmyk),
+        ("a.gif", palette),
+        ("a.webp", noise),
+        ("a.tiff", cmyk),
+    ],
+)
+def test_kinds_of_images(tmp_path: Path, saved: str, detector, name: str, write: Callable) -> None:
+    path = tmp_path / name
+    write(path)
+    command(saved, path, "--output-dir", tmp_path / "out")
+    expected = alone(detector, path)["scores"]
+    assert len(expected) > 0
+    assert [row["score"] for row in results(tmp_path / "out")] == pytest.approx(expected.tolist(), abs=1e-5)
+    (picture,) = (tmp_path / "out" / "pictures").iterdir()
+    with Image.open(picture) as drawn:
+        assert (drawn.mode, drawn.size) == ("RGB", (96 * 6, 64 * 6))
+
+
+def test_turned_by_exif(tmp_path: Path, saved: str, detector) -> None:
+    """Orientation 6: the file is 96 x 64, people see 64 x 96, and boxes and picture are as people see it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = noise(tmp_path / "turned.png", exif=exif)
+    upright = tmp_path / "upright.png"
+    with Image.open(turned) as image:
+        assert image.size == (96, 64)
+        image.transpose(Image.Transpose.ROTATE_270).save(upright)
+    command(saved, turned, upright, "--output-dir", tmp_path / "out")
+    rows = results(tmp_path / "out")
+    first, second = ([row["bbox"] for row in rows if row["image_id"] == i] for i in (1, 2))
+    assert len(first) > 0
+    np.testing.assert_allclose(first, second, atol=2e-3)
+    assert max(box[1] + box[3] for box in first) > 64, "boxes reach below the height of the file"
+    with Image.open(tmp_path / "out" / "pictures" / "turned.png") as drawn:
+        assert drawn.size == (64 * 6, 96 * 6)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2000, 100), (100, 2000), (700, 1), (1, 2)])
+def test_extreme_sizes(tmp_path: Path, saved: str, size: tuple[int, int]) -> None:
+    path = noise(tmp_path / "a.png", *size)
+    command(saved, path, noise(tmp_path / "b.png"), "--output-dir", tmp_path / "out", "--threshold", 0)
+    for row in results(tmp_path / "out"):
+        x, y, width, height = row["bbox"]
+        limit = size if row["image_id"] == 1 else (96, 64)
+        assert x >= 0 and y >= 0 and x + width <= limit[0] + 2e-3 and y + height <= limit[1] + 2e-3
+    assert (tmp_path / "out" / "pictures" / "a.png").is_file()
