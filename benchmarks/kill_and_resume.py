@@ -32,15 +32,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from crosskd_hf.checkpoints import MARKER, checkpoint_folders, newest_complete
+from crosskd_hf.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"detector": "gfl", "backbone": "resnet18", "fpn_channels": 64, "head_channels": 64}
 SAVE_STEPS = 10
 EVAL_STEPS = 15
 AIMS = ("any", "saving", "evaluation", "any", "end")  # in turn
+STATES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
 LONGEST_DELAY = 0.3  # seconds between the start of the phase that is aimed at and the kill
 POLL = 0.002  # seconds
-STATES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "rng_state_1.pth")
 
 
 # The run --------------------------------------------------------------------------------------------------------
@@ -357,9 +358,8 @@ def compare(first: Path, second: Path, steps: int) -> list[dict]:
     """Each file of the final state: values compared, those that differ, and SHA-256 of both."""
     rows = []
     last = f"checkpoint-{steps}"
-    for name in ["model.safetensors", *(f"{last}/{state}" for state in STATES)]:
-        if not (first / name).exists() and not (second / name).exists():
-            continue
+    found = {path.relative_to(first).as_posix() for kind in STATES for path in (first / last).glob(kind)}
+    for name in ["model.safetensors", *sorted(found)]:
         a, b = load(first / name), load(second / name)
         names = sorted({*a, *b})
         different = [key for key in names if key not in a or key not in b or not same(a[key], b[key])]
@@ -381,12 +381,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps of the run")
     parser.add_argument("--images", type=int, default=50)
     parser.add_argument("--output", type=Path, required=True, help="a new or empty folder")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="other values for the recipe")
     options = parser.parse_args()
     folder = options.output.resolve()
     if folder.exists() and any(folder.iterdir()):
         parser.error(f"{folder} isn't empty")
     write_noise_coco(folder / "data", options.images)
     recipe = write_recipe(folder, options.steps, options.workers, options.seed)
+    if options.overrides:
+        load_recipe(recipe, options.overrides).save(recipe)
     whole, killed = folder / "whole", folder / "killed"
     timing = run_undisturbed(recipe, whole, options.processes, folder / "whole.log", options.steps)
     print(

@@ -656,9 +656,8 @@ def _check_output(output: Path, pictures: Path | None, paths: Sequence[Path]) ->
     if pictures is None:
         return
     place = pictures.resolve()
-    inside = {parent for parent in {path.parent for path in paths} if parent.resolve().is_relative_to(place)}
     for path in paths:
-        if path.parent in inside:
+        if path.resolve().is_relative_to(place):
             raise PredictionError(
                 f"the image {path} lies where pictures are written, and could be overwritten: name another folder "
                 "with --output-dir, or use --no-pictures."

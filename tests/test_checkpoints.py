@@ -6,6 +6,8 @@ import logging
 import os
 import re
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from crosskd_hf.checkpoints import (
     checkpoint_bytes,
     checkpoint_folders,
     checkpoints_at_once,
+    claimed,
     damage,
     disk_errors_explained,
     is_disk_full,
@@ -234,6 +237,33 @@ def test_a_removal_that_fails_is_a_warning(
     assert steps(tmp_path) == [4]
 
 
+# Two runs in one folder -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_second_run_is_kept_out_until_the_first_is_dead(tmp_path: Path) -> None:
+    """Also while the second forks, as data workers are, and not by what a killed one left."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with claimed(tmp_path / "run"):
+            if os.fork() == 0:  # a data worker, which lives on for a while
+                time.sleep(3)
+                os._exit(0)
+            os.write(told, b"1")
+            time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    with pytest.raises(ValueError, match=rf"another run is writing to .*run \(process {child} on"):
+        with claimed(tmp_path / "run"):
+            pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    for _ in range(2):
+        with claimed(tmp_path / "run"):
+            pass
+
+
 # Full disks -----------------------------------------------------------------------------------------------------
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -320,8 +350,6 @@ def test_one_more_than_the_limit_is_on_the_disk_while_saving(limit: int | None, 
 def test_torch_and_safetensors_report_full_disks_as_they_did(tmp_path: Path) -> None:
     """What `is_disk_full` knows of torch, from a real failure: a file size limit of one page."""
     resource = pytest.importorskip("resource")
-    import signal
-
     previous, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, previous[1]))
     try:

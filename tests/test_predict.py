@@ -401,6 +401,13 @@ def test_inputs_are_never_overwritten(tmp_path: Path, saved: str) -> None:
     (tmp_path / "linked" / "pictures").symlink_to(path.parent)
     with pytest.raises(PredictionError, match="lies where pictures are written"):
         command(saved, path, "--output-dir", tmp_path / "linked")
+    # The input as a link to where its picture would go, or below such a link.
+    (tmp_path / "file.png").symlink_to(path)
+    (tmp_path / "folder").symlink_to(path.parent)
+    for source in (tmp_path / "file.png", tmp_path / "folder"):
+        with pytest.raises(PredictionError, match="lies where pictures are written"):
+            command(saved, source, "--output-dir", tmp_path)
+    assert path.read_bytes() == content
 
 
 def test_broken_images_are_skipped_and_named(tmp_path: Path, saved: str, capsys) -> None:

@@ -1,0 +1,69 @@
+"""The demo: three stages, resumable, its table and pictures; small enough for a test."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from crosskd_hf import cli, demo, train
+from crosskd_hf.recipe import load_recipe
+
+SMALL = (
+    *("data.max_train_images=12", "data.max_val_images=6", "training.num_train_epochs=2", "training.warmup_steps=0"),
+    *("training.lr_milestones=[]", "training.disable_tqdm=true"),
+)
+
+
+def arguments(folder: Path) -> list[str]:
+    return ["demo", "--output-dir", str(folder), *SMALL, f"data.cache_dir={folder}/cache"]
+
+
+def test_a_demo_is_interrupted_and_goes_on(tmp_path, capsys, monkeypatch):
+    run, trained = train.run, []
+
+    def interrupted(trainer, recipe):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(recipe.training["output_dir"])
+        return run(trainer, recipe)
+
+    monkeypatch.setattr(train, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(arguments(tmp_path))
+    monkeypatch.setattr(train, "run", lambda trainer, recipe: trained.append(None) or run(trainer, recipe))
+    cli.main(arguments(tmp_path))
+    assert len(trained) == 3, "what was finished is not run again"
+    printed = capsys.readouterr().out
+    metrics = json.loads((tmp_path / "results.json").read_text())
+    assert list(metrics) == [demo.TEACHER, demo.ALONE, demo.DISTILLED]
+    gain = 100 * (metrics[demo.DISTILLED]["AP"] - metrics[demo.ALONE]["AP"])
+    assert any(line.startswith("gain of CrossKD") and f"{gain:+.1f}" in line for line in printed.splitlines())
+    assert "crosskd train shapes_crosskd" in printed and "teacher=null distillation=null" in printed
+    for name in ("learning_curves.png", "contact_sheet.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 200
+    assert len(demo.read_curve(tmp_path / "alone")) == 2
+
+
+def test_both_students_differ_in_the_teacher_alone(tmp_path):
+    _, alone, distilled = (stage.recipe() for stage in demo.stages(tmp_path, 7, []))
+    assert (alone.model, alone.data) == (distilled.model, distilled.data)
+    assert {**alone.training, "output_dir": ""} == {**distilled.training, "output_dir": ""}
+    assert alone.training["seed"] == 7
+    assert alone.teacher is None and alone.distillation is None
+    assert distilled.teacher.checkpoint == str(tmp_path / "teacher")
+
+
+def test_both_recipes_have_the_same_data():
+    assert load_recipe(demo.TEACHER_RECIPE).data == load_recipe(demo.STUDENT_RECIPE).data
+
+
+def test_the_gain_is_the_difference(tmp_path):
+    runs = demo.stages(tmp_path, 0, [])
+    values = {demo.TEACHER: 0.5, demo.ALONE: 0.3, demo.DISTILLED: 0.345}
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    metrics = {stage: {name: (-1.0 if name == "APl" else value) for name in names} for stage, value in values.items()}
+    lines = demo.format_table(runs, metrics).splitlines()
+    assert lines[0].split() == ["model", "AP", "AP50", "AP75", "APs", "APm"], "no ground truth, no column"
+    assert lines[-1].split()[-5:] == ["+4.5"] * 5
