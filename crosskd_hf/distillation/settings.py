@@ -88,10 +88,12 @@ def _output_format(model: DenseDetector) -> tuple:
 
 
 def _label_problems(mine: dict[int, str], theirs: dict[int, str]) -> list[str]:
+    hint = "; train the teacher on the student's data first, with model.checkpoint naming it"
     if len(mine) != len(theirs):
-        return [f"number of labels: student {len(mine)}, teacher {len(theirs)}"]
+        student, teacher = (f"{len(names)} ({', '.join(list(names.values())[:3])}, ...)" for names in (mine, theirs))
+        return [f"number of labels: student {student}, teacher {teacher}{hint}"]
     different = [i for i in sorted(mine) if mine[i] != theirs.get(i)]
     if not different:
         return []
     shown = ", ".join(f"{i}: student {mine[i]!r}, teacher {theirs.get(i)!r}" for i in different[:3])
-    return [f"label names, {len(different)} of {len(mine)} ({shown})"]
+    return [f"label names, {len(different)} of {len(mine)} ({shown}){hint}"]
