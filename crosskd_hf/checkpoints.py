@@ -22,6 +22,7 @@ from torch import distributed as dist
 from torch import nn
 from transformers.training_args import OptimizerNames
 
+from .files import write_atomically
 from .training_args import DetectionTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -62,26 +63,6 @@ def mark_complete(folder: str | Path) -> None:
     if not files:
         raise ValueError(f"{folder} holds no files: it can't be a complete checkpoint")
     write_atomically(folder / MARKER, json.dumps({"files": files}, indent=1))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that appears complete or not at all; an earlier one stays until then.
-
-    Raises:
-        OSError: it can't be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":  # elsewhere folders can't be opened
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _sync(path: Path) -> None:
@@ -163,6 +144,10 @@ def newest_complete(output_dir: str | Path) -> str | None:
     return None
 
 
+class FolderInUseError(ValueError):
+    """Another run is writing to the output folder."""
+
+
 @contextlib.contextmanager
 def claimed(output_dir: str | Path) -> Iterator[None]:
     """Keep other runs out of a folder; one process a run is to call it.
@@ -172,7 +157,7 @@ def claimed(output_dir: str | Path) -> Iterator[None]:
     seconds. Without `fcntl` (Windows) nothing is locked.
 
     Raises:
-        ValueError: a living process has it, with its number.
+        FolderInUseError: a living process has it, with its number.
     """
     try:
         import fcntl
@@ -186,7 +171,7 @@ def claimed(output_dir: str | Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:  # which of them depends on the system
             file.seek(0)
-            raise ValueError(
+            raise FolderInUseError(
                 f"another run is writing to training.output_dir {output_dir} ({file.read().strip()}): wait for it or "
                 "end it, or name another training.output_dir"
             ) from error

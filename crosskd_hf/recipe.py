@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from .files import write_atomically
 from .strict import RecipeError, cast, check_range, nearest, parse_yaml, type_name
 from .training_args import DetectionTrainingArguments, Problem, training_problems
 
@@ -180,7 +181,8 @@ class Recipe:
     def save(self, path: str | Path) -> None:
         """Write the complete recipe; `load_recipe` reads the same recipe from it."""
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-        Path(path).write_text("# The resolved recipe of this run; it runs again as it is.\n" + text, encoding="utf-8")
+        # Whole or not at all: the next start of an interrupted run compares with it.
+        write_atomically(Path(path), "# The resolved recipe of this run; it runs again as it is.\n" + text)
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -9,7 +9,14 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import set_seed
 
-from .checkpoints import check_disk_space, checkpoint_bytes, checkpoints_at_once, last_complete_checkpoint
+from .checkpoints import (
+    FolderInUseError,
+    check_disk_space,
+    checkpoint_bytes,
+    checkpoints_at_once,
+    claimed,
+    last_complete_checkpoint,
+)
 from .convert import CheckpointError
 from .data.load import load_datasets
 from .data.problems import DataError
@@ -24,7 +31,7 @@ RECIPE_FILE = "recipe.yaml"
 STATE_FILE = "trainer_state.json"  # written last: a run that has it beside its model is finished
 # What ends in one message while a run is built, and while it trains. Other errors there keep their tracebacks.
 USER_ERRORS = (RecipeError, CheckpointError, OSError, ValueError)
-RUN_ERRORS = (DataError, NonFiniteLossError, OSError)
+RUN_ERRORS = (DataError, FolderInUseError, NonFiniteLossError, OSError)
 # Training arguments that don't change what is computed, so that a run can go on with other values.
 MAY_CHANGE = (
     *("output_dir", "disable_tqdm", "report_to", "run_name", "push_to_hub", "hub_model_id", "hub_strategy"),
@@ -130,26 +137,26 @@ def flat_settings(recipe: Recipe) -> dict[str, object]:
     return {f"{name}.{key}": value for name, values in sections for key, value in values.items()}
 
 
-def run(trainer: DetectionTrainer, recipe: Recipe) -> dict[str, float]:
+def run(trainer: DetectionTrainer, recipe: Recipe) -> None:
     """Train, evaluate and save as a recipe says, from the last whole checkpoint if there is one.
 
-    Returns:
-        the final metrics.
+    Raises:
+        FolderInUseError: another run is writing to the output folder.
     """
     output = Path(trainer.args.output_dir)
-    if trainer.is_world_process_zero():
-        recipe.save(output / RECIPE_FILE)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(output))
-    trainer.save_model()
-    step, metrics = trainer.last_evaluation
-    if step != trainer.state.global_step or trainer.args.load_best_model_at_end:
-        metrics = trainer.evaluate()
-    trainer.save_state()  # the last file: see `is_finished`
-    if trainer.is_world_process_zero():
-        print_metrics(metrics)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
-    return metrics
+    with claimed(output) if trainer.args.should_save else contextlib.nullcontext():
+        if trainer.is_world_process_zero():
+            recipe.save(output / RECIPE_FILE)
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(output))
+        trainer.save_model()
+        step, metrics = trainer.last_evaluation
+        if step != trainer.state.global_step or trainer.args.load_best_model_at_end:
+            metrics = trainer.evaluate()
+        if trainer.is_world_process_zero():
+            print_metrics(metrics)
+        if trainer.args.push_to_hub:
+            trainer.push_to_hub()
+        trainer.save_state()  # the last file: see `is_finished`
 
 
 def print_metrics(metrics: dict[str, float]) -> None:

@@ -139,12 +139,13 @@ def test_two_heads_with_too_few_blocks_are_both_named():
 
 def test_numbers_of_labels_that_differ_are_refused():
     message = refusal(model(), model(labels=("cat", "dog", "emu")))
-    assert problems(message) == ["number of labels: student 2, teacher 3"]
+    assert "number of labels: student 2 (cat, dog, ...), teacher 3 (cat, dog, emu, ...)" in message
+    assert "train the teacher on the student's data first" in message
 
 
 def test_label_names_that_differ_are_refused_and_shown():
     message = refusal(model(labels=("cat", "dog")), model(labels=("cat", "emu")))
-    assert problems(message) == ["label names, 1 of 2 (1: student 'dog', teacher 'emu')"]
+    assert problems(message)[0].startswith("label names, 1 of 2 (1: student 'dog', teacher 'emu')")
 
 
 def test_labels_in_another_order_are_refused():
