@@ -175,3 +175,45 @@ def test_the_command_runs_as_a_module(recipe: Path) -> None:
     for module in ("crosskd_hf.cli", "crosskd_hf.train"):
         ended = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
         assert ended.returncode == 0 and "recipe" in ended.stdout
+
+
+def test_a_finished_run_is_not_run_again(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    train.main([str(recipe)])
+    weights = recipe.parent / "run" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    capsys.readouterr()
+    train.main([str(recipe)])
+    printed = capsys.readouterr().out
+    assert "holds this run, finished" in printed and "AP50" in printed
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_a_folder_of_something_else_is_not_written_to(recipe: Path) -> None:
+    train.main([str(recipe)])
+    with pytest.raises(SystemExit, match=r"max_steps: was 3, is 4"):
+        train.main([str(recipe), "training.max_steps=4"])
+    foreign = recipe.parent / "foreign"
+    tiny_model().save_pretrained(foreign)
+    with pytest.raises(SystemExit, match=r"foreign holds a model, but no recipe\.yaml"):
+        train.main([str(recipe), f"training.output_dir={foreign}"])
+
+
+def test_the_same_seed_gives_the_same_new_weights(recipe: Path) -> None:
+    def weights(seed: int) -> torch.Tensor:
+        overrides = [f"training.seed={seed}", "teacher=null", "distillation=null"]
+        return train.build_trainer(load_recipe(recipe, overrides)).model.head.cls_tower[0].conv.weight.detach()
+
+    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
+
+
+def test_a_detector_is_fine_tuned_to_other_classes(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained = tiny_model(id2label={0: "ant", 1: "bee", 2: "cow"})
+    trained.save_pretrained(recipe.parent / "trained")
+    overrides = [f"model.checkpoint={recipe.parent / 'trained'}", "teacher=null", "distillation=null"]
+    model = train.build_trainer(load_recipe(recipe, overrides)).model
+    assert model.config.id2label == {0: "cat", 1: "dog"} and model.head.cls_predictor.out_channels == 2
+    assert "knows 3 classes (ant, bee, cow, ...), the data has 2" in caplog.text
+    old, new = trained.state_dict(), model.state_dict()
+    changed = {name for name in new if not torch.equal(old[name], new[name])}
+    assert changed == {"head.cls_predictor.weight", "head.cls_predictor.bias"}
+    assert new["head.cls_predictor.weight"].abs().mean() > 0
