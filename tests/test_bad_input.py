@@ -1,0 +1,266 @@
+"""Every usual mistake in a data set -> what the command line says or does, before any training."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from tiny import tiny_model, write_tiny_coco
+
+from crosskd_hf import cli, train
+from crosskd_hf.data.images import inspect_image, load_rgb
+from crosskd_hf.data.load import load_split
+from crosskd_hf.recipe import load_recipe
+
+SMALL = {"backbone": "resnet18", "fpn_channels": 32, "head_channels": 32}
+Edit = Callable[[Path, dict[str, Any]], Any]  # the image folder and the annotation file's content, before training
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Callable[..., list[str]]:
+    """A recipe on five noise images after an edit; returns the command's arguments."""
+
+    def make(edit: Edit, *overrides: str) -> list[str]:
+        root = tmp_path / "data"
+        write_tiny_coco(root)
+        file = root / "annotations" / "instances_mini.json"
+        content = json.loads(file.read_text())
+        text = edit(root / "mini", content)
+        file.write_text(text if isinstance(text, str) else json.dumps(content))
+        recipe = {
+            "model": {"detector": "gfl", "backbone_weights": "random", **SMALL},
+            "data": {"path": str(root), "train_split": "mini", "val_split": "mini", "short_side": 64, "long_side": 96}
+            | {"cache_dir": str(tmp_path / "cache")},
+            "training": {"output_dir": str(tmp_path / "run"), "max_steps": 1, "warmup_steps": 0, "use_cpu": True},
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        return [str(tmp_path / "recipe.yaml"), *overrides]
+
+    return make
+
+
+def set_box(box: list[float]) -> Edit:
+    return lambda folder, content: content["annotations"][0].update(bbox=box)
+
+
+def overwrite(data: bytes) -> Edit:
+    return lambda folder, content: (folder / "1.png").write_bytes(data)
+
+
+def cut_off(folder: Path, content: dict) -> None:
+    file = folder / "1.png"
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def cut_off_jpeg(folder: Path, content: dict) -> None:
+    Image.effect_noise((96, 64), 80).convert("RGB").save(folder / "1.jpg")
+    (folder / "1.jpg").write_bytes((folder / "1.jpg").read_bytes()[:-300])
+    content["images"][0]["file_name"] = "1.jpg"
+
+
+def turn(folder: Path, content: dict) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (96, 64)).save(folder / "1.png", exif=exif)
+
+
+def as_xyxy(folder: Path, content: dict) -> None:
+    for record in content["annotations"]:
+        x, y, w, h = record["bbox"]
+        record["bbox"] = [x + 20, y + 10, x + w + 20, y + h + 10]
+
+
+def no_boxes(folder: Path, content: dict) -> None:
+    content["annotations"].clear()
+
+
+def all_crowds(folder: Path, content: dict) -> None:
+    for record in content["annotations"]:
+        record["iscrowd"] = 1
+
+
+# what is wrong -> what the message says, and whether on_error=skip goes on without it
+REFUSED = {
+    "missing image": (lambda f, c: (f / "1.png").unlink(), "1.png (image id 1) does not exist", True),
+    "empty image": (overwrite(b""), "1.png (image id 1) is an empty file", True),
+    "text as image": (overwrite(b"no image"), "1.png (image id 1) cannot be read", True),
+    "truncated PNG": (cut_off, "1.png (image id 1) cannot be read", True),
+    "truncated JPEG": (cut_off_jpeg, "1.jpg (image id 1) cannot be read (image file is truncated", True),
+    "rotated, annotated as stored": (turn, "a quarter turn: boxes belong to the image as people see it", True),
+    "other size": (lambda f, c: c["images"][0].update(width=95), "is 96 x 64 pixels, annotated as 95 x 64", True),
+    "name that escapes": (
+        lambda f, c: c["images"][0].update(file_name="../1.png"),
+        "leaves the image folder (make it relative, without ..): ../1.png",
+        True,
+    ),
+    "NaN in a box": (set_box([float("nan"), 0, 9, 9]), "not four finite numbers (correct or remove it)", True),
+    "three numbers": (set_box([1, 2, 3]), "not four finite numbers (correct or remove it)", True),
+    "negative width": (set_box([40, 5, -9, 9]), "box of negative width or height (correct or remove it)", True),
+    "annotation of no image": (lambda f, c: c["annotations"][0].update(image_id=99), "of image 99", True),
+    "unknown category": (lambda f, c: c["annotations"][0].update(category_id=4), "of category 4", True),
+    "boxes are xyxy": (as_xyxy, "as xyxy (pixel) 0 don't", False),
+    "image id twice": (lambda f, c: c["images"][1].update(id=1), "image id 1 appears twice", False),
+    "no image": (lambda f, c: c["images"].clear(), "lists no images: the split is empty", False),
+    "no box": (no_boxes, "has 5 images, but no box", False),
+    "only crowds": (all_crowds, "has 5 images, but no box (crowds don't count)", False),
+    "no COCO": (lambda f, c: "[1, 2]", "has no list images, annotations, categories", False),
+    "no JSON": (lambda f, c: "{", "is not a JSON file", False),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name: str, broken: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    edit, message, can_be_skipped = REFUSED[name]
+    command = broken(edit)
+    with pytest.raises(SystemExit) as ended:
+        train.main([*command, "--dry-run"])
+    assert message in str(ended.value.code)
+    caplog.clear()
+    if can_be_skipped:
+        assert "data.on_error=skip" in str(ended.value.code)
+        for _ in range(2):  # from the cache, too
+            caplog.clear()
+            train.main([*command, "data.on_error=skip", "--dry-run"])
+            assert "left out: 1 x" in caplog.text and message.split(" (")[0].split(":")[0] in caplog.text
+    else:
+        with pytest.raises(SystemExit):
+            train.main([*command, "data.on_error=skip", "--dry-run"])
+
+
+def one_pixel(folder: Path, content: dict) -> None:
+    Image.new("RGB", (1, 1)).save(folder / "1.png")
+    content["images"][0].update(width=1, height=1)
+
+
+def panorama(folder: Path, content: dict) -> None:
+    Image.new("RGB", (640, 32)).save(folder / "1.png")
+    content["images"][0].update(width=640, height=32)
+
+
+def ids_from_zero_with_gaps(folder: Path, content: dict) -> None:
+    ids = {3: 0, 7: 90}
+    for record in content["categories"]:
+        record["id"] = ids[record["id"]]
+    for record in content["annotations"]:
+        record["category_id"] = ids[record["category_id"]]
+
+
+# what is unusual -> the problem that is told, if any
+ACCEPTED = {
+    "box without area": (set_box([5, 5, 0, 9]), "less than 1 pixel wide or high (it is not trained on)"),
+    "box outside": (set_box([200, 5, 9, 9]), "wholly outside its image (it is not trained on)"),
+    "box over the edge": (set_box([-9, 5, 30, 30]), "reaches over the image's edge (it is clipped in training)"),
+    "one pixel": (one_pixel, None),
+    "panorama 20:1": (panorama, None),
+    "ids 0 and 90": (ids_from_zero_with_gaps, None),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_what_is_accepted(name: str, broken: Callable, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    edit, told = ACCEPTED[name]
+    command = broken(edit)
+    trainer = train.build_trainer(load_recipe(*command[:1]))
+    for item in [*trainer.train_dataset, *trainer.eval_dataset]:
+        assert min(item["image"].shape[-2:]) >= 1
+    cli.main(["check-data", *command, "--output-dir", str(tmp_path / "report")])
+    if told:
+        assert told in capsys.readouterr().out
+    if name == "ids 0 and 90":
+        assert trainer.train_dataset.split.category_ids == (0, 90)
+        labels = {label for item in trainer.train_dataset for label in item["class_labels"].tolist()}
+        assert labels == {0, 1}
+
+
+GREY = Image.linear_gradient("L").resize((96, 64))
+MODES = {
+    "grey": GREY,
+    "grey + alpha": GREY.convert("LA"),
+    "colour + alpha": GREY.convert("RGBA"),
+    "palette": GREY.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE),
+    "CMYK": GREY.convert("RGB").convert("CMYK"),
+    "16 bits": Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_images_of_every_mode_look_alike(name: str, broken: Callable) -> None:
+    extension = "tiff" if name == "CMYK" else "png"
+
+    def edit(folder: Path, content: dict) -> None:
+        MODES[name].save(folder / f"1.{extension}")
+        content["images"][0]["file_name"] = f"1.{extension}"
+
+    trainer = train.build_trainer(load_recipe(broken(edit)[0]))
+    pixels = trainer.eval_dataset[0]["image"].int()
+    expected = np.asarray(GREY).astype(int)
+    assert abs(pixels.numpy() - expected[None]).max() <= 2
+
+
+def test_a_box_stays_on_the_thing_that_people_see_when_the_camera_was_turned(broken: Callable) -> None:
+    def edit(folder: Path, content: dict) -> None:
+        upright = Image.new("RGB", (64, 96))
+        upright.paste((255, 255, 255), (10, 50, 30, 80))
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned by a quarter clockwise
+        upright.transpose(Image.Transpose.ROTATE_90).save(folder / "1.png", exif=exif)
+        content["images"][0].update(width=64, height=96)
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 1]
+        content["annotations"].append({"id": 999, "image_id": 1, "category_id": 3, "bbox": [10, 50, 20, 30]})
+
+    item = train.build_trainer(load_recipe(broken(edit)[0], ["data.flip_probability=0"])).train_dataset[0]
+    (x1, y1, x2, y2), pixels = item["boxes"][0].tolist(), item["image"][0]
+    assert (pixels > 128).nonzero().min(0).values.tolist() == pytest.approx([y1, x1], abs=1)
+    assert (pixels > 128).nonzero().max(0).values.tolist() == pytest.approx([y2 - 1, x2 - 1], abs=1)
+
+
+def test_a_decompression_bomb_is_refused(broken: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = broken(lambda folder, content: None)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    with pytest.raises(SystemExit, match=r"has more than 4,000 pixels, which could be a decompression bomb"):
+        train.main([*command, "--dry-run"])
+
+
+def test_a_teacher_of_other_labels_is_refused(broken: Callable, tmp_path: Path) -> None:
+    tiny_model(id2label={0: "cat", 1: "dog", 2: "emu"}).save_pretrained(tmp_path / "teacher")
+    command = broken(lambda folder, content: None, f"teacher.checkpoint={tmp_path / 'teacher'}", "distillation.pkd=0")
+    with pytest.raises(SystemExit, match=r"student 2 \(cat, dog, \.\.\.\), teacher 3 .* train the teacher on"):
+        train.main([*command, "--dry-run"])
+
+
+def test_a_full_disk_is_told_before_training(broken: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = broken(lambda folder, content: None, "training.save_strategy=steps")
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(SystemExit, match=r"training.output_dir .* needs about .* GB"):
+        train.main([*command, "--dry-run"])
+
+
+def test_check_data_ends_with_an_error_where_training_would(broken: Callable, tmp_path: Path) -> None:
+    command = broken(overwrite(b""))
+    report = tmp_path / "report"
+    with pytest.raises(SystemExit, match="training would stop at this data"):
+        cli.main(["check-data", *command, "--output-dir", str(report)])
+    assert "! 1 x image cannot be read" in (report / "report.txt").read_text()
+    cli.main(["check-data", *command, "data.on_error=skip", "--output-dir", str(report)])
+    assert {"mini.png", "mini_samples.png"} <= {path.name for path in report.iterdir()}
+
+
+def test_inspection_agrees_with_reading(tmp_path: Path) -> None:
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        file = tmp_path / f"{orientation}.jpg"
+        Image.new("RGB", (30, 20)).save(file, exif=exif)
+        expected = (20, 30) if orientation > 4 else (30, 20)
+        assert inspect_image(file) == load_rgb(file).size == expected
+
+
+def test_splits_are_loaded_alike_by_every_command(broken: Callable) -> None:
+    recipe = load_recipe(broken(lambda folder, content: None)[0])
+    assert len(load_split(recipe.data, "mini", 2)) == 2 and len(load_split(recipe.data, "mini")) == 5
