@@ -2,7 +2,9 @@
 
 import io
 import os
+import struct
 import warnings
+import zlib
 from pathlib import Path
 from typing import IO
 
@@ -10,7 +12,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 # What Pillow raises for a file that is no image, is cut off, or unpacks to more pixels than it thinks safe.
-READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# Its plugins let most of these through from damaged headers.
+READ_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 ImageSource = str | os.PathLike[str] | bytes
 
 

@@ -1,0 +1,98 @@
+"""Box formats by hand, and data sets that claim the wrong one."""
+
+import numpy as np
+import pytest
+
+from crosskd_hf.data.boxes import check_format, is_box, misfits, note_box, to_xywh
+from crosskd_hf.data.problems import DataError, Kind, Problems
+
+SIZE = np.array([[200.0, 100.0]])
+
+
+@pytest.mark.parametrize(
+    ("box", "box_format", "unit"),
+    [
+        ([20, 30, 40, 10], "xywh", "pixel"),
+        ([20, 30, 60, 40], "xyxy", "pixel"),
+        ([40, 35, 40, 10], "cxcywh", "pixel"),
+        ([0.1, 0.3, 0.2, 0.1], "xywh", "relative"),
+        ([0.1, 0.3, 0.3, 0.4], "xyxy", "relative"),
+        ([0.2, 0.35, 0.2, 0.1], "cxcywh", "relative"),
+    ],
+)
+def test_every_format_is_the_same_box(box, box_format, unit):
+    np.testing.assert_allclose(to_xywh([box], SIZE, box_format, unit), [[20, 30, 40, 10]], atol=1e-9)
+
+
+def test_no_boxes_have_a_shape():
+    assert to_xywh([], np.zeros((0, 2))).shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("box", "wrong"),
+    [
+        ([0, 0, 200, 100], False),
+        ([-4, -2, 200, 100], False),  # within 2% of the side
+        ([-4.1, 0, 50, 50], True),
+        ([160, 0, 44, 50], False),
+        ([160, 0, 44.1, 50], True),
+        ([5, 5, 1, 1], False),
+        ([5, 5, 0.9, 9], True),
+    ],
+)
+def test_boxes_that_nobody_draws(box, wrong):
+    assert misfits(np.array([box], dtype=float), SIZE).tolist() == [wrong]
+
+
+def random_boxes(count=60):
+    rng = np.random.default_rng(0)
+    sides = rng.uniform(10, 60, (count, 2))
+    corner = rng.uniform(0, 1, (count, 2)) * (SIZE - sides)
+    return np.concatenate([corner, sides], axis=1), np.repeat(SIZE, count, axis=0)
+
+
+def test_the_right_format_is_named():
+    xywh, sizes = random_boxes()
+    xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+    check_format(xywh, sizes, "xywh", "pixel", "here")
+    check_format(xyxy, sizes, "xyxy", "pixel", "here")
+    with pytest.raises(DataError, match=r"here: \d+ of 60 boxes don't fit .* data.box_format=xyxy data.box_unit=pixel"):
+        check_format(xyxy, sizes, "xywh", "pixel", "here")
+    with pytest.raises(DataError, match=r"data.box_format=xywh data.box_unit=pixel"):
+        check_format(xywh, sizes, "xyxy", "pixel", "here")
+    with pytest.raises(DataError, match=r"data.box_unit=relative"):
+        check_format(xywh / np.tile(SIZE, 2), sizes, "xywh", "pixel", "here")
+    with pytest.raises(DataError, match=r"data.box_unit=pixel"):
+        check_format(xywh, sizes, "xywh", "relative", "here")
+
+
+def test_a_few_bad_boxes_are_no_other_format():
+    xywh, sizes = random_boxes()
+    xywh[:3, 2] = 0  # 5%
+    check_format(xywh, sizes, "xywh", "pixel", "here")
+    check_format(np.zeros((0, 4)), np.zeros((0, 2)), "xywh", "pixel", "here")
+    check_format(np.array([[150.0, 50, 180, 60]]), SIZE, "xywh", "pixel", "one box is not enough to tell")
+
+
+@pytest.mark.parametrize(
+    ("box", "usable", "kind"),
+    [
+        ([0, 0, 200, 100], True, None),
+        ([-1, 0, 20, 20], True, None),
+        ([-1.5, 0, 20, 20], True, Kind.BOX_EDGE),
+        ([200, 0, 5, 5], True, Kind.BOX_OUTSIDE),
+        ([10, 10, 0.5, 5], True, Kind.BOX_EMPTY),
+        ([10, 10, 1, 1], True, None),
+        ([10, 10, -1, 5], False, Kind.BOX_NEGATIVE),
+    ],
+)
+def test_one_box(box, usable, kind):
+    problems = Problems()
+    assert note_box(box, 200, 100, "annotation 7", problems) is usable
+    assert list(problems.counts) == ([] if kind is None else [kind])
+    assert kind is None or kind.stops is not usable
+
+
+@pytest.mark.parametrize("value", [None, [1, 2, 3], [1, 2, 3, "4"], [1, 2, 3, True], [1, 2, 3, float("inf")], "1234"])
+def test_what_is_no_box(value):
+    assert not is_box(value)

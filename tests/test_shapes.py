@@ -1,0 +1,70 @@
+"""Generated images: seeded, boxes on the shapes, crowds and empty images among them."""
+
+import numpy as np
+import pytest
+import torch
+
+from crosskd_hf.data.dataset import DetectionDataset
+from crosskd_hf.data.shapes import CLASSES, draw_scene, load_shapes, shape_mask
+from crosskd_hf.data.split import keep_for_training
+
+
+def scene(index=0, split="train", side=96, difficulty=0.5, seed=0):
+    return draw_scene(index, split, side, difficulty, seed)
+
+
+def test_an_image_is_a_function_of_its_settings():
+    first = scene()
+    assert np.array_equal(first.pixels, scene().pixels) and np.array_equal(first.boxes, scene().boxes)
+    for other in ({"index": 1}, {"split": "val"}, {"seed": 1}, {"difficulty": 0.6}):
+        assert not np.array_equal(first.pixels, scene(**other).pixels), other
+
+
+@pytest.mark.parametrize("difficulty", [0.0, 1.0])
+def test_boxes_are_whole_pixels_inside_the_image(difficulty):
+    scenes = [scene(i, difficulty=difficulty) for i in range(120)]
+    for s in scenes:
+        height, width = s.pixels.shape[:2]
+        assert s.pixels.dtype == np.uint8 and (height, width) in ((72, 96), (96, 72))
+        assert len(s.boxes) == len(s.labels) == len(s.crowds)
+        assert (s.boxes[:, :2] >= 0).all() and (s.boxes[:, 2:] >= 1).all()
+        assert (s.boxes[:, :2] + s.boxes[:, 2:] <= [width, height]).all()
+    assert sum(s.pixels.shape[0] > s.pixels.shape[1] for s in scenes) == 40  # every third is upright
+    assert {label for s in scenes for label in s.labels} == set(range(len(CLASSES)))
+    assert any(any(s.crowds) for s in scenes) and any(not s.labels for s in scenes)
+    assert all(s.crowds.count(True) <= 1 for s in scenes)
+
+
+def test_difficulty_makes_shapes_smaller_and_more():
+    easy, hard = ([scene(i, difficulty=d) for i in range(60)] for d in (0.0, 1.0))
+    assert np.mean([len(s.labels) for s in hard]) > 1.5 * np.mean([len(s.labels) for s in easy])
+    sizes = [np.median(np.concatenate([s.boxes[:, 2] for s in scenes])) for scenes in (easy, hard)]
+    assert sizes[1] < 0.8 * sizes[0]
+
+
+@pytest.mark.parametrize(("name", "part"), [("disc", np.pi / 4), ("ring", np.pi / 4 * (1 - 0.55**2)), ("square", 0.5)])
+def test_a_mask_covers_the_area_of_its_shape(name, part):
+    # of the circle's bounding square: the corners of a square lie on the circle
+    assert shape_mask(CLASSES.index(name), 40, 0.3).sum() == pytest.approx(part * 40**2, rel=0.03)
+
+
+def test_a_split_is_cached_and_trains(tmp_path):
+    split = load_shapes("train", 12, side=64, cache_dir=str(tmp_path))
+    again = load_shapes("train", 12, side=64, cache_dir=str(tmp_path))
+    assert split.dataset.cache_files == again.dataset.cache_files
+    assert split.label_names == CLASSES and split.category_ids == (1, 2, 3, 4, 5, 6)
+    longer = load_shapes("train", 15, side=64, cache_dir=str(tmp_path))
+    assert longer.dataset[:12]["objects"] == split.dataset[:12]["objects"], "a longer split begins with the shorter"
+    dataset = DetectionDataset(keep_for_training(split), train=True, short_side=48, long_side=64, flip_probability=0)
+    item, row = dataset[0], keep_for_training(split).dataset[0]
+    assert item["image"].shape[-2:] == (48, 64) and item["image"].dtype == torch.uint8
+    kept = [box for box, crowd in zip(row["objects"]["bbox"], row["objects"]["iscrowd"], strict=True) if not crowd]
+    assert item["boxes"].tolist() == [[x, y, x + w, y + h] for x, y, w, h in kept]
+    objects = split.dataset["objects"][:]
+    assert sorted(i for o in objects for i in o["id"]) == list(range(1, 1 + sum(len(o["id"]) for o in objects)))
+
+
+@pytest.mark.parametrize("wrong", [{"images": 0}, {"side": 31}, {"difficulty": 1.1}, {"difficulty": -0.1}])
+def test_settings_that_make_no_images_are_refused(wrong):
+    with pytest.raises(ValueError, match="generated images need"):
+        load_shapes(**{"split": "train", "images": 1, **wrong})
