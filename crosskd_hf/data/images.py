@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # What Pillow raises for a file that is no image, is cut off, or unpacks to more pixels than it thinks safe.
 # Its plugins let most of these through from damaged headers.
@@ -99,6 +99,8 @@ def _reason(source: ImageSource, error: Exception) -> str:
         return "is an empty file"
     if isinstance(error, Image.DecompressionBombError):
         return f"has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, which could be a decompression bomb"
+    if isinstance(error, UnidentifiedImageError):
+        return "cannot be read (it is no image of a kind that Pillow knows)"
     return f"cannot be read ({str(error).replace(repr(source), 'it')[:200]})"
 
 
