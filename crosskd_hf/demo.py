@@ -133,7 +133,7 @@ def draw_contact_sheet(runs: list[Stage], path: Path) -> None:
     for index in (i * len(split) // count for i in range(count)):
         image = Image.fromarray(dataset[index]["image"].permute(1, 2, 0).numpy())
         row = split.dataset.with_format("arrow", columns=["width", "height", "objects"])[index].to_pylist()[0]
-        truth = _truth(row, image.width / row["width"], image.height / row["height"])
+        truth = _truth(row, split.label_names, image.width / row["width"], image.height / row["height"])
         found = [detect(model, processor, image) for model in models]
         rows.append(
             [_drawn(image, boxes, labels, scores, split.label_names) for boxes, labels, scores in [truth, *found]]
@@ -141,27 +141,36 @@ def draw_contact_sheet(runs: list[Stage], path: Path) -> None:
     contact_sheet(rows, ["ground truth", *(stage.name for stage in students)]).save(path)
 
 
-Boxes = tuple[torch.Tensor, list[int], list[float] | None]
+@dataclass(frozen=True)
+class Boxes:
+    """(K, 4) boxes xyxy in pixels, with labels, what is written at them, and scores (None: ground truth)."""
+
+    boxes: torch.Tensor
+    labels: list[int]
+    names: list[str]
+    scores: list[float] | None = None
 
 
-def _truth(row: dict, scale_x: float, scale_y: float) -> Boxes:
-    boxes = torch.tensor(row["objects"]["bbox"], dtype=torch.float64).reshape(-1, 4)
+def _truth(row: dict, names: tuple[str, ...], scale_x: float, scale_y: float) -> Boxes:
+    objects = row["objects"]
+    boxes = torch.tensor(objects["bbox"], dtype=torch.float64).reshape(-1, 4)
     corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
-    return corners * torch.tensor([scale_x, scale_y] * 2), row["objects"]["category"], None
+    pairs = zip(objects["category"], objects["iscrowd"], strict=True)
+    texts = [f"{names[label]} (crowd)" if crowd else names[label] for label, crowd in pairs]
+    return Boxes(corners * torch.tensor([scale_x, scale_y] * 2), objects["category"], texts)
 
 
 @torch.no_grad()
 def detect(model: DenseDetector, processor: DenseDetectorImageProcessor, image: Image.Image) -> Boxes:
-    """Boxes xyxy in pixels, labels and scores of what a model finds, above the sheet's threshold."""
+    """What a model finds, above the sheet's threshold."""
     outputs = model(**processor(image, return_tensors="pt"))
     sizes = [(image.height, image.width)]
     found = processor.post_process_object_detection(outputs, SHEET_THRESHOLD, sizes)[0]
-    return found["boxes"], found["labels"].tolist(), found["scores"].tolist()
+    labels = found["labels"].tolist()
+    names = [model.config.id2label[label] for label in labels]
+    return Boxes(found["boxes"], labels, names, found["scores"].tolist())
 
 
-def _drawn(
-    image: Image.Image, boxes: torch.Tensor, labels: list[int], scores: list[float] | None, names: tuple[str, ...]
-) -> Image.Image:
-    return draw_boxes(
-        image, boxes, [names[label] for label in labels], scores, [label_color(label) for label in labels]
-    )
+def _drawn(image: Image.Image, found: Boxes) -> Image.Image:
+    colors = [label_color(label) for label in found.labels]
+    return draw_boxes(image, found.boxes, found.names, found.scores, colors)
