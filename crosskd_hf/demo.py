@@ -134,10 +134,8 @@ def draw_contact_sheet(runs: list[Stage], path: Path) -> None:
         image = Image.fromarray(dataset[index]["image"].permute(1, 2, 0).numpy())
         row = split.dataset.with_format("arrow", columns=["width", "height", "objects"])[index].to_pylist()[0]
         truth = _truth(row, split.label_names, image.width / row["width"], image.height / row["height"])
-        found = [detect(model, processor, image) for model in models]
-        rows.append(
-            [_drawn(image, boxes, labels, scores, split.label_names) for boxes, labels, scores in [truth, *found]]
-        )
+        columns = [truth, *(detect(model, processor, image) for model in models)]
+        rows.append([_drawn(image, boxes) for boxes in columns])
     contact_sheet(rows, ["ground truth", *(stage.name for stage in students)]).save(path)
 
 
