@@ -25,7 +25,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe",
         help="recipe with the data section (default: recipe.yaml in the model's folder, else COCO in data/coco)",
     )
-    parser.add_argument("--data", help="data set in COCO layout, instead of the recipe's data.path")
+    parser.add_argument("--data", help="data set of the same layout, instead of the recipe's data.path")
     parser.add_argument("--split", help="split to evaluate on, instead of the recipe's data.val_split")
     parser.add_argument("--output-dir", help="where metrics and COCO results go (default: the model's folder)")
     parser.add_argument("--batch-size", type=int, default=1, help="images a batch and process (default: 1)")
