@@ -27,7 +27,8 @@ TWO_X_RECIPES = {
     "fcos_r50_crosskd",
     "fcos_r50_crosskd_pkd",
 }
-PUBLISHED = sorted(set(carried_recipes()) - {"coco_mini", "gfl_r18_overfit"})
+OWN = {"coco_mini", "gfl_r18_overfit", "shapes_teacher", "shapes_crosskd", "your_data"}
+PUBLISHED = sorted(set(carried_recipes()) - OWN)
 
 
 def at_batch_16(name: str):
