@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     demo.add_arguments(commands.add_parser("demo", help="teacher, student alone and distilled, offline"))
     check_data.add_arguments(commands.add_parser("check-data", help="report on a recipe's data before training"))
     predict.add_arguments(commands.add_parser("predict", help="detections of image files"))
-    arguments = parser.parse_args(argv)
+    arguments = train.parse(parser, argv)
     if arguments.command == "train":
         train.launch(arguments)
         return

@@ -171,8 +171,9 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
             source, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        absent = "" if os.path.exists(source) else "there is no such folder here, and as a Hub id: "
         raise CheckpointError(
-            f"{source!r} can't be loaded as a detector ({first_line(error)}). Give the folder of a saved "
+            f"{source!r} can't be loaded as a detector ({absent}{first_line(error)}). Give the folder of a saved "
             "model, a Hub id, or an MMDetection .pth file."
         ) from error
     if not isinstance(model, DenseDetector):

@@ -200,12 +200,21 @@ def check_space(trainer: DetectionTrainer) -> None:
     check_disk_space(args.output_dir, checkpoint_bytes(trainer.model, args) * count, count)
 
 
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parsed arguments, with overrides before and after options alike, which argparse alone refuses."""
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `train.py` and `python -m crosskd_hf.train`."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
     add_arguments(parser)
-    arguments = parser.parse_args(argv)
-    launch(arguments)
+    launch(parse(parser, argv))
 
 
 def launch(arguments: argparse.Namespace) -> None:

@@ -58,6 +58,18 @@ def test_a_dry_run_describes_and_stops(recipe: Path, capsys: pytest.CaptureFixtu
     assert not list((recipe.parent / "run").iterdir()), "nothing is written"
 
 
+def test_overrides_may_stand_behind_options(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["training.max_steps=7", "--dry-run", "training.seed=3", "data.max_train_images=4"]
+    for main in (train.main, lambda argv: cli.main(["train", *argv])):
+        main([str(recipe), *words])
+        printed = capsys.readouterr().out
+        assert "steps              7" in printed and "training images    4" in printed
+    with pytest.raises(SystemExit, match="2"):
+        train.main([str(recipe), "--dryrun"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["evaluate", "model", "training.seed=3"])
+
+
 def test_a_recipe_runs_and_its_resolved_copy_runs_again(recipe: Path, capsys: pytest.CaptureFixture) -> None:
     train.main([str(recipe)])
     run = recipe.parent / "run"

@@ -155,6 +155,7 @@ def _open(path: str, split: str, config: str | None, cache_dir: str | None) -> d
         raise DataError(f"{path}, split {split!r} can't be read: {cause}") from error
     except Exception as error:  # the library raises a dozen kinds of its own
         text = str(error).splitlines()[0] if str(error) else repr(error)
+        text = text if folder.is_dir() else f"there is no such folder here, and as a Hub id: {text}"
         raise DataError(
             f"{path}, split {split!r} can't be opened as a data set ({text}). data.path "
             "must be a Hub id, or a folder of Parquet files, of save_to_disk, or of images with metadata.jsonl; for a "
