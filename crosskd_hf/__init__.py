@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetec
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
 from .data.coco import load_coco
+from .data.columns import load_columns
 from .data.dataset import DetectionDataset
 from .data.shapes import load_shapes
 from .data.split import DetectionSplit, keep_for_training
@@ -66,6 +67,7 @@ __all__ = [
     "__version__",
     "keep_for_training",
     "load_coco",
+    "load_columns",
     "load_recipe",
     "load_shapes",
 ]

@@ -14,18 +14,13 @@ pixels of the upright image. Its ids are those of an annotation file, see `match
 
 import argparse
 import contextlib
-import glob
-import json
 import os
-import re
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePath
-from types import TracebackType
-from typing import Any
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -35,57 +30,29 @@ from transformers import AutoImageProcessor
 
 from .data.images import ImageError, load_rgb
 from .factory import load_detector
+from .image_files import (
+    PredictionError,
+    category_ids_of,
+    find_images,
+    match_images,
+    number_images,
+    picture_names,
+    read_annotated,
+    relative_names,
+    words,
+)
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .models.modeling_dense import DenseDetector
-from .visualization import draw_boxes, label_color
-
-RESULTS_FILE = "predictions.json"
-PICTURES_FOLDER = "pictures"
-# What is looked for in folders and by patterns. A file that is named itself may have any name.
-IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-PICTURE_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
+from .prediction_files import (
+    PICTURES_FOLDER,
+    RESULTS_FILE,
+    Prediction,
+    PredictionWriter,
+    ResultsFile,
+    check_output,
+)
 
 ErrorHandler = Callable[[Path, ImageError], None]
-
-
-class PredictionError(ValueError):
-    """Predictions that can't be made or written, and what to do about it."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The K detections of an image, best first, on the CPU.
-
-    Attributes:
-        path: of the image file.
-        image: what was read: upright, 8-bit RGB.
-        scores: (K,).
-        labels: (K,) int64, the model's.
-        boxes: (K, 4) xyxy in pixels of `image`.
-    """
-
-    path: Path
-    image: Image.Image
-    scores: Tensor
-    labels: Tensor
-    boxes: Tensor
-
-
-@dataclass(frozen=True)
-class ImageEntry:
-    """What an image is called in the results. `size` is the annotated (width, height), where there is one."""
-
-    image_id: int
-    file_name: str
-    size: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class Annotated:
-    """Images and category ids of a COCO file: its images by `file_name`, its category ids by name."""
-
-    images: Mapping[str, ImageEntry]
-    category_ids: Mapping[str, int]
 
 
 def predict(
@@ -122,93 +89,6 @@ def predict(
     """
     _check_numbers(batch_size, workers, threshold)
     return _predict(model, processor, paths, threshold, batch_size, workers, on_error)
-
-
-def find_images(sources: Sequence[str], recursive: bool = False) -> list[Path]:
-    """The image files that sources name, sorted and each once.
-
-    Args:
-        sources: image files; folders, whose images are taken; and glob patterns, in which `**` stands for folders.
-            Folders and patterns find names that end as `IMAGE_EXTENSIONS` do, in any case, and don't begin with a dot.
-        recursive: take the images in folders of folders, too.
-
-    Raises:
-        PredictionError: a source that matches no image, or a folder that can't be listed.
-    """
-    found: dict[str, Path] = {}
-    for source in sources:
-        for path in _matches(source, recursive):
-            found.setdefault(os.path.abspath(path), path)
-    return sorted(found.values())
-
-
-def number_images(names: Sequence[str]) -> list[ImageEntry]:
-    """Image ids without an annotation file.
-
-    They are the file names' stems if all of them are different whole numbers (000000397133.jpg is image 397133), as in
-    COCO; otherwise 1, 2, ... in the order of the names.
-    """
-    stems = [PurePath(name).stem for name in names]
-    numbers = [int(stem) for stem in stems if re.fullmatch("[0-9]+", stem)]
-    ids = numbers if len(set(numbers)) == len(names) else range(1, len(names) + 1)
-    return [ImageEntry(image_id, name) for image_id, name in zip(ids, names, strict=True)]
-
-
-def read_annotated(path: str | os.PathLike[str]) -> Annotated:
-    """The images and the categories of a COCO instances file. Its annotations are not looked at.
-
-    Raises:
-        PredictionError: the file is missing, no JSON or no COCO file, or lists a name twice.
-    """
-    try:
-        with open(path, "rb") as file:
-            content = json.load(file)
-    except OSError as error:
-        raise PredictionError(f"the annotation file {path} can't be read ({_words(error)}).") from error
-    except ValueError as error:
-        raise PredictionError(f"the annotation file {path} is no JSON ({error}).") from error
-    try:
-        images = [
-            ImageEntry(image["id"], image["file_name"], (image["width"], image["height"]))
-            for image in content["images"]
-        ]
-        categories = [(category["name"], category["id"]) for category in content["categories"]]
-    except (KeyError, TypeError) as error:
-        raise PredictionError(
-            f"{path} is no COCO instances file: it needs a list of images with id, file_name, width and height, and a "
-            f"list of categories with id and name ({type(error).__name__}: {error})."
-        ) from error
-    for what, names in (
-        ("file_name", [image.file_name for image in images]),
-        ("category", [name for name, _ in categories]),
-    ):
-        if twice := _first_repeated(names):
-            raise PredictionError(f"{path} lists the {what} {twice!r} twice, so that its id is open.")
-    return Annotated({image.file_name: image for image in images}, dict(categories))
-
-
-def match_images(paths: Sequence[Path], annotated: Annotated) -> list[ImageEntry]:
-    """The annotated image of each file.
-
-    A file is the image whose `file_name` is the end of its path; of several, the longest.
-
-    Raises:
-        PredictionError: a file that isn't annotated, or two files of one image.
-    """
-    entries, owners = [], {}
-    for path in paths:
-        parts = Path(os.path.abspath(path)).parts[1:]
-        ends = ("/".join(parts[start:]) for start in range(len(parts)))
-        entry = next((annotated.images[end] for end in ends if end in annotated.images), None)
-        if entry is None:
-            raise PredictionError(
-                f"{path} is not an image of the annotation file: no file_name in it is the end of this path. "
-                "Leave the image out, or name the annotation file that lists it."
-            )
-        if (first := owners.setdefault(entry.file_name, path)) is not path:
-            raise PredictionError(f"{first} and {path} are both {entry.file_name!r} of the annotation file.")
-        entries.append(entry)
-    return entries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -263,21 +143,21 @@ def run(arguments: argparse.Namespace) -> None:
     """
     _check_numbers(arguments.batch_size, arguments.workers, arguments.threshold, arguments.json_threshold)
     paths = find_images(arguments.sources, arguments.recursive)
-    names = _relative_names(paths)
+    names = relative_names(paths)
     output = Path(arguments.output_dir)
     pictures = None if arguments.no_pictures else output / PICTURES_FOLDER
-    _check_output(output, pictures, paths)
+    check_output(output, pictures, paths)
     annotated = read_annotated(arguments.annotations) if arguments.annotations else None
     entries = match_images(paths, annotated) if annotated else number_images(names)
     model, processor = _load(arguments.model, arguments.device)
     id2label = model.config.id2label
-    writer = _Writer(
-        _ResultsFile(output / RESULTS_FILE),
+    writer = PredictionWriter(
+        ResultsFile(output / RESULTS_FILE),
         pictures,
         dict(zip(paths, entries, strict=True)),
-        dict(zip(paths, _picture_names(names), strict=True)),
+        dict(zip(paths, picture_names(names), strict=True)),
         id2label,
-        _category_ids(id2label, annotated),
+        category_ids_of(id2label, annotated),
         arguments.threshold,
         arguments.json_threshold,
     )
@@ -288,32 +168,6 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"written to {output / RESULTS_FILE}" + (f" and {pictures}" if pictures else ""))
     if left_out:
         print(f"{len(left_out)} of {len(paths)} images were left out:\n  " + "\n  ".join(left_out))
-
-
-def coco_results(
-    prediction: Prediction,
-    entry: ImageEntry,
-    id2label: Mapping[int, str],
-    category_ids: Mapping[int, int],
-    threshold: float = 0.0,
-) -> list[dict[str, Any]]:
-    """The detections above a threshold in COCO's result format; boxes with 3 decimals, scores with 8."""
-    keep = prediction.scores > threshold
-    boxes = prediction.boxes[keep].double()  # before subtracting: the width of float32 corners is then exact
-    boxes_xywh = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
-    return [
-        {
-            "image_id": entry.image_id,
-            "file_name": entry.file_name,
-            "category_id": category_ids[label],
-            "category": id2label[label],
-            "bbox": [round(value, 3) for value in box],
-            "score": round(score, 8),
-        }
-        for score, label, box in zip(
-            prediction.scores[keep].tolist(), prediction.labels[keep].tolist(), boxes_xywh, strict=True
-        )
-    ]
 
 
 @dataclass(frozen=True)
@@ -412,7 +266,7 @@ def _load(source: str, device: str | None) -> tuple[DenseDetector, DenseDetector
         processor = AutoImageProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise PredictionError(
-            f"{source!r} has no image processor that can be read ({_words(error)}). Save it beside the model with "
+            f"{source!r} has no image processor that can be read ({words(error)}). Save it beside the model with "
             "DenseDetectorImageProcessor.for_model(model.config).save_pretrained(...)."
         ) from error
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -424,7 +278,7 @@ def _load(source: str, device: str | None) -> tuple[DenseDetector, DenseDetector
 
 
 def _write_all(
-    writer: "_Writer",
+    writer: "PredictionWriter",
     model: DenseDetector,
     processor: DenseDetectorImageProcessor,
     paths: Sequence[Path],
@@ -461,209 +315,6 @@ def _write_all(
     return counts, left_out
 
 
-def _category_ids(id2label: Mapping[int, str], annotated: Annotated | None) -> dict[int, int]:
-    """The COCO category id of each label."""
-    if annotated is None:
-        return {label: label for label in id2label}
-    known = annotated.category_ids
-    if unknown := [name for name in id2label.values() if name not in known]:
-        raise PredictionError(
-            f"the model has {len(unknown)} labels that aren't categories of the annotation file, such as "
-            f"{unknown[0]!r}; its categories are {', '.join(list(known)[:8])}. Leave --annotations out, or rename one."
-        )
-    return {label: known[name] for label, name in id2label.items()}
-
-
-def _matches(source: str, recursive: bool) -> list[Path]:
-    path = Path(source).expanduser()
-    endings = " ".join(IMAGE_EXTENSIONS)
-    if path.is_dir():
-        images = _images_in(path, recursive)
-        hint = "" if recursive else "; --recursive looks into its folders, too"
-        if not images:
-            raise PredictionError(f"the folder {source} holds no images ({endings}){hint}.")
-        return images
-    if path.exists():
-        return [path]
-    if not glob.has_magic(source):
-        raise PredictionError(f"there is no file or folder {source}: give an image, a folder, or a pattern in quotes.")
-    images = [Path(match) for match in glob.glob(str(path), recursive=True) if _is_image_name(match)]
-    images = [image for image in images if image.is_file()]
-    if not images:
-        raise PredictionError(f"the pattern {source} matches no images ({endings}).")
-    return images
-
-
-def _images_in(folder: Path, recursive: bool) -> list[Path]:
-    def fail(error: OSError) -> None:
-        raise PredictionError(f"the folder {error.filename} can't be listed ({_words(error)}).") from error
-
-    images: list[Path] = []
-    for place, folders, files in os.walk(folder, onerror=fail):
-        images += [Path(place, name) for name in files if _is_image_name(name)]
-        if not recursive:
-            folders.clear()
-    return images
-
-
-def _is_image_name(name: str) -> bool:
-    path = PurePath(name)
-    return path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")
-
-
-def _relative_names(paths: Sequence[Path]) -> list[str]:
-    """Names from the deepest folder on that all files share: different, since the paths are."""
-    absolute = [os.path.abspath(path) for path in paths]
-    root = os.path.commonpath([os.path.dirname(path) for path in absolute])
-    return [Path(os.path.relpath(path, root)).as_posix() for path in absolute]
-
-
-def _picture_names(names: Sequence[str]) -> list[str]:
-    """The names of pictures: those of the images, with .png added where it isn't a format that pictures have."""
-    taken = set(names)
-    pictures = []
-    for name in names:
-        picture = name
-        if PurePath(name).suffix.lower() not in PICTURE_FORMATS:
-            picture += ".png"
-            while picture in taken:  # x.bmp beside an image x.bmp.png
-                picture += ".png"
-            taken.add(picture)
-        pictures.append(picture)
-    return pictures
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    """Write a picture; a file is there complete or not at all."""
-    temporary = _temporary(path)
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            picture.save(temporary, format=PICTURE_FORMATS[path.suffix.lower()])
-            os.replace(temporary, path)  # also takes the place of a link, instead of writing to what it points to
-        finally:
-            temporary.unlink(missing_ok=True)  # there only if one of these failed
-
-
-class _ResultsFile:
-    """A JSON list that is written item by item, and takes its place when the block ends without an error."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = _temporary(path)
-        self._separator = "[\n"
-
-    def __enter__(self) -> "_ResultsFile":
-        with _writing(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._temporary.open("w", encoding="utf-8")
-        return self
-
-    def add(self, items: Sequence[Mapping[str, Any]]) -> None:
-        """Append items."""
-        with _writing(self._path):
-            for item in items:
-                self._file.write(self._separator + json.dumps(item))
-                self._separator = ",\n"
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is None:
-                with _writing(self._path):
-                    self._file.write("[]\n" if self._separator == "[\n" else "\n]\n")
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
-                    self._file.close()
-                    os.replace(self._temporary, self._path)
-        finally:
-            with contextlib.suppress(OSError):  # a full disk fails again here
-                self._file.close()
-            self._temporary.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class _Writer:
-    """Where predictions go.
-
-    Attributes:
-        results: open while `write` is called.
-        pictures: folder, or None for no pictures.
-        entries, picture_names: of each image.
-        id2label, category_ids: names and COCO category ids of the model's labels.
-        threshold, json_threshold: of what is drawn, and of what goes into the results.
-    """
-
-    results: _ResultsFile
-    pictures: Path | None
-    entries: Mapping[Path, ImageEntry]
-    picture_names: Mapping[Path, str]
-    id2label: Mapping[int, str]
-    category_ids: Mapping[int, int]
-    threshold: float
-    json_threshold: float
-
-    def write(self, prediction: Prediction) -> int:
-        """Write the results and the picture of an image: the number of results.
-
-        Raises:
-            ImageError: the image doesn't have its annotated size; nothing is written.
-            PredictionError: the disk doesn't take it.
-        """
-        entry = self.entries[prediction.path]
-        if entry.size is not None and prediction.image.size != entry.size:
-            (width, height), (listed_width, listed_height) = prediction.image.size, entry.size
-            raise ImageError(
-                f"is {width} x {height} pixels, but the annotation file says {listed_width} x {listed_height}"
-            )
-        rows = coco_results(prediction, entry, self.id2label, self.category_ids, self.json_threshold)
-        self.results.add(rows)
-        if self.pictures:
-            _save(self._picture(prediction), self.pictures / self.picture_names[prediction.path])
-        return len(rows)
-
-    def _picture(self, prediction: Prediction) -> Image.Image:
-        keep = prediction.scores > self.threshold
-        labels = prediction.labels[keep].tolist()
-        return draw_boxes(
-            prediction.image,
-            prediction.boxes[keep],
-            [self.id2label[label] for label in labels],
-            prediction.scores[keep].tolist(),
-            [label_color(label) for label in labels],
-        )
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise PredictionError(
-            f"{path} can't be written ({_words(error)}). Make room, or name another folder with --output-dir."
-        ) from error
-
-
-def _check_output(output: Path, pictures: Path | None, paths: Sequence[Path]) -> None:
-    for folder in filter(None, (output, pictures)):
-        if folder.exists() and not folder.is_dir():
-            raise PredictionError(f"{folder} is a file: name a folder with --output-dir.")
-    if pictures is None:
-        return
-    place = pictures.resolve()
-    for path in paths:
-        if path.resolve().is_relative_to(place):
-            raise PredictionError(
-                f"the image {path} lies where pictures are written, and could be overwritten: name another folder "
-                "with --output-dir, or use --no-pictures."
-            )
-
-
 def _check_numbers(batch_size: int, workers: int, *thresholds: float) -> None:
     for threshold in thresholds:
         if not 0 <= threshold <= 1:  # NaN fails here as well
@@ -675,17 +326,3 @@ def _check_numbers(batch_size: int, workers: int, *thresholds: float) -> None:
 
 def _unreadable(path: Path, error: ImageError) -> PredictionError:
     return PredictionError(f"{path} {error}: restore or remove it.")
-
-
-def _first_repeated(names: Sequence[str]) -> str | None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
-
-
-def _words(error: Exception) -> str:
-    """An error's own words, without number and file name."""
-    return getattr(error, "strerror", None) or str(error).partition("\n")[0]

@@ -16,22 +16,20 @@ from pycocotools.cocoeval import COCOeval
 from tiny import LABELS, tiny_model, tiny_processor, write_tiny_coco
 
 from crosskd_hf import predict as module
+from crosskd_hf import prediction_files
 from crosskd_hf.convert import CheckpointError
 from crosskd_hf.data.images import load_rgb
-from crosskd_hf.predict import (
+from crosskd_hf.image_files import (
     Annotated,
     ImageEntry,
-    Prediction,
     PredictionError,
-    add_arguments,
-    coco_results,
     find_images,
     match_images,
     number_images,
-    predict,
     read_annotated,
-    run,
 )
+from crosskd_hf.predict import add_arguments, predict, run
+from crosskd_hf.prediction_files import Prediction, coco_results
 
 
 @pytest.fixture(scope="module")
@@ -449,7 +447,7 @@ def test_a_bug_leaves_no_part_either(tmp_path: Path, saved: str, monkeypatch: py
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "draw_boxes", interrupt)
+    monkeypatch.setattr(prediction_files, "draw_boxes", interrupt)
     with pytest.raises(KeyboardInterrupt):
         command(saved, noise(tmp_path / "a.png"), "--output-dir", tmp_path / "out")
     assert os.listdir(tmp_path / "out") == []
