@@ -9,6 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MA
 from .data.coco import load_coco
 from .data.columns import load_columns
 from .data.dataset import DetectionDataset
+from .data.problems import DataError
 from .data.shapes import load_shapes
 from .data.split import DetectionSplit, keep_for_training
 from .evaluation import CocoEvaluator
@@ -47,6 +48,7 @@ __all__ = [
     "ATSSConfig",
     "ATSSForObjectDetection",
     "CocoEvaluator",
+    "DataError",
     "DenseDetector",
     "DenseDetectorConfig",
     "DenseDetectorImageProcessor",

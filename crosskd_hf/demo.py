@@ -97,8 +97,7 @@ def run(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 def read_metrics(folder: Path) -> dict[str, float]:
     """The final metrics of a run."""
-    path = folder / train.EVALUATION_FOLDER / "eval_metrics.json"
-    return json.loads(path.read_text(encoding="utf-8"))
+    return {name.removeprefix("eval_"): value for name, value in train.final_metrics(folder).items()}
 
 
 def read_curve(folder: Path) -> list[tuple[float, float]]:

@@ -10,9 +10,11 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from .checkpoints import (
+    MARKER,
     FolderInUseError,
     check_disk_space,
     checkpoint_bytes,
+    checkpoint_folders,
     checkpoints_at_once,
     claimed,
     last_complete_checkpoint,
@@ -25,7 +27,7 @@ from .factory import build_model, count_parameters, load_teacher
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .monitoring import NonFiniteLossError
 from .recipe import Recipe, RecipeError, load_recipe
-from .trainer import EVALUATION_FOLDER, DetectionTrainer, DistillationTrainer
+from .trainer import DetectionTrainer, DistillationTrainer
 
 RECIPE_FILE = "recipe.yaml"
 STATE_FILE = "trainer_state.json"  # written last: a run that has it beside its model is finished
@@ -37,7 +39,7 @@ MAY_CHANGE = (
     *("output_dir", "disable_tqdm", "report_to", "run_name", "push_to_hub", "hub_model_id", "hub_strategy"),
     *("logging_steps", "logging_strategy", "eval_steps", "eval_strategy", "save_steps", "save_strategy"),
     *("save_total_limit", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
-    *("per_device_eval_batch_size", "load_best_model_at_end"),
+    *("per_device_eval_batch_size", "load_best_model_at_end", "dataloader_persistent_workers"),
 )
 
 
@@ -107,16 +109,16 @@ def check_output(recipe: Recipe, output: Path) -> None:
             values would be ignored; and a finished run would be written over.
     """
     if not (output / RECIPE_FILE).is_file():
-        if (output / "config.json").exists():
+        if (output / "config.json").exists() or checkpoint_folders(output):
             raise RecipeError(
-                f"{output} holds a model, but no {RECIPE_FILE} of a run: name another training.output_dir, or remove "
-                "that folder."
+                f"{output} holds a model or checkpoints, but no {RECIPE_FILE} of a run: name another "
+                "training.output_dir, or remove that folder."
             )
         return
     before, now = (flat_settings(r) for r in (load_recipe(output / RECIPE_FILE), recipe))
     changed = [
         f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted({*before, *now} - {f"training.{name}" for name in MAY_CHANGE})
+        for key in sorted({*before, *now} - {"data.cache_dir", *(f"training.{name}" for name in MAY_CHANGE)})
         if before.get(key) != now.get(key)
     ]
     if changed:
@@ -124,6 +126,22 @@ def check_output(recipe: Recipe, output: Path) -> None:
             f"{output} holds a run of other settings:\n  - " + "\n  - ".join(changed) + "\nIt can only be continued "
             "as it was. Name another training.output_dir, or remove that folder to start again."
         )
+
+
+def check_processes(output: Path, processes: int) -> None:
+    """Refuse to go on with another number of processes than a run was begun with.
+
+    Raises:
+        RecipeError: the restored learning rate and data position would be those of another batch.
+    """
+    # Whole ones: in others, not every process may have written its state.
+    for folder in [folder for folder in checkpoint_folders(output) if (folder / MARKER).exists()][-1:]:
+        before = len(list(folder.glob("rng_state*.pth")))  # one a process
+        if before and before != processes:
+            raise RecipeError(
+                f"{output} holds a run of {before} processes, this one has {processes}: its learning rate and place "
+                f"in the data would not fit. Start {before} processes, or name another training.output_dir."
+            )
 
 
 def is_finished(output: Path) -> bool:
@@ -159,6 +177,12 @@ def run(trainer: DetectionTrainer, recipe: Recipe) -> None:
         trainer.save_state()  # the last file: see `is_finished`
 
 
+def final_metrics(output: Path) -> dict[str, float]:
+    """The metrics at the end of a finished run: of its own state, since `crosskd evaluate` may have written others."""
+    history = json.loads((output / STATE_FILE).read_text(encoding="utf-8"))["log_history"]
+    return next(entry for entry in reversed(history) if "eval_AP" in entry)
+
+
 def print_metrics(metrics: dict[str, float]) -> None:
     """The table of a run's metrics."""
     print(format_metrics({name.removeprefix("eval_"): value for name, value in metrics.items()}), flush=True)
@@ -184,8 +208,9 @@ def prepare(recipe: Recipe, dry_run: bool = False) -> DetectionTrainer | None:
     if is_finished(output) and not dry_run:
         if PartialState().is_main_process:
             print(f"{output} holds this run, finished; remove the folder to run it again.")
-            print_metrics(json.loads((output / EVALUATION_FOLDER / "eval_metrics.json").read_text(encoding="utf-8")))
+            print_metrics(final_metrics(output))
         return None
+    check_processes(output, PartialState().num_processes)
     trainer = build_trainer(recipe)
     check_space(trainer)
     if trainer.is_world_process_zero():
@@ -240,7 +265,10 @@ def explain(error: Exception) -> str:
     """An error as one message, with the rank that saw it where there are several."""
     state = PartialState()
     rank = f"[process {state.process_index}] " if state.num_processes > 1 else ""
-    return f"{rank}{type(error).__name__}: {error}"
+    name = type(error).__name__
+    # torch puts a data worker's traceback before the message.
+    text = str(error).rpartition(f"{name}: ")[2] if str(error).startswith("Caught") else str(error)
+    return f"{rank}{name}: {text}"
 
 
 if __name__ == "__main__":

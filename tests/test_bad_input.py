@@ -155,6 +155,10 @@ ACCEPTED = {
     "box without area": (set_box([5, 5, 0, 9]), "less than 1 pixel wide or high (it is not trained on)"),
     "box outside": (set_box([200, 5, 9, 9]), "wholly outside its image (it is not trained on)"),
     "box over the edge": (set_box([-9, 5, 30, 30]), "reaches over the image's edge (it is clipped in training)"),
+    "area 0": (
+        lambda f, c: c["annotations"][0].update(area=0),
+        "area of 0 or less (it is not trained on; leave area out to take the box's)",
+    ),
     "one pixel": (one_pixel, None),
     "panorama 20:1": (panorama, None),
     "ids 0 and 90": (ids_from_zero_with_gaps, None),
@@ -255,10 +259,11 @@ def test_inspection_agrees_with_reading(tmp_path: Path) -> None:
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        file = tmp_path / f"{orientation}.jpg"
-        Image.new("RGB", (30, 20)).save(file, exif=exif)
         expected = (20, 30) if orientation > 4 else (30, 20)
-        assert inspect_image(file) == load_rgb(file).size == expected
+        for kind in ("jpg", "png", "tiff", "webp"):
+            file = tmp_path / f"{orientation}.{kind}"
+            Image.new("RGB", (30, 20)).save(file, exif=exif)
+            assert inspect_image(file) == load_rgb(file).size == expected
 
 
 def test_splits_are_loaded_alike_by_every_command(broken: Callable) -> None:

@@ -66,6 +66,15 @@ def test_the_right_format_is_named():
         check_format(xywh, sizes, "xywh", "relative", "here")
 
 
+def test_small_boxes_of_another_format_are_told_by_those_at_the_edge():
+    rng = np.random.default_rng(1)
+    sides = rng.uniform(6, 14, (2000, 2))  # about 7% of the image; a few percent reach over the edge as xywh
+    sizes = np.full((2000, 2), 150.0)
+    centre = sides / 2 + rng.uniform(0, 1, (2000, 2)) * (sizes - sides)
+    with pytest.raises(DataError, match=r"data.box_format=cxcywh"):
+        check_format(np.concatenate([centre, sides], axis=1), sizes, "xywh", "pixel", "here")
+
+
 def test_a_few_bad_boxes_are_no_other_format():
     xywh, sizes = random_boxes()
     xywh[:3, 2] = 0  # 5%

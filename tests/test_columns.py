@@ -246,6 +246,30 @@ def test_metadata_is_checked(coco, load, tmp_path, line, message):
         load(tmp_path / "set")
 
 
+def test_a_row_cannot_name_a_file_elsewhere(tmp_path, load):
+    Image.new("RGB", (40, 30)).save(tmp_path / "secret.png")
+    (tmp_path / "set").mkdir()
+    image = pa.array(
+        [{"bytes": None, "path": str(tmp_path / "secret.png")}],
+        pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+    )
+    table = pa.table({"image": image, "objects": [{"bbox": [BOX], "category": ["a"]}]})
+    pq.write_table(table, tmp_path / "set" / "train.parquet")
+    with pytest.raises(DataError, match=r"the image .*secret\.png lies outside the data set"):
+        load(tmp_path / "set")
+
+
+def test_a_split_with_class_names_needs_no_other(coco, load, tmp_path):
+    save(coco, tmp_path / "set", "parquet")
+    assert_same(load(tmp_path / "set", other_splits=["validation"]), coco)
+
+
+def test_a_saved_format_is_no_matter(coco, load, tmp_path):
+    data = with_classes(datasets.Dataset.from_list(rows(coco)).cast_column("image", datasets.Image()))
+    data.with_format("torch", columns=["objects"]).save_to_disk(tmp_path / "set")
+    assert_same(load(tmp_path / "set"), coco)
+
+
 def test_what_is_skipped_is_told_at_every_load(tmp_path, load, caplog, monkeypatch):
     good = {"bbox": [BOX], "category": ["a"]}
     folder = small_set(tmp_path / "set", [good, good, {"bbox": [BOX, [1.0, 2, -3, 4]], "category": ["a", "a"]}])

@@ -144,7 +144,7 @@ def test_unreadable_images_are_named(split):
     paths = [row["path"] for row in split.dataset.with_format("arrow")[:]["image"].to_pylist()]
     dataset = DetectionDataset(split, train=True)
     os.unlink(paths[0])
-    with pytest.raises(ValueError, match=r"image 1 \(1\.png\) does not exist; restore or remove it"):
+    with pytest.raises(ValueError, match=r"image 1 \(1\.png\) does not exist; restore it, or start again"):
         dataset[0]
     with open(paths[1], "r+b") as file:
         file.truncate(60)

@@ -9,8 +9,10 @@ import yaml
 from tiny import tiny_model, tiny_split, write_tiny_coco
 
 from crosskd_hf import cli, train
+from crosskd_hf.checkpoints import MARKER
 from crosskd_hf.convert import reference_keys, to_reference
-from crosskd_hf.recipe import carried_recipes, load_recipe
+from crosskd_hf.data.problems import DataError
+from crosskd_hf.recipe import RecipeError, carried_recipes, load_recipe
 
 SMALL = {"backbone": "resnet18", "fpn_channels": 32, "head_channels": 32}
 
@@ -206,8 +208,40 @@ def test_a_folder_of_something_else_is_not_written_to(recipe: Path) -> None:
         train.main([str(recipe), "training.max_steps=4"])
     foreign = recipe.parent / "foreign"
     tiny_model().save_pretrained(foreign)
-    with pytest.raises(SystemExit, match=r"foreign holds a model, but no recipe\.yaml"):
+    with pytest.raises(SystemExit, match=r"foreign holds a model or checkpoints, but no recipe\.yaml"):
         train.main([str(recipe), f"training.output_dir={foreign}"])
+    (recipe.parent / "other" / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"other holds a model or checkpoints"):
+        train.main([str(recipe), f"training.output_dir={recipe.parent / 'other'}"])
+
+
+def test_a_run_goes_on_with_its_number_of_processes_only(tmp_path: Path) -> None:
+    train.check_processes(tmp_path, 2)
+    for step, ranks, whole in ((2, 2, True), (4, 1, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for rank in range(ranks):
+            (folder / f"rng_state_{rank}.pth").touch()
+        if whole:
+            (folder / MARKER).touch()
+    train.check_processes(tmp_path, 2)  # the newer one was being written when the run was killed
+    with pytest.raises(RecipeError, match=r"a run of 2 processes, this one has 1: .* Start 2 processes"):
+        train.check_processes(tmp_path, 1)
+
+
+def test_another_evaluation_does_not_change_a_finished_run(recipe: Path) -> None:
+    train.main([str(recipe)])
+    run = recipe.parent / "run"
+    before = train.final_metrics(run)
+    cli.main(["evaluate", str(run), "--workers", "0", "--max-images", "1"])
+    assert train.final_metrics(run) == before and "eval_AP/cat" in before
+
+
+def test_a_message_from_a_data_worker_is_the_message_alone() -> None:
+    text = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  ...\n"
+    error = DataError(text + "crosskd_hf.data.problems.DataError: image 3 (3.png) does not exist")
+    assert train.explain(error) == "DataError: image 3 (3.png) does not exist"
+    assert train.explain(DataError("plain: text")) == "DataError: plain: text"
 
 
 def test_the_same_seed_gives_the_same_new_weights(recipe: Path) -> None:

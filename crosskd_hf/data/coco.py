@@ -1,5 +1,6 @@
 """COCO-format annotations as a memory-mapped Arrow dataset of image paths and boxes."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -105,8 +106,8 @@ def load_coco(
         dataset_name="coco_detection",
         annotation_file=str(annotation_file),
         image_dir=str(image_dir),
-        # Images that were left out may be put right in their folder.
-        fingerprint=f"{status.st_size}-{status.st_mtime_ns}" + (f"-{image_dir.stat().st_mtime_ns}" if skip else ""),
+        # Images that were left out may be put right later.
+        fingerprint=f"{status.st_size}-{status.st_mtime_ns}" + (f"-{_files_hash(image_dir)}" if skip else ""),
         on_error=on_error,
     )
     builder.download_and_prepare()
@@ -114,6 +115,15 @@ def load_coco(
     names = tuple(dataset.features["objects"]["category"].feature.names)
     category_ids, problems = read_cache_note(dataset.info, str(annotation_file))
     return DetectionSplit(dataset, names, category_ids, problems)
+
+
+def _files_hash(folder: Path) -> str:
+    """Changes when a file below the folder is written, added or removed."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        status = path.stat()
+        digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def read_annotations(path: Path, problems: Problems) -> tuple[list[ImageRecord], dict[int, str]]:

@@ -5,6 +5,7 @@ there. It is a dict of lists (as in cppe-5 and detection-datasets/coco) or a lis
 if there are any: `image_id`, `file_name`, `width`, `height`.
 """
 
+import collections
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from .coco import leaves_folder
 from .images import ImageSource
@@ -115,7 +118,9 @@ def load_columns(
     if not len(source):
         raise DataError(f"{where} is empty: it has no image")
     category_key(source, where)
-    others = [_open(path, other, config, cache) for other in other_splits if other != split]
+    _refuse_foreign_paths(source, where, [path, cache or datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE])
+    named = bool(label_names) or isinstance(_category_feature(source, where), datasets.ClassLabel)
+    others = [] if named else [_open(path, other, config, cache) for other in other_splits if other != split]
     vocabulary = _vocabulary([source, *others], label_names, category_ids, where)
     builder = ColumnAnnotations(
         cache_dir=cache,
@@ -146,7 +151,7 @@ def _open(path: str, split: str, config: str | None, cache_dir: str | None) -> d
             if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
                 return _from_disk(folder, split)
             _check_metadata(folder)
-            return datasets.load_dataset(str(folder), split=split, cache_dir=cache_dir)
+            return datasets.load_dataset(str(folder), config, split=split, cache_dir=cache_dir)
         return datasets.load_dataset(path, config, split=split, cache_dir=cache_dir)
     except DataError:
         raise
@@ -175,22 +180,30 @@ def _from_disk(folder: Path, split: str) -> datasets.Dataset:
 
 
 def _check_metadata(folder: Path) -> None:
-    """Name the line of an image folder's metadata that is wrong; `datasets` names neither line nor file."""
+    """Name all lines of an image folder's metadata that are wrong; `datasets` names neither line nor file."""
+    wrong = []
     for file in sorted(folder.rglob(METADATA)):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            if not line.strip():
-                continue
-            where = f"{file}, line {number}"
-            try:
-                name = json.loads(line).get("file_name")
-            except (ValueError, AttributeError) as error:
-                raise DataError(f"{where} is no JSON object: {error}") from error
-            if not isinstance(name, str) or not name:
-                raise DataError(f"{where} has no file_name, the image's path relative to {METADATA}")
-            if leaves_folder(name):
-                raise DataError(f"{where}: file_name {name!r} leaves the image folder; make it relative, without ..")
-            if not (file.parent / name).is_file():
-                raise DataError(f"{where}: {name} does not exist in {file.parent}; restore it or remove the line")
+        lines = file.read_text(encoding="utf-8").splitlines()
+        found = ((number, _metadata_fault(line, file.parent)) for number, line in enumerate(lines, start=1))
+        wrong += [f"{file}, line {number}{fault}" for number, fault in found if fault]
+    if wrong:
+        more = f"\n  - and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise DataError(f"{folder} cannot be used as it is:\n  - " + "\n  - ".join(wrong[:5]) + more)
+
+
+def _metadata_fault(line: str, folder: Path) -> str | None:
+    """What is wrong with a line, worded to follow its number."""
+    if not line.strip():
+        return None
+    try:
+        name = json.loads(line).get("file_name")
+    except (ValueError, AttributeError) as error:
+        return f" is no JSON object: {error}"
+    if not isinstance(name, str) or not name:
+        return f" has no file_name, the image's path relative to {METADATA}"
+    if leaves_folder(name):
+        return f": file_name {name!r} leaves the image folder; make it relative, without .."
+    return None if (folder / name).is_file() else f": {name} does not exist in {folder}; restore it or remove the line"
 
 
 def _with_image_column(source: datasets.Dataset, where: str) -> datasets.Dataset:
@@ -204,7 +217,7 @@ def _with_image_column(source: datasets.Dataset, where: str) -> datasets.Dataset
     feature = source.features["image"]
     if isinstance(feature, datasets.Value) and feature.dtype not in ("binary", "large_binary"):
         raise DataError(f"{where}: the column image holds {feature.dtype}; cast it with cast_column('image', Image())")
-    return source.cast_column("image", datasets.Image(decode=False))
+    return source.with_format(None).cast_column("image", datasets.Image(decode=False))
 
 
 def _objects_feature(source: datasets.Dataset) -> dict[str, Any]:
@@ -229,12 +242,28 @@ def category_key(source: datasets.Dataset, where: str) -> str:
     return found[0]
 
 
+def _category_feature(source: datasets.Dataset, where: str) -> Any:
+    feature = _objects_feature(source)[category_key(source, where)]
+    return getattr(feature, "feature", feature)
+
+
+def _refuse_foreign_paths(source: datasets.Dataset, where: str, roots: Sequence[str | os.PathLike[str]]) -> None:
+    """A row may name an image instead of holding it; only files of the data set itself are opened."""
+    allowed = [Path(root).expanduser().resolve() for root in roots]
+    for batch in source.select_columns(["image"]).with_format("arrow").iter(1000):
+        column = batch["image"].combine_chunks()
+        outside = pc.and_(pc.is_valid(column.field("path")), pc.is_null(column.field("bytes")))
+        for name in pc.filter(column.field("path"), outside).to_pylist():
+            if not any(Path(name).resolve().is_relative_to(root) for root in allowed):
+                raise DataError(
+                    f"{where}: the image {name} lies outside the data set: put it there, or embed its bytes"
+                )
+
+
 def _vocabulary(
     sources: Sequence[datasets.Dataset], label_names: Sequence[str], category_ids: Sequence[int], where: str
 ) -> Vocabulary:
-    key = category_key(sources[0], where)
-    feature = _objects_feature(sources[0])[key]
-    feature = getattr(feature, "feature", feature)
+    key, feature = category_key(sources[0], where), _category_feature(sources[0], where)
     if isinstance(feature, datasets.ClassLabel):
         own = list(feature.names)
         names = list(label_names) or own
@@ -242,8 +271,12 @@ def _vocabulary(
             raise DataError(f"{where}: the data's classes are {own}, but data.label_names says {names}")
         ids = list(category_ids) or list(range(len(names)))
         return Vocabulary(tuple(names), tuple(ids), {own.index(name): label for label, name in enumerate(names)})
+    if not isinstance(feature, datasets.Value):
+        raise DataError(f"{where}: {key} must hold whole numbers or names, one an object, but holds {feature}")
     values = {value for source in sources for row in _object_rows(source) for value in _values(row, key)}
     values.discard(None)
+    if odd := sorted({type(value).__name__ for value in values} - {"int", "str"}):
+        raise DataError(f"{where}: {key} must hold whole numbers or names, but holds {', '.join(odd)}")
     if not values:
         raise DataError(f"{where}: no object has a {key}, so that there are no classes")
     if all(isinstance(value, str) for value in values):
@@ -283,18 +316,19 @@ def _records(source: datasets.Dataset, vocabulary: Vocabulary, where: str, probl
     if not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         ids = list(range(len(source)))
     if len(set(ids)) != len(ids):
-        twice = next(i for i in ids if ids.count(i) > 1)
+        twice = collections.Counter(ids).most_common(1)[0][0]
         raise DataError(f"{where}: image id {twice} appears twice; image ids must be unique")
     names = columns.get("file_name") or _file_names(source)
     records, number = [], 0
     for position, row in enumerate(_object_rows(source)):
         objects = []
         boxes, categories = _values(row, "bbox"), _values(row, key)
-        if len(boxes) != len(categories):
-            raise DataError(f"{where}: {names[position]} has {len(boxes)} boxes, but {len(categories)} categories")
         given = _values(row, "id") or range(number + 1, number + 1 + len(boxes))
         areas = _values(row, "area") or [None] * len(boxes)
         crowds = _values(row, "iscrowd") or [False] * len(boxes)
+        for key_name, values in (("categories", categories), ("id", given), ("area", areas), ("iscrowd", crowds)):
+            if len(values) != len(boxes):
+                raise DataError(f"{where}: {names[position]} has {len(boxes)} boxes, but {len(values)} {key_name}")
         number += len(boxes)
         for object_id, box, category, area, crowd in zip(given, boxes, categories, areas, crowds, strict=True):
             if category not in vocabulary.labels:

@@ -102,8 +102,8 @@ class DetectionDataset(Dataset[dict[str, Any]]):
             row["image"] = load_rgb(stored["path"] if stored["bytes"] is None else stored["bytes"])
         except ImageError as error:
             raise DataError(
-                f"image {row['image_id']} ({row['file_name']}) {error}; restore or remove it, or set "
-                "data.on_error=skip to leave it out"
+                f"image {row['image_id']} ({row['file_name']}) {error}; restore it, or start again in "
+                "another training.output_dir with data.on_error=skip"
             ) from error
         width, height = row["image"].size
         if (width, height) != (row["width"], row["height"]):

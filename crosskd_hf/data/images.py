@@ -76,9 +76,10 @@ def inspect_image(source: ImageSource) -> tuple[int, int]:
     try:
         with _open(source) as image:
             width, height = image.size
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # the orientations that swap the sides
             image.draft(None, (1, 1))
             image.load()
+            # After loading: Pillow turns TIFFs itself, and then takes the orientation out.
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # the orientations that swap the sides
     except READ_ERRORS as error:
         raise ImageError(_reason(source, error)) from error
     return (height, width) if turned else (width, height)

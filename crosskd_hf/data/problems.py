@@ -22,13 +22,14 @@ class Kind(Enum):
     BOX = ("annotation", "has a bbox that is not four finite numbers", "correct or remove it")
     BOX_NEGATIVE = ("annotation", "has a box of negative width or height", "correct or remove it")
     BOX_EMPTY = ("annotation", "has a box less than 1 pixel wide or high", "it is not trained on")
+    AREA = ("annotation", "has an area of 0 or less", "it is not trained on; leave area out to take the box's")
     BOX_OUTSIDE = ("annotation", "has a box wholly outside its image", "it is not trained on")
     BOX_EDGE = ("annotation", "has a box that reaches over the image's edge", "it is clipped in training")
 
     @property
     def stops(self) -> bool:
         """Whether the data can't be used with it (unless it is left out), or it is only worth knowing."""
-        return self not in (Kind.BOX_EMPTY, Kind.BOX_OUTSIDE, Kind.BOX_EDGE)
+        return self not in (Kind.BOX_EMPTY, Kind.AREA, Kind.BOX_OUTSIDE, Kind.BOX_EDGE)
 
     def describe(self, count: int, examples: list[str]) -> str:
         """Count, kind, examples and advice in one line."""

@@ -133,7 +133,11 @@ def _check_objects(record: ImageRecord, box_format: str, unit: str, problems: Pr
             continue
         xywh = to_xywh([obj.bbox], size, box_format, unit)[0].tolist()
         if note_box(xywh, record.width or 0, record.height or 0, name, problems):
-            objects.append(replace(obj, bbox=xywh, area=float(xywh[2] * xywh[3] if area is None else area)))
+            # An area in parts of the image isn't told apart from pixels: the box's stands.
+            own = area is not None and unit == "pixel"
+            if own and area <= 0 < xywh[2] * xywh[3]:
+                problems.add(Kind.AREA, name)
+            objects.append(replace(obj, bbox=xywh, area=float(area if own else xywh[2] * xywh[3])))
     return replace(record, objects=objects)
 
 
