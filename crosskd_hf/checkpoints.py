@@ -270,13 +270,13 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def checkpoint_bytes(model: nn.Module, args: DetectionTrainingArguments) -> int:
-    """About the size of a checkpoint: all weights and, unless `save_only_model`, the state of the trained ones.
+    """About the size of a checkpoint: all weights, and the optimizer's state of the trained ones.
 
     SGD keeps one value a parameter, or none without momentum; any other optimizer counts as two, as Adam.
     """
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     values = (1 if args.momentum else 0) if args.optim == OptimizerNames.SGD else 2
-    state = 0 if args.save_only_model else values * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    state = values * sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return weights + state
 
 

@@ -323,7 +323,6 @@ def test_the_size_of_a_checkpoint_counts_weights_and_the_state_of_trained_ones(t
         ({}, 1),
         ({"momentum": 0.0}, 0),
         ({"optim": "adamw_torch"}, 2),
-        ({"save_only_model": True}, 0),
     ):
         assert checkpoint_bytes(model, tiny_args(tmp_path, **options)) == everything + values * trained
 
