@@ -8,6 +8,7 @@ import torch.multiprocessing as mp
 from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
 from torch.nn.parallel import DistributedDataParallel
 
+from crosskd_hf.data.coco import load_coco
 from crosskd_hf.trainer import DetectionTrainer
 
 
@@ -56,7 +57,8 @@ def evaluate_share(rank: int, world: int, port: int, folder: str) -> None:
     }
     torch.set_num_threads(1)
     model = tiny_model()
-    split = tiny_split(Path(folder) / "data")
+    # Loaded, not written again: one process would read what the other is just writing.
+    split = load_coco(Path(folder) / "data", "mini", cache_dir=str(Path(folder) / "data" / "cache"))
     args = tiny_args(Path(folder) / f"run{world}", per_device_eval_batch_size=2)
     trainer = DetectionTrainer(model, args, None, split, tiny_processor(model))
     assert trainer.accelerator.num_processes == world
