@@ -256,7 +256,7 @@ def test_starting_after_the_last_block_leaves_the_prediction_convolutions():
     output = head(cls, reg, start_block=3)
     for i in range(3):
         assert torch.equal(output.logits[i], head.cls_predictor(cls[i]))
-        assert torch.equal(output.boxes[i], head.box_predictor(reg[i]) * head.scales[i])
+        assert torch.equal(output.boxes[i], head.scales(head.box_predictor(reg[i]), i))
         assert torch.equal(output.centerness[i], head.centerness_predictor(reg[i]))
 
 

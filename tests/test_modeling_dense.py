@@ -32,7 +32,7 @@ def test_initialisation(name: str) -> None:
             expected = -math.log(99) if key.endswith("cls_predictor") else 0.0
             assert torch.allclose(conv.bias, torch.tensor(expected)), key
     if model.head.spec.scale_boxes:
-        assert [scale.item() for scale in model.head.scales] == [1.0] * 5
+        assert [scale.item() for scale in model.head.scales.parameters()] == [1.0] * 5
 
 
 def test_timm_keeps_its_own_initialisation() -> None:
@@ -135,3 +135,124 @@ def test_a_checkpoint_without_a_backbone_weight_is_noticed(tmp_path) -> None:
     assert weight.device.type == "cpu" and weight.isfinite().all() and 0 < weight.std() < 1
     with pytest.raises(CheckpointError, match=r"layer4\.0\.conv1\.weight"):
         load_detector(str(tmp_path), None, ())
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_hidden_states_are_the_maps_of_backbone_and_fpn(name: str) -> None:
+    model, pixels = tiny_model(name).eval(), tiny_batch()["pixel_values"]
+    with torch.no_grad():
+        output = model(pixels, output_hidden_states=True, output_distillation=True)
+        plain = model(pixels)
+    assert [tuple(state.shape[1:]) for state in output.hidden_states[:3]] == [(128, 8, 12), (256, 4, 6), (512, 2, 3)]
+    assert all(torch.equal(*pair) for pair in zip(output.hidden_states[3:], output.fpn_features, strict=True))
+    assert plain.hidden_states is None
+    model.config.output_hidden_states = True
+    with torch.no_grad():
+        assert len(model(pixels).hidden_states) == 8
+        assert model(pixels, output_hidden_states=False).hidden_states is None
+
+
+def test_a_tuple_holds_what_the_output_holds() -> None:
+    model, batch = tiny_model().eval(), tiny_batch()
+    with torch.no_grad():
+        output, as_tuple = model(**batch), model(**batch, return_dict=False)
+        model.config.return_dict = False
+        by_config = model(**batch)
+    assert isinstance(as_tuple, tuple) and isinstance(by_config, tuple)
+    assert torch.equal(as_tuple[0], output.loss) and as_tuple[1] == output.loss_dict
+    assert torch.equal(as_tuple[2], output.logits) and torch.equal(by_config[3], output.pred_boxes)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_take_fp32_pixels(tmp_path, name: str, dtype: torch.dtype) -> None:
+    model, pixels = tiny_model(name).eval(), tiny_batch()["pixel_values"]
+    model.save_pretrained(tmp_path)
+    half = MODELS[name].from_pretrained(tmp_path, dtype=dtype).eval()
+    assert {p.dtype for p in half.parameters()} == {dtype}
+    with torch.no_grad():
+        expected, output = model(pixels), half(pixels)
+    assert output.pred_boxes.dtype == torch.float32, "a pixel of a large box is more than half precision resolves"
+    assert (output.logits.sigmoid() - expected.logits.sigmoid()).abs().mean() < 0.02
+    half.save_pretrained(tmp_path / "half")
+    assert next(MODELS[name].from_pretrained(tmp_path / "half").parameters()).dtype == dtype
+
+
+def test_parts_may_lie_on_the_disk(tmp_path) -> None:
+    model, pixels = tiny_model().eval(), tiny_batch()["pixel_values"]
+    model.save_pretrained(tmp_path / "model", max_shard_size="2MB")
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 5, "saved in shards"
+    places = {"backbone": "disk", "fpn": "cpu", "head": "disk"}
+    split = GFLForObjectDetection.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    assert {p.device.type for p in split.head.parameters()} == {"meta"}
+    with torch.no_grad():
+        expected, output = model(pixels), split.eval()(pixels)
+    assert torch.equal(output.logits, expected.logits) and torch.equal(output.pred_boxes, expected.pred_boxes)
+
+
+def test_device_map_auto() -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_model().save_pretrained(folder)
+        model = GFLForObjectDetection.from_pretrained(folder, device_map="auto")
+        with torch.no_grad():
+            assert model(tiny_batch()["pixel_values"].to(model.device)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone"), [("gfl", "resnet18"), ("fcos", "resnet18"), ("retinanet", "swin_tiny_patch4_window7_224")]
+)
+def test_activation_checkpointing_changes_no_gradient(name: str, backbone: str) -> None:
+    model, batch = tiny_model(name, backbone=backbone, frozen_stages=0).train(), tiny_batch(height=96)
+    kept = gradients(model, batch)
+    model.activation_checkpointing_enable()
+    assert model.is_activation_checkpointing
+    again = gradients(model, batch)
+    model.activation_checkpointing_disable()
+    assert not model.is_activation_checkpointing
+    assert kept.keys() == again.keys()
+    assert all(torch.allclose(kept[key], again[key], rtol=1e-4, atol=1e-6) for key in kept)
+
+
+def test_activation_checkpointing_computes_stages_and_towers_again() -> None:
+    model, batch = tiny_model().train(), tiny_batch()
+    calls = {"stage": 0, "block": 0}
+    model.backbone.body.layer2[0].conv1.register_forward_hook(lambda *_: calls.update(stage=calls["stage"] + 1))
+    model.head.cls_tower[0].conv.register_forward_hook(lambda *_: calls.update(block=calls["block"] + 1))
+    gradients(model, batch)
+    assert calls == {"stage": 1, "block": 5}
+    model.activation_checkpointing_enable()
+    gradients(model, batch)
+    assert calls == {"stage": 3, "block": 15}
+
+
+def gradients(model, batch: dict) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+
+def test_batchnorm_statistics_are_not_counted_twice() -> None:
+    model = tiny_model(freeze_batchnorm_statistics=False)
+    with pytest.raises(ValueError, match="freeze_batchnorm_statistics"):
+        model.activation_checkpointing_enable()
+
+
+def test_only_safetensors_are_written_and_label_names_come_back(tmp_path) -> None:
+    tiny_model("atss").save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    again = MODELS["atss"].from_pretrained(tmp_path)
+    assert again.config.id2label == {0: "cat", 1: "dog"} and again.config.label2id == {"cat": 0, "dog": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_compiled_model_gives_the_same(name: str) -> None:
+    model, batch = tiny_model(name).train(), tiny_batch()
+    expected = model(**batch)
+    compiled = torch.compile(model)(**batch)
+    assert torch.allclose(compiled.loss, expected.loss, rtol=1e-4)
+    assert torch.allclose(compiled.logits, expected.logits, rtol=1e-3, atol=1e-4)

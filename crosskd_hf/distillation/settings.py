@@ -83,7 +83,7 @@ def check_pair(student: DenseDetector, teacher: DenseDetector, settings: Distill
 
 
 def _output_format(model: DenseDetector) -> tuple:
-    deltas = getattr(model.config, "delta_stds", None)
+    deltas = getattr(model.config, "delta_scales", None)
     return model.matching_rule(), model.head.spec.box_channels, deltas and tuple(deltas)
 
 

@@ -42,7 +42,7 @@ class ATSSForObjectDetection(DenseDetector):
         return square_anchors(sizes, self.config.strides, self.config.anchor_scale, device)
 
     def decode(self, boxes: Tensor, priors: Priors) -> Tensor:
-        return deltas_to_boxes(priors.all, boxes, tuple(self.config.delta_stds))
+        return deltas_to_boxes(priors.all, boxes, tuple(self.config.delta_scales))
 
     def assign(self, priors: Priors, valid: Tensor, truth: GroundTruth) -> Assignment:
         return atss_assign(priors.levels, valid, truth.boxes, truth.mask, self.config.assigner_topk)

@@ -58,6 +58,23 @@ class Backbone(nn.Module):
             features = [feature.permute(0, 3, 1, 2).contiguous() for feature in features]
         return features
 
+    def checkpoint_activations(self, enable: bool = True) -> None:
+        """Keep only the input of each stage for the backward pass, which computes the stage again.
+
+        Raises:
+            ValueError: if timm can't for this model, or BatchNorm statistics are learnt: a stage that runs twice would
+                count its batch twice.
+        """
+        if enable and not self.freeze_statistics and next(batchnorms(self.body), None) is not None:
+            raise ValueError(
+                "activation checkpointing needs freeze_batchnorm_statistics: true, since a stage that is computed "
+                "twice would count its batch twice in BatchNorm's statistics."
+            )
+        if hasattr(self.body, "set_grad_checkpointing"):
+            self.body.set_grad_checkpointing(enable)
+        elif enable:
+            raise ValueError(f"timm has no activation checkpointing for {type(self.body).__name__}; turn it off.")
+
     def train(self, mode: bool = True) -> "Backbone":
         """BatchNorm keeps its ImageNet statistics while training (`norm_eval`): detector batches are too small."""
         super().train(mode)

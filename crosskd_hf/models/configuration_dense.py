@@ -50,6 +50,8 @@ class DenseDetectorConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        if self.id2label and not self.label2id:
+            self.label2id = {name: label for label, name in self.id2label.items()}
         for name, allowed in (("backbone_style", BACKBONE_STYLES), ("fpn_extra_convs", EXTRA_CONVS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
@@ -140,7 +142,7 @@ class ATSSConfig(DenseDetectorConfig):
     Args:
         anchor_scale (`int`): side of the square anchor, in strides.
         assigner_topk (`int`): candidates a level and box.
-        delta_stds (`list[float]`): scale of the box deltas.
+        delta_scales (`list[float]`): what the box deltas are multiplied by before they are decoded.
         focal_alpha (`float`): weight of positives in the focal loss.
         focal_gamma (`float`): exponent of the focal loss.
         box_loss_weight (`float`): weight of the GIoU loss.
@@ -150,7 +152,7 @@ class ATSSConfig(DenseDetectorConfig):
 
     anchor_scale: int = 8
     assigner_topk: int = 9
-    delta_stds: list[float] = field(default_factory=lambda: [0.1, 0.1, 0.2, 0.2])
+    delta_scales: list[float] = field(default_factory=lambda: [0.1, 0.1, 0.2, 0.2])
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
     box_loss_weight: float = 2.0

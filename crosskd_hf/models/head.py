@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_dense import DenseDetectorConfig
 
@@ -99,8 +100,8 @@ def num_groups(channels: int) -> int:
     return groups if channels >= 2 * groups else max(1, groups // 2)
 
 
-class TowerBlock(nn.Module):
-    """3x3 convolution, GroupNorm or nothing, ReLU."""
+class TowerBlock(GradientCheckpointingLayer):
+    """3x3 convolution, GroupNorm or nothing, ReLU. The unit of activation checkpointing in the head."""
 
     def __init__(self, in_channels: int, channels: int, group_norm: bool):
         super().__init__()
@@ -111,6 +112,19 @@ class TowerBlock(nn.Module):
         """(N, C, H, W) -> the same before and after the ReLU."""
         raw = self.norm(self.conv(features))
         return raw, F.relu(raw)
+
+
+class LevelScales(nn.Module):
+    """A learned factor a level, applied by a `forward`: accelerate's hooks bring offloaded factors back there."""
+
+    def __init__(self, num_levels: int):
+        super().__init__()
+        for level in range(num_levels):
+            self.register_parameter(str(level), nn.Parameter(torch.ones(())))
+
+    def forward(self, maps: Tensor, level: int) -> Tensor:
+        """(N, C, H, W) of a level, scaled."""
+        return maps * getattr(self, str(level))
 
 
 class DenseHead(nn.Module):
@@ -130,7 +144,7 @@ class DenseHead(nn.Module):
         if spec.centerness_from:
             self.centerness_predictor = HeadConv(spec.channels, spec.num_anchors, 3, padding=1)
         if spec.scale_boxes:
-            self.scales = nn.ParameterList(nn.Parameter(torch.ones(())) for _ in range(spec.num_levels))
+            self.scales = LevelScales(spec.num_levels)
 
     def _tower(self) -> nn.ModuleList:
         spec = self.spec
@@ -175,7 +189,7 @@ class DenseHead(nn.Module):
             reg_feature, reg_tap = _run_tower(self.reg_tower, reg_feature, start_block, tap_index, raw_taps)
             boxes = self.box_predictor(reg_feature)
             if spec.scale_boxes:
-                boxes = boxes * self.scales[level]
+                boxes = self.scales(boxes, level)
             output.logits.append(self.cls_predictor(cls_feature))
             # exp overflows half precision at 11: always in fp32.
             output.boxes.append(boxes.float().exp() if spec.exp_boxes else boxes)

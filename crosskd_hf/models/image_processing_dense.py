@@ -138,13 +138,10 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
         device: torch.device | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """One image as (3, h, w) uint8. Raises ValueError for values that are no grey levels, or other channels."""
+        """One image as (C, h, w) uint8. Raises ValueError for values that are no grey levels."""
         if input_data_format is None and _channels_can_only_be_last(getattr(image, "shape", ())):
             input_data_format = ChannelDimension.LAST
-        image = super().process_image(image, do_convert_rgb, input_data_format, device, **kwargs)
-        if image.shape[0] != 3:
-            raise ValueError(f"an image must have 3 channels, got shape {tuple(image.shape)}; set do_convert_rgb=True")
-        return _as_uint8(image)
+        return _as_uint8(super().process_image(image, do_convert_rgb, input_data_format, device, **kwargs))
 
     def resize(
         self,
@@ -168,11 +165,14 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
         """A batch from images that are resized already.
 
         Args:
-            images: N tensors (3, h, w), uint8 RGB, of any sizes.
+            images: N tensors (C, h, w), uint8, of any sizes; C is 3, or that of `image_mean`.
 
         Returns:
-            `pixel_values` (N, 3, H, W) float32, 0 in the padding, and `pixel_mask` (N, H, W) bool, False there.
+            `pixel_values` (N, C, H, W) float32, 0 in the padding, and `pixel_mask` (N, H, W) bool, False there.
             H and W are the largest height and width, rounded up to `size_divisor`.
+
+        Raises:
+            ValueError: if an image has another number of channels.
         """
         return self._normalize_and_pad(images, **{name: getattr(self, name) for name in self._valid_kwargs_names})
 
@@ -204,6 +204,12 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
         size_divisor: int,
         **unused: Any,
     ) -> BatchFeature:
+        channels = len(image_mean) if do_normalize else images[0].shape[0]
+        for image in images:
+            if image.shape[0] != channels:
+                raise ValueError(
+                    f"an image must have {channels} channels, got shape {tuple(image.shape)}; set do_convert_rgb=True"
+                )
         height, width = max(image.shape[-2] for image in images), max(image.shape[-1] for image in images)
         if do_pad:
             height, width = -(-height // size_divisor) * size_divisor, -(-width // size_divisor) * size_divisor
@@ -216,7 +222,7 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
             raise ValueError("images of different sizes make a batch only with do_pad=True")
 
         device = images[0].device
-        pixel_values = torch.zeros((len(images), 3, height, width), dtype=torch.float32, device=device)
+        pixel_values = torch.zeros((len(images), channels, height, width), dtype=torch.float32, device=device)
         pixel_mask = torch.zeros((len(images), height, width), dtype=torch.bool, device=device)
         for index, image in enumerate(images):
             h, w = image.shape[-2:]

@@ -15,7 +15,7 @@ from .anchors import valid_cells
 from .backbone import Backbone
 from .configuration_dense import DenseDetectorConfig
 from .fpn import FPN, FPNConv
-from .head import ClassPredictor, DenseHead, HeadConv, HeadOutput, HeadSpec, flatten_levels
+from .head import ClassPredictor, DenseHead, HeadConv, HeadOutput, HeadSpec, LevelScales, flatten_levels
 
 KEPT_PRIORS = 16  # RetinaNet's take 4 MB at 1333 x 800
 
@@ -116,6 +116,8 @@ class DenseDetectorOutput(ModelOutput):
         centerness: (N, P) logits, of detectors that have it.
         image_sizes: (N, 2) height and width of each image without padding.
         level_sizes: (N, levels) priors a level, the same for every image; not when `output_distillation`.
+        hidden_states: when `output_hidden_states`: the backbone's maps C3, C4, C5, then the FPN's levels P3 to P7,
+            each (N, C, H, W).
         fpn_features: (N, C, H, W) a level, when `output_distillation`.
         head: the head's output with its taps, when `output_distillation`.
         detection: the detector's losses by level and its assignment, when `output_distillation` and labels.
@@ -128,6 +130,7 @@ class DenseDetectorOutput(ModelOutput):
     centerness: Tensor | None = None
     image_sizes: Tensor | None = None
     level_sizes: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
     fpn_features: list[Tensor] | None = None
     head: HeadOutput | None = None
     detection: DetectionLosses | None = None
@@ -141,7 +144,9 @@ class DenseDetector(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
+    # With device_map: parts that hand maps across each other stay on one device.
+    _no_split_modules = ["Backbone", "FPN", "DenseHead"]  # noqa: RUF012 - transformers' name and type
     accepts_loss_kwargs = False  # the losses are per-batch means: the Trainer divides them when it accumulates
     distillation: DistillationSpec
 
@@ -192,8 +197,9 @@ class DenseDetector(PreTrainedModel):
         output_distillation: bool = False,
         tap_index: int | None = None,
         raw_taps: bool = False,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> DenseDetectorOutput:
+    ) -> DenseDetectorOutput | tuple:
         """Detect, and compute the losses if there are labels.
 
         Args:
@@ -202,47 +208,59 @@ class DenseDetector(PreTrainedModel):
             labels: a dict an image with `class_labels` (G,) int64 and `boxes` (G, 4) xyxy pixels of `pixel_values`.
             output_distillation: also give FPN levels, the head's maps and taps, and the losses by level.
             tap_index, raw_taps: which output of the towers to tap, see `DenseHead.forward`.
-            return_dict: False gives a tuple.
+            output_hidden_states: also give the maps of backbone and FPN; None takes the configuration's value.
+            return_dict: False gives a tuple of what isn't None; None takes the configuration's value.
 
         Raises:
             ValueError: if labels and images differ in number.
         """
-        features = self.fpn(self.backbone(pixel_values))
+        maps = self.backbone(pixel_values.to(self.dtype))
+        features = self.fpn(maps)
         head = self.head(features, tap_index=tap_index, raw_taps=raw_taps)
         image_sizes = unpadded_sizes(pixel_values, pixel_mask)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        hidden_states = (*maps, *features) if output_hidden_states else None
         # Only the networks run in half precision: a pixel of a large box is more than bfloat16 resolves.
         with torch.autocast(pixel_values.device.type, enabled=False):
-            output = self._output(head, image_sizes, labels, output_distillation)
-        if output_distillation:
-            output.fpn_features, output.head = features, head
-        return output if return_dict in (None, True) else output.to_tuple()
+            output = self._output(head, features, hidden_states, image_sizes, labels, output_distillation)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
 
     def _output(
         self,
         head: HeadOutput,
+        features: list[Tensor],
+        hidden_states: tuple[Tensor, ...] | None,
         image_sizes: Tensor,
         labels: list[dict[str, Tensor]] | None,
         output_distillation: bool,
     ) -> DenseDetectorOutput:
         predictions, priors = self.flatten(head), self.priors(head)
-        output = DenseDetectorOutput(
-            logits=predictions.logits,
-            pred_boxes=self.decode(predictions.boxes, priors),
-            centerness=predictions.centerness,
-            image_sizes=image_sizes,
-        )
-        if not output_distillation:  # what post-processing needs; copying it to a GPU makes the host wait
-            sizes = torch.tensor(priors.level_sizes, device=image_sizes.device)
-            output.level_sizes = sizes.expand(len(image_sizes), -1)
+        loss = loss_dict = losses = level_sizes = None
         if labels is not None:
             truth = pad_ground_truth(labels, len(image_sizes))
             assignment = self.assign(priors, self.valid_priors(head, image_sizes), truth)
             losses = self.detection_losses(predictions, priors, assignment, truth)
-            output.loss_dict = {name: term.sum() for name, term in losses.terms.items()}
-            output.loss = torch.stack(list(output.loss_dict.values())).sum()
-            if output_distillation:
-                output.detection = losses
-        return output
+            loss_dict = {name: term.sum() for name, term in losses.terms.items()}
+            loss = torch.stack(list(loss_dict.values())).sum()
+        if not output_distillation:  # what post-processing needs; copying it to a GPU makes the host wait
+            sizes = torch.tensor(priors.level_sizes, device=image_sizes.device)
+            level_sizes = sizes.expand(len(image_sizes), -1)
+        # At once: a field that is set later is no key of a `ModelOutput`, nor in its tuple.
+        return DenseDetectorOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            logits=predictions.logits,
+            pred_boxes=self.decode(predictions.boxes, priors),
+            centerness=predictions.centerness,
+            image_sizes=image_sizes,
+            level_sizes=level_sizes,
+            hidden_states=hidden_states,
+            fpn_features=features if output_distillation else None,
+            head=head if output_distillation else None,
+            detection=losses if output_distillation else None,
+        )
 
     def flatten(self, head: HeadOutput) -> Predictions:
         """The head's maps as (N, P, ...) tensors in fp32."""
@@ -281,6 +299,14 @@ class DenseDetector(PreTrainedModel):
         """(N, P) validity of the priors -> their class weights before any assignment."""
         return valid.float()
 
+    def get_input_embeddings(self) -> nn.Conv2d:
+        """The first convolution: what transformers hooks to have gradients flow into a frozen backbone."""
+        return next(module for module in self.backbone.modules() if isinstance(module, nn.Conv2d))
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
+        self.backbone.checkpoint_activations(enable)
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # transformers skips modules without parameters of their own, so that this goes by leaves.
@@ -290,8 +316,8 @@ class DenseDetector(PreTrainedModel):
         elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, nn.ParameterList):  # the head's scales
-            for scale in module:
+        elif isinstance(module, LevelScales):
+            for scale in module.parameters():
                 init.ones_(scale)
         elif isinstance(module, (FPNConv, HeadConv)):
             if isinstance(module, FPNConv):
@@ -312,6 +338,7 @@ class DenseDetector(PreTrainedModel):
                 (module.bias, init.zeros_),
                 (module.running_mean, init.zeros_),
                 (module.running_var, init.ones_),
+                (module.num_batches_tracked, init.zeros_),
             ):
                 if tensor is not None:
                     fill(tensor)
