@@ -29,6 +29,8 @@ from .models import (
     RetinaNetForObjectDetection,
 )
 from .models.image_processing_dense import DenseDetectorImageProcessor
+from .pipeline import DenseDetectionPipeline
+from .pipeline import register as _register_pipeline
 from .recipe import DistillationSection, Recipe, load_recipe
 from .trainer import DetectionTrainer, DistillationTrainer
 from .training_args import DetectionTrainingArguments
@@ -41,6 +43,7 @@ for _name, _config in CONFIGS.items():
     AutoImageProcessor.register(_config, fast_image_processor_class=DenseDetectorImageProcessor, exist_ok=True)
     # The pipeline looks names up here, and warns about models that it doesn't find.
     MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES[_config.model_type] = _model.__name__
+_register_pipeline()
 
 __all__ = [
     "CONFIGS",
@@ -49,6 +52,7 @@ __all__ = [
     "ATSSForObjectDetection",
     "CocoEvaluator",
     "DataError",
+    "DenseDetectionPipeline",
     "DenseDetector",
     "DenseDetectorConfig",
     "DenseDetectorImageProcessor",

@@ -270,14 +270,14 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def checkpoint_bytes(model: nn.Module, args: DetectionTrainingArguments) -> int:
-    """About the size of a checkpoint: all weights, and the optimizer's state of the trained ones.
+    """About the size of a checkpoint: all weights, their average, and the optimizer's state of the trained ones.
 
     SGD keeps one value a parameter, or none without momentum; any other optimizer counts as two, as Adam.
     """
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     values = (1 if args.momentum else 0) if args.optim == OptimizerNames.SGD else 2
     state = values * sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    return weights + state
+    return weights * (1 if args.ema_decay is None else 2) + state
 
 
 def checkpoints_at_once(save_total_limit: int | None) -> int:

@@ -13,7 +13,7 @@ from .data.dataset import DetectionDataset
 from .data.load import load_split
 from .evaluation import format_metrics
 from .factory import convert_checkpoint, count_parameters, load_detector
-from .recipe import DataSection, RecipeError, load_recipe
+from .recipe import RECIPE_FILE, DataSection, RecipeError, load_recipe
 from .trainer import EVALUATION_FOLDER, DetectionTrainer
 from .training_args import DetectionTrainingArguments
 
@@ -40,7 +40,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, float]:
         RecipeError, CheckpointError, ValueError: if recipe, model or data can't be used.
     """
     folder = Path(arguments.model)
-    saved = folder / train.RECIPE_FILE
+    saved = folder / RECIPE_FILE
     recipe = arguments.recipe or (saved if saved.is_file() else None)
     data = load_recipe(recipe).data if recipe else DataSection()
     model = load_detector(arguments.model, None, ())

@@ -18,16 +18,17 @@ from . import train
 from .data.dataset import DetectionDataset
 from .data.load import load_split
 from .evaluation import SUMMARY_NAMES
+from .examples import THRESHOLD, Boxes, drawn, evenly_spaced, example
 from .factory import load_detector
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .models.modeling_dense import DenseDetector
 from .plots import learning_curves
 from .recipe import Recipe, load_recipe
-from .visualization import contact_sheet, draw_boxes, label_color
+from .visualization import contact_sheet
 
 TEACHER_RECIPE, STUDENT_RECIPE = "shapes_teacher", "shapes_crosskd"
 TEACHER, ALONE, DISTILLED = "teacher", "student alone", "student + CrossKD"
-SHEET_IMAGES, SHEET_THRESHOLD = 8, 0.3
+SHEET_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -127,34 +128,12 @@ def draw_contact_sheet(runs: list[Stage], path: Path) -> None:
     students = [stage for stage in runs if stage.name != TEACHER]
     models = [load_detector(str(stage.output), None, ()).eval() for stage in students]
     processor = AutoImageProcessor.from_pretrained(students[0].output)
-    count = min(SHEET_IMAGES, len(split))
     rows = []
-    for index in (i * len(split) // count for i in range(count)):
-        image = Image.fromarray(dataset[index]["image"].permute(1, 2, 0).numpy())
-        row = split.dataset.with_format("arrow", columns=["width", "height", "objects"])[index].to_pylist()[0]
-        truth = _truth(row, split.label_names, image.width / row["width"], image.height / row["height"])
+    for index in evenly_spaced(SHEET_IMAGES, len(split)):
+        _, image, truth, _ = example(dataset, index)
         columns = [truth, *(detect(model, processor, image) for model in models)]
-        rows.append([_drawn(image, boxes) for boxes in columns])
+        rows.append([drawn(image, boxes) for boxes in columns])
     contact_sheet(rows, ["ground truth", *(stage.name for stage in students)]).save(path)
-
-
-@dataclass(frozen=True)
-class Boxes:
-    """(K, 4) boxes xyxy in pixels, with labels, what is written at them, and scores (None: ground truth)."""
-
-    boxes: torch.Tensor
-    labels: list[int]
-    names: list[str]
-    scores: list[float] | None = None
-
-
-def _truth(row: dict, names: tuple[str, ...], scale_x: float, scale_y: float) -> Boxes:
-    objects = row["objects"]
-    boxes = torch.tensor(objects["bbox"], dtype=torch.float64).reshape(-1, 4)
-    corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
-    pairs = zip(objects["category"], objects["iscrowd"], strict=True)
-    texts = [f"{names[label]} (crowd)" if crowd else names[label] for label, crowd in pairs]
-    return Boxes(corners * torch.tensor([scale_x, scale_y] * 2), objects["category"], texts)
 
 
 @torch.no_grad()
@@ -162,12 +141,7 @@ def detect(model: DenseDetector, processor: DenseDetectorImageProcessor, image: 
     """What a model finds, above the sheet's threshold."""
     outputs = model(**processor(image, return_tensors="pt"))
     sizes = [(image.height, image.width)]
-    found = processor.post_process_object_detection(outputs, SHEET_THRESHOLD, sizes)[0]
+    found = processor.post_process_object_detection(outputs, THRESHOLD, sizes)[0]
     labels = found["labels"].tolist()
     names = [model.config.id2label[label] for label in labels]
     return Boxes(found["boxes"], labels, names, found["scores"].tolist())
-
-
-def _drawn(image: Image.Image, found: Boxes) -> Image.Image:
-    colors = [label_color(label) for label in found.labels]
-    return draw_boxes(image, found.boxes, found.names, found.scores, colors)

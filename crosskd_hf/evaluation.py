@@ -105,6 +105,11 @@ class CocoEvaluator:
             checked[image_id] = _check(image_id, detection, num_labels=len(self._category_ids))
         self._detections.update(checked)
 
+    def detections_of(self, image_id: int) -> ImageDetections:
+        """The detections of an image, best first as they were given; none if there was no update for it."""
+        empty = ImageDetections(np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros((0, 4), np.float32))
+        return self._detections.get(image_id, empty)
+
     def gather(self) -> None:
         """Give every process the detections of all processes; without torch.distributed, do nothing.
 

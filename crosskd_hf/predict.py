@@ -16,7 +16,7 @@ import argparse
 import contextlib
 import os
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,6 +41,7 @@ from .image_files import (
     relative_names,
     words,
 )
+from .inference import detect_images
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .models.modeling_dense import DenseDetector
 from .prediction_files import (
@@ -67,11 +68,8 @@ def predict(
 ) -> Iterator[Prediction]:
     """Detections of image files, in the order of the files, read and computed while they are asked for.
 
-    In memory are one batch that is computed and one that is read (or an image a worker, if that is more). Images of
-    one batch that have the same size once resized and padded run through the model together, others one after
-    another: padded to a larger neighbour, an image would get other predictions, since convolutions see the padding.
-    So each image gets what `processor(image)` and the model give for it alone, up to the rounding of batched kernels
-    (1e-6 of a score).
+    In memory are one batch that is computed and one that is read (or an image a worker, if that is more). Each image
+    gets what `processor(image)` and the model give for it alone, see `detect_images`.
 
     Args:
         model: on the device to compute on; it is put into evaluation mode.
@@ -239,25 +237,14 @@ def _read_ahead(
 def _detect(
     model: DenseDetector, processor: DenseDetectorImageProcessor, batch: Sequence[_Sample], threshold: float
 ) -> list[Prediction]:
-    """Predictions of a batch, in its order; images of one padded size go through the model together."""
-    groups: dict[torch.Size, list[int]] = defaultdict(list)
-    for index, sample in enumerate(batch):
-        groups[sample.inputs["pixel_values"].shape].append(index)
-    found: dict[int, Prediction] = {}
-    for indices in groups.values():
-        group = [batch[index] for index in indices]
-        inputs = {
-            name: torch.cat([sample.inputs[name] for sample in group]).to(model.device)
-            for name in ("pixel_values", "pixel_mask")
-        }
-        with torch.inference_mode():
-            outputs = model(**inputs)
-            sizes = [(sample.image.height, sample.image.width) for sample in group]
-            detections = processor.post_process_object_detection(outputs, threshold, sizes)
-        for index, sample, detected in zip(indices, group, detections, strict=True):
-            scores, labels, boxes = (detected[name].cpu() for name in ("scores", "labels", "boxes"))
-            found[index] = Prediction(sample.path, sample.image, scores, labels, boxes)
-    return [found[index] for index in range(len(batch))]
+    """Predictions of a batch, in its order."""
+    inputs = [sample.inputs for sample in batch]
+    sizes = [(sample.image.height, sample.image.width) for sample in batch]
+    found = detect_images(model, processor, inputs, sizes, threshold)
+    return [
+        Prediction(sample.path, sample.image, detected["scores"], detected["labels"], detected["boxes"])
+        for sample, detected in zip(batch, found, strict=True)
+    ]
 
 
 def _load(source: str, device: str | None) -> tuple[DenseDetector, DenseDetectorImageProcessor]:

@@ -19,6 +19,7 @@ from .files import write_atomically
 from .strict import RecipeError, cast, check_range, nearest, parse_yaml, type_name
 from .training_args import DetectionTrainingArguments, Problem, training_problems
 
+RECIPE_FILE = "recipe.yaml"  # the resolved recipe, in a run's output folder
 DETECTORS = ("gfl", "retinanet", "fcos", "atss")
 
 

@@ -26,10 +26,9 @@ from .evaluation import format_metrics
 from .factory import build_model, count_parameters, load_teacher
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .monitoring import NonFiniteLossError
-from .recipe import Recipe, RecipeError, load_recipe
+from .recipe import RECIPE_FILE, Recipe, RecipeError, load_recipe
 from .trainer import DetectionTrainer, DistillationTrainer
 
-RECIPE_FILE = "recipe.yaml"
 STATE_FILE = "trainer_state.json"  # written last: a run that has it beside its model is finished
 # What ends in one message while a run is built, and while it trains. Other errors there keep their tracebacks.
 USER_ERRORS = (RecipeError, CheckpointError, OSError, ValueError)
@@ -40,6 +39,7 @@ MAY_CHANGE = (
     *("logging_steps", "logging_strategy", "eval_steps", "eval_strategy", "save_steps", "save_strategy"),
     *("save_total_limit", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
     *("per_device_eval_batch_size", "load_best_model_at_end", "dataloader_persistent_workers"),
+    *("evaluation_pictures", "project"),
 )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import broadcast_object_list
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback
@@ -13,6 +14,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
+from .averaging import WeightAverage
 from .checkpoints import checkpoint_bytes, disk_errors_explained, mark_complete, remove_checkpoint, remove_surplus
 from .data.collator import DetectionCollator
 from .data.dataset import DetectionDataset
@@ -27,6 +29,7 @@ from .models.modeling_dense import DenseDetector
 from .monitoring import NonFiniteLossError, StepMonitor
 from .optimization import build_optimizer, multistep_scheduler, parameter_groups
 from .recipe import DistillationSection
+from .tracking import TrackingCallback, evaluation_sheet, trackers
 from .training_args import DetectionTrainingArguments
 
 EVALUATION_FOLDER = "evaluation"
@@ -79,7 +82,16 @@ class DetectionTrainer(Trainer):
         self.train_sampler: OrientationBatchSampler | None = None
         self._before_step: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None = None
         self.last_evaluation: tuple[int, dict[str, float]] = (-1, {})
+        self.average: WeightAverage | None = None  # from the beginning of training on, if there is an ema_decay
+        self._resumed_from: str | None = None
+        self.evaluation_sheet: Image.Image | None = None  # of the last evaluation, for the trackers
         self.add_callback(_TrainingHooks(self))
+        self.add_callback(TrackingCallback(self))
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.args.output_dir)
 
     # Data -------------------------------------------------------------------------------------------------------
 
@@ -282,6 +294,34 @@ class DetectionTrainer(Trainer):
                 folder.parent, self.args.save_total_limit, newest=folder, best=self.state.best_model_checkpoint
             )
 
+    def begin_averaging(self) -> None:
+        """Start the average of the weights, or go on with the checkpoint's."""
+        if self.args.ema_decay is None:
+            return
+        self.average = WeightAverage(self.accelerator.unwrap_model(self.model), self.args.ema_decay)
+        if self._resumed_from is not None:
+            self.average.load(self._resumed_from)
+
+    def average_step(self) -> None:
+        """Add the weights after a step to their average."""
+        if self.average is not None:
+            self.average.update(self.accelerator.unwrap_model(self.model))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._resumed_from = resume_from_checkpoint
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.average is not None:
+            self.average.load(self.state.best_model_checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # A checkpoint holds the trained weights, and the average beside them; the run's folder is for users.
+        if self.average is not None and Path(output_dir or self.run_folder) == self.run_folder:
+            state_dict = self.average.model.state_dict()
+        super()._save(output_dir, state_dict)
+
     def _write_checkpoint(self, model: nn.Module, trial, folder: Path) -> None:
         """Have transformers write a checkpoint without removing others, which it would do before it is complete."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -291,6 +331,8 @@ class DetectionTrainer(Trainer):
             self.args.save_total_limit = limit
         if self.args.should_save:
             torch.save(self.args, folder / TRAINING_ARGS_NAME)  # it was written without the limit
+            if self.average is not None:
+                self.average.save(folder)
 
     # Evaluation -------------------------------------------------------------------------------------------------
 
@@ -306,7 +348,7 @@ class DetectionTrainer(Trainer):
 
         The detections are written to `output_dir/evaluation` as COCO results, the numbers beside them.
         """
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.average.model if self.average else self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
         evaluator = CocoEvaluator(dataloader.dataset.split)
@@ -315,6 +357,7 @@ class DetectionTrainer(Trainer):
             evaluator.update(batch["image_ids"].tolist(), self.detect(model, batch))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         evaluator.gather()
+        self.evaluation_sheet = self._evaluation_sheet(evaluator, dataloader.dataset)
         results = evaluator.results() if description == "Prediction" else None
         model.train(was_training)
         metrics = [self._metrics(evaluator, metric_key_prefix) if self.accelerator.is_main_process else None]
@@ -322,6 +365,12 @@ class DetectionTrainer(Trainer):
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.last_evaluation = self.state.global_step, named
         return EvalLoopOutput(predictions=results, label_ids=None, metrics=named, num_samples=len(dataloader.dataset))
+
+    def _evaluation_sheet(self, evaluator: CocoEvaluator, dataset: DetectionDataset) -> Image.Image | None:
+        count = self.args.evaluation_pictures
+        if not (count and self.accelerator.is_main_process and trackers(self)):
+            return None
+        return evaluation_sheet(dataset, evaluator, count)
 
     def _metrics(self, evaluator: CocoEvaluator, prefix: str) -> dict[str, float]:
         metrics = evaluator.compute()
@@ -383,10 +432,13 @@ class DistillationTrainer(DetectionTrainer):
 
 
 class _TrainingHooks(TrainerCallback):
-    """The moments at which the trainer needs a word: a new epoch, and before and after an optimizer step."""
+    """The moments at which the trainer needs a word: the start, a new epoch, before and after a step."""
 
     def __init__(self, trainer: DetectionTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.begin_averaging()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # On the sampler itself: after a resume in mid-epoch accelerate's wrappers don't pass the epoch on.
@@ -398,6 +450,7 @@ class _TrainingHooks(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.restore_masked_step()
+        self.trainer.average_step()
 
 
 def _as_detector(model: DenseDetector | str) -> DenseDetector:

@@ -29,11 +29,13 @@ LIMITS: dict[str, tuple[float, float]] = {
     "warmup_start_factor": (0.0, 1.0),
     "lr_gamma": (0.0, 1.0),
     "bias_lr_factor": (0.0, math.inf),
+    "ema_decay": (0.0, 1.0),
     "max_grad_norm": (0.0, math.inf),
     "base_batch_size": (1, math.inf),
     "per_device_train_batch_size": (1, math.inf),
     "per_device_eval_batch_size": (1, math.inf),
     "gradient_accumulation_steps": (1, math.inf),
+    "evaluation_pictures": (0, math.inf),
 }
 
 # The fields a problem lies in, and what is wrong with them. The text starts with a field's name.
@@ -72,6 +74,10 @@ class DetectionTrainingArguments(TrainingArguments):
     lr_gamma: float = field(default=0.1, metadata={"help": "Learning rate factor at each milestone."})
     bias_lr_factor: float = field(default=1.0, metadata={"help": "Learning rate factor of convolution biases."})
     bias_weight_decay: bool = field(default=True, metadata={"help": "Whether biases (norms' too) are decayed."})
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Average weights exponentially, such as 0.999; evaluated and saved instead. null: off."},
+    )
     group_by_orientation: bool = field(default=True, metadata={"help": "Batches of upright or of wide images only."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient norm to clip at; 0: no clipping."})
     per_device_train_batch_size: int = field(default=2, metadata={"help": "Images a device and step."})
@@ -83,6 +89,9 @@ class DetectionTrainingArguments(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep; null: all."})
     # None first, as transformers has it: HfArgumentParser can't read the union in another order.
     report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers."})  # noqa: RUF036
+    evaluation_pictures: int = field(
+        default=8, metadata={"help": "Images on the sheet that trackers get after an evaluation; 0: none."}
+    )
     label_names: list[str] | None = field(
         default_factory=lambda: ["labels"], metadata={"help": "Model inputs that are labels."}
     )

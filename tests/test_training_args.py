@@ -51,6 +51,8 @@ def test_own_fields_only_add_to_transformers():
         "bias_lr_factor",
         "bias_weight_decay",
         "group_by_orientation",
+        "ema_decay",
+        "evaluation_pictures",
     }
 
 

@@ -61,7 +61,17 @@ def main() -> int:
         environment = {**os.environ, "PYTHONPATH": folder, "HF_HUB_OFFLINE": "1"}
         # An empty configuration: ours is strict about markers, of which the common tests have some.
         write(Path(folder) / "pytest.ini", "[pytest]\n")
-        options = ["-c", f"{folder}/pytest.ini", "--rootdir", str(HERE), "-p", "no:cacheprovider", "-rs", "-W", "ignore"]
+        options = [
+            "-c",
+            f"{folder}/pytest.ini",
+            "--rootdir",
+            str(HERE),
+            "-p",
+            "no:cacheprovider",
+            "-rs",
+            "-W",
+            "ignore",
+        ]
         command = [sys.executable, "-m", "pytest", *options, str(HERE), *pytest_arguments]
         return subprocess.run(command, env=environment, cwd=HERE.parent.parent, check=False).returncode
 

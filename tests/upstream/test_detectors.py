@@ -56,7 +56,10 @@ class DetectorTests(common.ModelTesterMixin):
     def setUp(self):
         self.model_tester = DetectorTester(self, self.name)
         self.config_tester = configuration.ConfigTester(
-            self, config_class=self.model_tester.config_class, has_text_modality=False, common_properties=["num_labels"]
+            self,
+            config_class=self.model_tester.config_class,
+            has_text_modality=False,
+            common_properties=["num_labels"],
         )
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):

@@ -1,0 +1,147 @@
+"""The pipeline against `predict` and against the processor and model by hand."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_model, tiny_processor
+from transformers import AutoModelForObjectDetection, ObjectDetectionPipeline, pipeline
+
+from crosskd_hf.data.images import ImageError, load_rgb
+from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor
+from crosskd_hf.pipeline import DenseDetectionPipeline
+from crosskd_hf.predict import predict
+
+SIZES = [(120, 80), (80, 120), (90, 90), (300, 60), (120, 80)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved detector and five images of four sizes."""
+    root = tmp_path_factory.mktemp("pipeline")
+    model = tiny_model("atss")
+    model.save_pretrained(root / "model")
+    tiny_processor(model).save_pretrained(root / "model")
+    for number, size in enumerate(SIZES):
+        Image.effect_noise(size, 90 + number).convert("RGB").save(root / f"{number}.png")
+    return root
+
+
+def paths(folder: Path) -> list[str]:
+    return [str(folder / f"{number}.png") for number in range(len(SIZES))]
+
+
+def rows(labels, scores, boxes) -> list[dict]:
+    corners = [dict(zip(("xmin", "ymin", "xmax", "ymax"), box.int().tolist(), strict=True)) for box in boxes]
+    entries = zip(scores.tolist(), labels.tolist(), corners, strict=True)
+    return [{"score": score, "label": ("cat", "dog")[label], "box": box} for score, label, box in entries]
+
+
+def same(found: list[dict], expected: list[dict]) -> None:
+    assert [(row["label"], row["box"]) for row in found] == [(row["label"], row["box"]) for row in expected]
+    assert [row["score"] for row in found] == pytest.approx([row["score"] for row in expected], abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_equal_to_predict_and_to_the_parts_by_hand(folder: Path, batch_size: int) -> None:
+    detector = pipeline("object-detection", model=str(folder / "model"))
+    found = detector(paths(folder), batch_size=batch_size, threshold=0.1)
+    assert isinstance(detector, DenseDetectionPipeline) and len(found) == len(SIZES)
+    model = AutoModelForObjectDetection.from_pretrained(folder / "model").eval()
+    processor = DenseDetectorImageProcessor.from_pretrained(folder / "model")
+    predictions = predict(model, processor, paths(folder), threshold=0.1, batch_size=batch_size)
+    for path, result, prediction in zip(paths(folder), found, predictions, strict=True):
+        assert len(result) > 3
+        same(result, rows(prediction.labels, prediction.scores, prediction.boxes))
+        image = load_rgb(path)
+        with torch.no_grad():
+            output = model(**processor(image, return_tensors="pt"))
+        alone = processor.post_process_object_detection(output, 0.1, [(image.height, image.width)])[0]
+        same(result, rows(alone["labels"], alone["scores"], alone["boxes"]))
+
+
+def test_images_paths_lists_and_generators(folder: Path) -> None:
+    detector = pipeline("object-detection", model=str(folder / "model"))
+    expected = detector(paths(folder)[0])
+    image = Image.open(paths(folder)[0])
+    assert detector(image) == expected
+    assert detector([image, paths(folder)[0]]) == [expected, expected]
+    assert next(iter(detector((path for path in paths(folder)[:2]), batch_size=2))) == pytest.approx(expected)
+
+
+def test_files_are_read_as_in_training(folder: Path, tmp_path: Path) -> None:
+    """A turned JPEG, and 16 bits, which Pillow alone would cut off to white."""
+    turned = Image.open(paths(folder)[0]).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    grey = Image.effect_noise((96, 64), 90)
+    deep = Image.frombytes("I;16", grey.size, b"".join(bytes((v, v)) for v in grey.tobytes()))
+    deep.save(tmp_path / "deep.png")
+    detector = pipeline("object-detection", model=str(folder / "model"))
+    for name in ("turned.jpg", "deep.png"):
+        expected = detector(load_rgb(tmp_path / name), threshold=0.0)
+        assert expected and detector(str(tmp_path / name), threshold=0.0) == expected
+        with Image.open(tmp_path / name) as image:
+            assert detector(image, threshold=0.0) == expected
+
+
+def test_an_unreadable_file_is_said_to_be_one(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ImageError, match="no image of a kind that Pillow knows"):
+        pipeline("object-detection", model=str(folder / "model"))(str(tmp_path / "broken.png"))
+
+
+def test_no_error_is_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.enable_propagation()
+    try:
+        with caplog.at_level(logging.WARNING):
+            pipeline("object-detection", model=str(folder / "model"))(paths(folder)[0])
+    finally:
+        transformers_logging.disable_propagation()
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_detectors_of_transformers_get_its_own_pipeline() -> None:
+    from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessor
+
+    config = YolosConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=[32, 32],
+        patch_size=16,
+        num_detection_tokens=4,
+        use_mid_position_embeddings=False,
+    )
+    processor = YolosImageProcessor(size={"shortest_edge": 32, "longest_edge": 32})
+    detector = pipeline("object-detection", model=YolosForObjectDetection(config), image_processor=processor)
+    assert type(detector) is ObjectDetectionPipeline
+    assert detector(Image.new("RGB", (32, 32)), threshold=0.0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_on_real_images(coco_mini: Path, tmp_path: Path, batch_size: int) -> None:
+    """20 COCO images: pipeline, `predict` and `post_process_object_detection` give the same detections."""
+    model = tiny_model("gfl").eval()
+    model.save_pretrained(tmp_path)
+    processor = DenseDetectorImageProcessor(size={"shortest_edge": 256, "longest_edge": 448})
+    processor.save_pretrained(tmp_path)
+    files = sorted(str(path) for path in (coco_mini / "val2017").iterdir())[:20]
+    found = pipeline("object-detection", model=str(tmp_path))(files, batch_size=batch_size, threshold=0.1)
+    predictions = list(predict(model, processor, files, threshold=0.1, batch_size=batch_size))
+    assert len(found) == len(predictions) == 20
+    for path, result, prediction in zip(files, found, predictions, strict=True):
+        same(result, rows(prediction.labels, prediction.scores, prediction.boxes))
+        image = load_rgb(path)
+        with torch.no_grad():
+            output = model(**processor(image, return_tensors="pt"))
+        alone = processor.post_process_object_detection(output, 0.1, [(image.height, image.width)])[0]
+        assert len(result) == len(alone["scores"]) > 5
+        assert [row["score"] for row in result] == pytest.approx(alone["scores"].tolist(), abs=1e-5)
+        assert torch.allclose(prediction.boxes, alone["boxes"], atol=1e-3)
