@@ -47,8 +47,8 @@ class WeightAverage:
         """
         if not _file(folder).is_file():
             raise FileNotFoundError(
-                f"{folder} has no {AVERAGE_FILE}: its run was begun without training.ema_decay. Set ema_decay null, or "
-                "start again in another training.output_dir."
+                f"{folder} has no {AVERAGE_FILE}: its run was begun without training.ema_decay. Set ema_decay null, "
+                "or start again in another training.output_dir."
             )
         self._averaged.load_state_dict(load_file(_file(folder)))
 

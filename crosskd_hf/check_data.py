@@ -14,6 +14,7 @@ from .data.load import load_split
 from .data.split import DetectionSplit, keep_for_training
 from .data.transforms import resized_size
 from .plots import bars, new_figure, save_figure
+from .progress import say
 from .recipe import DataSection, load_recipe
 from .visualization import contact_sheet, draw_boxes, label_color
 
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     for r in reports:
         draw_report(r, output / f"{_file_name(r.name)}.png")
         samples(r.split).save(output / f"{_file_name(r.name)}_samples.png")
-    print(f"\nwritten to {output}: report.txt, and for each split a chart and sample pictures")
+    say(f"\nwritten to {output}: report.txt, and for each split a chart and sample pictures")
     if any(r.stopped for r in reports):
         raise SystemExit("training would stop at this data: mend it, or set data.on_error=skip to leave that out.")
 

@@ -13,7 +13,9 @@ from .data.dataset import DetectionDataset
 from .data.load import load_split
 from .evaluation import format_metrics
 from .factory import convert_checkpoint, count_parameters, load_detector
+from .progress import say
 from .recipe import RECIPE_FILE, DataSection, RecipeError, load_recipe
+from .run_log import use_run_log
 from .trainer import EVALUATION_FOLDER, DetectionTrainer
 from .training_args import DetectionTrainingArguments
 
@@ -59,11 +61,12 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, float]:
         dataloader_num_workers=arguments.workers,
     )
     trainer = DetectionTrainer(model, args, eval_dataset=dataset, processing_class=processor)
+    use_run_log(trainer)
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         print(f"{len(split)} images")
         print(format_metrics({name.removeprefix("eval_"): value for name, value in metrics.items()}))
-        print(f"written to {Path(args.output_dir) / EVALUATION_FOLDER}")
+        say(f"written to {Path(args.output_dir) / EVALUATION_FOLDER}")
     return metrics
 
 
@@ -100,6 +103,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     demo.add_arguments(commands.add_parser("demo", help="teacher, student alone and distilled, offline"))
     check_data.add_arguments(commands.add_parser("check-data", help="report on a recipe's data before training"))
     predict.add_arguments(commands.add_parser("predict", help="detections of image files"))
+    for name, command in commands.choices.items():
+        if name != "train":
+            train.add_quiet(command)
     arguments = train.parse(parser, argv)
     if arguments.command == "train":
         train.launch(arguments)

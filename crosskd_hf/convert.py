@@ -5,7 +5,6 @@ import hashlib
 import http.client
 import pickletools
 import re
-import shutil
 import urllib.request
 import uuid
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from .models.modeling_dense import DenseDetector
 from .models.swin import merge_order
+from .progress import Progress
 
 PREDICTORS = {
     "crosskd_gfl": {"cls_predictor": "gfl_cls", "box_predictor": "gfl_reg"},
@@ -41,6 +41,7 @@ FOREIGN_PACKAGES = ("mmengine", "mmcv", "mmdet", "numpy")
 # getattr: how mmengine's HistoryBuffer pickles its own methods; as a stand-in it looks nothing up.
 FOREIGN_NAMES = ("_codecs.encode", "builtins.getattr")
 DOWNLOAD_TIMEOUT = 60  # seconds without a byte
+CHUNK = 1 << 20  # bytes of a download between two looks at its progress
 # Magic number, protocol, platform, content: the pickles of the format before torch 1.6.
 LEGACY_PICKLES = 4
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[^.]+$")
@@ -282,8 +283,12 @@ def check_hash(path: str | Path) -> None:
 def _download(url: str, path: Path) -> None:
     request = urllib.request.Request(url, headers={"User-Agent": "crosskd_hf"})
     with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response, open(path, "wb") as file:
-        shutil.copyfileobj(response, file)
         promised = response.headers.get("Content-Length")
+        name = path.name.split("-", 2)[-1]  # without what makes the partial file's name its own
+        with Progress(f"download {name}", int(promised) if promised else None, "B") as progress:
+            while chunk := response.read(CHUNK):
+                file.write(chunk)
+                progress.update(len(chunk))
     if promised and path.stat().st_size != int(promised):
         raise OSError(f"the connection broke after {path.stat().st_size} of {promised} bytes")
 

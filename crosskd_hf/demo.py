@@ -23,6 +23,7 @@ from .factory import load_detector
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .models.modeling_dense import DenseDetector
 from .plots import learning_curves
+from .progress import say
 from .recipe import Recipe, load_recipe
 from .visualization import contact_sheet
 
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     runs = stages(output, arguments.seed, arguments.overrides)
     started = time.perf_counter()
     for number, stage in enumerate(runs, start=1):
-        print(f"\n[{number}/{len(runs)}] {stage.name}: {stage.command()}", flush=True)
+        say(f"\n[{number}/{len(runs)}] {stage.name}: {stage.command()}")
         train.train_recipe(stage.recipe())
     metrics = {stage.name: read_metrics(stage.output) for stage in runs}
     learning_curves({stage.name: read_curve(stage.output) for stage in runs}, "epoch", output / "learning_curves.png")

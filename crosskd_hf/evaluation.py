@@ -273,10 +273,6 @@ def format_metrics(metrics: Mapping[str, float]) -> str:
         metrics: as `CocoEvaluator.compute` returns them, in 0..1. -1 (no ground truth) is shown as a dash, and other
             names than those of `compute` are left out.
     """
-
-    def percent(value: float) -> str:
-        return "-" if value == -1 else f"{100 * value:.1f}"
-
     lines = []
     for names in (SUMMARY_NAMES[:6], SUMMARY_NAMES[6:]):
         present = [name for name in names if name in metrics]
@@ -289,6 +285,11 @@ def format_metrics(metrics: Mapping[str, float]) -> str:
         lines += ["", f"{'class':<{width}}{'AP':>8}"]
         lines += [f"{name:<{width}}{percent(value):>8}" for name, value in classes.items()]
     return "\n".join(lines)
+
+
+def percent(value: float) -> str:
+    """A metric of 0..1 in percent; -1, which no ground truth speaks for, as a dash."""
+    return "-" if value == -1 else f"{100 * value:.1f}"
 
 
 def _column(split: DetectionSplit, name: str) -> list[Any]:

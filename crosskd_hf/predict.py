@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
 
 from .data.images import ImageError, load_rgb
@@ -52,6 +51,7 @@ from .prediction_files import (
     ResultsFile,
     check_output,
 )
+from .progress import Progress, say
 
 ErrorHandler = Callable[[Path, ImageError], None]
 
@@ -162,8 +162,8 @@ def run(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     counts, left_out = _write_all(writer, model, processor, paths, arguments)
     speed = len(counts) / (time.perf_counter() - start)
-    print(f"{len(counts)} images, {sum(counts)} detections, {speed:.1f} images/s")
-    print(f"written to {output / RESULTS_FILE}" + (f" and {pictures}" if pictures else ""))
+    say(f"{len(counts)} images, {sum(counts)} detections, {speed:.1f} images/s")
+    say(f"written to {output / RESULTS_FILE}" + (f" and {pictures}" if pictures else ""))
     if left_out:
         print(f"{len(left_out)} of {len(paths)} images were left out:\n  " + "\n  ".join(left_out))
 
@@ -281,8 +281,7 @@ def _write_all(
         left_out.append(f"{path} {error}")
         bar.update()
 
-    # The bar is for terminals; in a log file, the summary says the same.
-    with writer.results, tqdm(total=len(paths), unit="img", desc="predict", disable=None) as bar:
+    with writer.results, Progress("predict", len(paths), "images") as bar:
         for prediction in predict(
             model,
             processor,

@@ -26,7 +26,9 @@ from .evaluation import format_metrics
 from .factory import build_model, count_parameters, load_teacher
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .monitoring import NonFiniteLossError
+from .progress import say, set_quiet
 from .recipe import RECIPE_FILE, Recipe, RecipeError, load_recipe
+from .run_log import use_run_log
 from .trainer import DetectionTrainer, DistillationTrainer
 
 STATE_FILE = "trainer_state.json"  # written last: a run that has it beside its model is finished
@@ -48,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a recipe's path, or the bare name of one that the package carries")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
     parser.add_argument("--dry-run", action="store_true", help="build everything, print it, and stop")
+    add_quiet(parser)
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """The argument that every command has."""
+    parser.add_argument("--quiet", action="store_true", help="print results, warnings and errors only")
 
 
 def build_trainer(recipe: Recipe) -> DetectionTrainer:
@@ -66,9 +74,12 @@ def build_trainer(recipe: Recipe) -> DetectionTrainer:
         ),
     }
     if recipe.teacher is None:
-        return DetectionTrainer(model, **common)
-    teacher = load_teacher(recipe.teacher, names)
-    return DistillationTrainer(model, teacher, distillation=recipe.distillation, **common)
+        trainer = DetectionTrainer(model, **common)
+    else:
+        teacher = load_teacher(recipe.teacher, names)
+        trainer = DistillationTrainer(model, teacher, distillation=recipe.distillation, **common)
+    use_run_log(trainer)
+    return trainer
 
 
 def describe(trainer: DetectionTrainer) -> str:
@@ -214,7 +225,7 @@ def prepare(recipe: Recipe, dry_run: bool = False) -> DetectionTrainer | None:
     trainer = build_trainer(recipe)
     check_space(trainer)
     if trainer.is_world_process_zero():
-        print(describe(trainer), flush=True)
+        (print if dry_run else say)(describe(trainer))
     return trainer
 
 
@@ -228,6 +239,7 @@ def check_space(trainer: DetectionTrainer) -> None:
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parsed arguments, with overrides before and after options alike, which argparse alone refuses."""
     arguments, rest = parser.parse_known_args(argv)
+    set_quiet(arguments.quiet)
     if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:

@@ -68,7 +68,7 @@ def test_a_resumed_average_goes_on_bit_for_bit(tmp_path: Path) -> None:
 def test_a_checkpoint_without_an_average_is_named(tmp_path: Path) -> None:
     trainer_of(tmp_path, "run", max_steps=2, ema_decay=None).train()
     assert not (tmp_path / "run" / "checkpoint-2" / AVERAGE_FILE).exists()
-    with pytest.raises(FileNotFoundError, match="begun without training.ema_decay"):
+    with pytest.raises(FileNotFoundError, match="begun without training"):
         trainer_of(tmp_path, "run", max_steps=4).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
 
 

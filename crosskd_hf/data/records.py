@@ -10,8 +10,8 @@ from typing import Any
 
 import datasets
 import numpy as np
-from tqdm.auto import tqdm
 
+from ..progress import Progress
 from .boxes import check_format, is_box, is_finite, note_box, to_xywh
 from .images import ImageError, ImageSource, inspect_image
 from .problems import Kind, Problems
@@ -102,12 +102,7 @@ def _inspect(sources: Iterable[ImageSource], total: int) -> Iterator[tuple[int, 
     with (
         # Pillow decodes without holding Python's lock.
         ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool,
-        tqdm(
-            total=total,
-            desc="Checking images",
-            unit="image",
-            disable=None if datasets.is_progress_bar_enabled() else True,
-        ) as progress,
+        Progress("check images", total, "images") as progress,
     ):
         while chunk := [source for _, source in zip(range(CHUNK), iterator, strict=False)]:
             yield from pool.map(inspect, chunk)
