@@ -1,4 +1,4 @@
-"""The `crosskd` command: demo, check-data, train, evaluate, predict, convert."""
+"""The `crosskd` command: demo, check-data, train, evaluate, predict, info, export, convert."""
 
 import argparse
 import dataclasses
@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import AutoImageProcessor
 
-from . import check_data, demo, predict, train
+from . import check_data, demo, info, predict, train
 from .data.dataset import DetectionDataset
 from .data.load import load_split
 from .evaluation import format_metrics
@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     demo.add_arguments(commands.add_parser("demo", help="teacher, student alone and distilled, offline"))
     check_data.add_arguments(commands.add_parser("check-data", help="report on a recipe's data before training"))
     predict.add_arguments(commands.add_parser("predict", help="detections of image files"))
+    info.add_arguments(commands.add_parser("info", help="size, cost, labels and origin of a model"))
     for name, command in commands.choices.items():
         if name != "train":
             train.add_quiet(command)
@@ -116,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "demo": demo.run,
         "check-data": check_data.run,
         "predict": predict.run,
+        "info": info.run,
     }
     try:
         with train.explained(train.USER_ERRORS):
