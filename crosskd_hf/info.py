@@ -16,12 +16,12 @@ from transformers.utils import cached_file
 from .data.transforms import resized_size
 from .evaluation import SUMMARY_NAMES, percent
 from .factory import count_parameters, load_detector
+from .hub import METRICS_FILE
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .models.modeling_dense import DenseDetector
 from .monitoring import memory_gb
 from .recipe import RECIPE_FILE, RecipeError, load_recipe
 
-METRICS_FILE = "evaluation/eval_metrics.json"
 ASPECT = 4 / 3  # of the image that costs are told for: COCO's most frequent
 SHOWN_LABELS = 12
 

@@ -177,7 +177,7 @@ def run(trainer: DetectionTrainer, recipe: Recipe) -> None:
         if trainer.is_world_process_zero():
             recipe.save(output / RECIPE_FILE)
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(output))
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # pushed once, below, with the metrics
         step, metrics = trainer.last_evaluation
         if step != trainer.state.global_step or trainer.args.load_best_model_at_end:
             metrics = trainer.evaluate()

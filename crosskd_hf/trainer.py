@@ -1,5 +1,6 @@
 """Trainers of dense detectors, alone and with a teacher, on transformers.Trainer."""
 
+import copy
 import time
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from .distillation.objective import distillation_losses, teacher_forward
 from .distillation.settings import check_pair, resolve_settings
 from .evaluation import CocoEvaluator
 from .factory import load_detector
+from .hub import HubUpload
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .models.modeling_dense import DenseDetector
 from .monitoring import NonFiniteLossError, StepMonitor
@@ -35,7 +37,7 @@ from .training_args import DetectionTrainingArguments
 EVALUATION_FOLDER = "evaluation"
 
 
-class DetectionTrainer(Trainer):
+class DetectionTrainer(HubUpload, Trainer):
     """Trains a detector alone.
 
     Args:
@@ -290,9 +292,11 @@ class DetectionTrainer(Trainer):
             if self.args.should_save:
                 mark_complete(folder)
         if self.args.should_save:
+            self.finish_checkpoint_push()
             remove_surplus(
                 folder.parent, self.args.save_total_limit, newest=folder, best=self.state.best_model_checkpoint
             )
+        self.push_checkpoint(folder)
 
     def begin_averaging(self) -> None:
         """Start the average of the weights, or go on with the checkpoint's."""
@@ -330,7 +334,9 @@ class DetectionTrainer(Trainer):
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
-            torch.save(self.args, folder / TRAINING_ARGS_NAME)  # it was written without the limit
+            args = copy.copy(self.args)
+            args.hub_token = None  # checkpoints may be pushed
+            torch.save(args, folder / TRAINING_ARGS_NAME)  # it was written without the limit
             if self.average is not None:
                 self.average.save(folder)
 

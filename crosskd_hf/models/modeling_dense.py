@@ -155,6 +155,8 @@ class DenseDetector(PreTrainedModel):
         self.backbone = Backbone(config, pretrained=pretrained_backbone)
         self.fpn = FPN(config, self.backbone.channels)
         self.head = DenseHead(self.head_spec(config))
+        # Of the instance: add_model_tags() appends to it.
+        self.model_tags = ["object-detection", "crosskd", config.model_type]
         self._priors: dict[tuple, Priors] = {}
         self.post_init()
 

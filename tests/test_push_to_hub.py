@@ -1,0 +1,379 @@
+"""Trained detectors on a Hub: the real client over real HTTP, to the server of `hub_server`.
+
+The client reads its settings when it is imported, so that it works in a process of its own: this file, run as a
+script, executes the functions of its first half by name.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import LARGE, TOKEN, HubServer
+
+MODEL = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+METRICS = "evaluation/eval_metrics.json"
+CREATED = {".gitattributes"}  # by the Hub itself
+
+
+# In the client's process ----------------------------------------------------------------------------------------
+
+
+def push_model(repo: str, seed: int, processor_first: bool = False) -> None:
+    from tiny import tiny_model, tiny_processor
+
+    model = tiny_model(seed=seed)
+    parts = [model, tiny_processor(model)]
+    for part in reversed(parts) if processor_first else parts:
+        part.push_to_hub(repo)
+
+
+def distil(folder: str, teacher: str, repo: str | None = None, **options: Any) -> dict:
+    """Train two steps, evaluate, push; the metrics, the last commit, and a prediction."""
+    import torch
+    from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
+
+    from crosskd_hf import DistillationTrainer
+
+    student = tiny_model(seed=1)
+    split = tiny_split(Path(folder).parent / "data")
+    args = tiny_args(Path(folder), max_steps=2, hub_model_id=repo, hub_token=TOKEN, **options)
+    trainer = DistillationTrainer(student, teacher, args, split, split, tiny_processor(student))
+    trainer.detect = found_roughly(trainer.eval_dataset)
+    trainer.train()
+    metrics = trainer.evaluate()
+    commit = trainer.push_to_hub(dataset="noise", dataset_args="mini")
+    with torch.no_grad():
+        output = trainer.model.eval()(tiny_batch()["pixel_values"])
+    torch.save({"logits": output.logits, "boxes": output.pred_boxes}, Path(folder) / "expected.pt")
+    return {"metrics": metrics, "oid": commit.oid}
+
+
+def found_roughly(dataset: Any) -> Any:
+    """In the place of a trainer's `detect`: every box, moved, so that no metric is 0 or 1 without reason."""
+    import torch
+
+    known = {row["image_id"]: row["objects"] for row in dataset.split.dataset.remove_columns("image")}
+
+    def detect(_: Any, batch: dict) -> list[dict]:
+        found = []
+        for image_id in batch["image_ids"].tolist():
+            corner, size = torch.tensor(known[image_id]["bbox"]).split(2, dim=1)
+            boxes = torch.cat([corner, corner + size], dim=1) + 4.0 * (image_id % 2)
+            labels = torch.tensor(known[image_id]["category"])
+            found.append({"boxes": boxes, "labels": labels, "scores": torch.full((len(boxes),), 0.5)})
+        return found
+
+    return detect
+
+
+def download(repo: str, cache: str, expected: str) -> dict:
+    """Load a model into an empty cache, and look how its predictions compare."""
+    import torch
+    from tiny import tiny_batch
+    from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+    model = AutoModelForObjectDetection.from_pretrained(repo, cache_dir=cache).eval()
+    processor = AutoImageProcessor.from_pretrained(repo, cache_dir=cache)
+    with torch.no_grad():
+        output = model(tiny_batch()["pixel_values"])
+    known = torch.load(expected, weights_only=True)
+    same = torch.equal(output.logits, known["logits"]) and torch.equal(output.pred_boxes, known["boxes"])
+    return {"same": same, "size": dict(processor.size), "kind": type(processor).__name__}
+
+
+def read_card(repo: str) -> dict:
+    """A card as the client understands it."""
+    from huggingface_hub import ModelCard, model_info
+
+    data, info = ModelCard.load(repo).data, model_info(repo)
+    results = {result.metric_name: result.metric_value for result in data.eval_results or ()}
+    first = vars(data.eval_results[0]) if data.eval_results else {}
+    listed = [result.metric_name for result in (info.card_data.eval_results or ())]
+    known = data.to_dict()
+    known.pop("model-index", None)
+    return {"results": results, "first": first, "listed": listed, "tags": info.tags, "data": known}
+
+
+def run_recipe(recipe: str, overrides: list[str]) -> None:
+    from crosskd_hf import train
+
+    train.main([recipe, *overrides])
+
+
+def serve() -> None:
+    """Call what the lines of stdin name, and answer each with a line."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what is printed in between is no answer
+    for line in sys.stdin:
+        name, options = json.loads(line)
+        try:
+            answer = {"value": globals()[name](**options)}
+        except (Exception, SystemExit) as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+# In the tests' process ------------------------------------------------------------------------------------------
+
+
+class ClientError(Exception):
+    """What went wrong in the client's process."""
+
+
+class Client:
+    """The process that talks to the server."""
+
+    def __init__(self, hub: HubServer, home: Path):
+        self.home = home
+        here = Path(__file__).parent
+        path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+        self.log = open(home / "stderr.txt", "w+", encoding="utf-8")
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            env=os.environ | hub.environment(home) | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+        )
+
+    def call(self, function: Any, timeout: float = 180, **options: Any) -> Any:
+        """The value of a function there.
+
+        Raises:
+            ClientError: what it raised, or what its process left.
+        """
+        timer = threading.Timer(timeout, self.process.kill)
+        timer.start()
+        try:
+            print(json.dumps([function.__name__, options]), file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
+        finally:
+            timer.cancel()
+        if not line:
+            raise ClientError((self.home / "stderr.txt").read_text(encoding="utf-8")[-3000:])
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ClientError(answer["error"])
+        return answer["value"]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+        self.log.close()
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    client = Client(hub, tmp_path_factory.mktemp("home"))
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def failures(hub: HubServer) -> Iterator[dict]:
+    yield hub.failures
+    hub.failures.clear()
+
+
+@pytest.fixture(scope="module")
+def distilled(hub: HubServer, client: Client, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """A teacher from the Hub, and its student there."""
+    folder = tmp_path_factory.mktemp("distilled")
+    client.call(push_model, repo="user/teacher", seed=2)
+    answer = client.call(distil, folder=str(folder / "run"), teacher="user/teacher", repo="user/student")
+    return answer | {"folder": folder / "run"}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """CrossKD GFL -> GFL on five noise images, two steps, pushed as it is trained."""
+    import yaml
+    from tiny import write_tiny_coco
+
+    write_tiny_coco(tmp_path / "data")
+    small = {"detector": "gfl", "backbone": "resnet18", "fpn_channels": 32, "head_channels": 32}
+    sides = {"short_side": 64, "long_side": 96}
+    splits = {"path": str(tmp_path / "data"), "train_split": "mini", "val_split": "mini"}
+    steps = {"max_steps": 2, "warmup_steps": 0, "learning_rate": 1e-4, "save_strategy": "steps", "save_steps": 1}
+    content = {
+        "model": {"backbone_weights": "random", **small},
+        "teacher": {"checkpoint": "random", **small},
+        "distillation": {"tap_index": 3},
+        "data": {**splits, **sides, "cache_dir": str(tmp_path / "cache")},
+        "training": {
+            "output_dir": str(tmp_path / "run"),
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "push_to_hub": True,
+            "hub_always_push": True,  # a tiny run would be over before its first upload
+            **steps,
+        },
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_trained_student_arrives_with_exactly_its_files(hub: HubServer, distilled: dict) -> None:
+    folder = distilled["folder"]
+    commit = hub.repos["user/student"].commits[-1]
+    assert (commit.message, commit.oid) == ("End of training", distilled["oid"])
+    assert set(commit.files) == MODEL | {METRICS} | CREATED
+    assert (folder / "training_args.bin").is_file() and (folder / "evaluation/eval_predictions.json").is_file()
+    for name in MODEL | {METRICS}:
+        assert commit.files[name] == (folder / name).read_bytes(), name
+    assert len(commit.files["model.safetensors"]) > LARGE, "so that it went by LFS"
+    posts = [path for method, path, _ in hub.requests if method != "HEAD"]
+    assert "/user/student.git/info/lfs/objects/batch" in posts
+    assert all(authorized for method, path, authorized in hub.requests if "/api/models/user/student/commit" in path)
+
+
+def test_the_card_tells_the_trainers_metrics(client: Client, distilled: dict) -> None:
+    card = client.call(read_card, repo="user/student")
+    metrics = {name.removeprefix("eval_"): value for name, value in distilled["metrics"].items()}
+    assert 0.1 < metrics["AP75"] < metrics["AP50"] and 0.1 < metrics["AP"] < 1
+    expected = {name: metrics[name] for name in ("AP", "AP50", "AP75", "APs")}
+    assert metrics["APm"] == metrics["APl"] == -1, "there are no such boxes"
+    assert card["results"] == expected
+    assert card["listed"] == list(expected)
+    assert (card["first"]["dataset_name"], card["first"]["dataset_split"]) == ("noise", "mini")
+    assert card["data"]["base_model"] == ["user/teacher"]
+    assert card["data"]["pipeline_tag"] == "object-detection" and card["data"]["library_name"] == "transformers"
+    assert {"crosskd", "knowledge-distillation", "object-detection", "gfl", "crosskd_gfl"} <= set(card["tags"])
+
+
+def test_a_fresh_cache_predicts_the_same(client: Client, distilled: dict, tmp_path: Path) -> None:
+    expected = str(distilled["folder"] / "expected.pt")
+    found = client.call(download, repo="user/student", cache=str(tmp_path / "cache"), expected=expected)
+    assert found == {
+        "same": True,
+        "size": {"shortest_edge": 64, "longest_edge": 96},
+        "kind": "DenseDetectorImageProcessor",
+    }
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_was(
+    hub: HubServer, client: Client, distilled: dict, tmp_path: Path
+) -> None:
+    expected = str(distilled["folder"] / "expected.pt")
+    hub.keep = 12 << 20  # of 45 MB; the client writes them by the 10
+    try:
+        found = client.call(download, repo="user/student", cache=str(tmp_path / "cache"), expected=expected)
+    finally:
+        hub.keep = None
+    assert found["same"]
+    downloads = [authorized for _, path, authorized in hub.requests if path.startswith("/lfs/download")]
+    assert len(downloads) >= 2 and not any(downloads), "the token isn't for the storage's host"
+    assert len(hub.ranges) == 1 and int(hub.ranges[0].removeprefix("bytes=").split("-")[0]) >= 10 << 20
+
+
+@pytest.mark.parametrize("processor_first", [False, True])
+def test_a_model_and_its_processor_push_themselves(hub: HubServer, client: Client, processor_first: bool) -> None:
+    repo = f"user/own{int(processor_first)}"
+    client.call(push_model, repo=repo, seed=3, processor_first=processor_first)
+    assert set(hub.repos[repo].files) == MODEL | CREATED
+    card = client.call(read_card, repo=repo)
+    assert {"crosskd", "object-detection", "crosskd_gfl"} <= set(card["tags"]), "the model's own tags"
+    assert card["data"]["library_name"] == "transformers" and card["results"] == {}
+
+
+@pytest.mark.parametrize("decay", ["null", "0.5"])
+def test_a_run_pushes_every_checkpoint_and_then_itself(
+    hub: HubServer, client: Client, recipe: Path, decay: str
+) -> None:
+    overrides = [f"training.hub_model_id=user/recipe-{decay}", f"training.ema_decay={decay}"]
+    client.call(run_recipe, recipe=str(recipe), overrides=overrides)
+    commits = hub.repos[f"user/recipe-{decay}"].commits
+    messages = ["initial commit", "Training in progress, step 1", "Training in progress, step 2", "End of training"]
+    assert [commit.message for commit in commits] == messages
+    assert set(commits[1].files) == MODEL | {"recipe.yaml"} | CREATED, "not evaluated yet"
+    assert set(commits[3].files) == MODEL | {"recipe.yaml", METRICS} | CREATED
+    weights = [commit.files["model.safetensors"] for commit in commits[1:]]
+    assert weights[0] != weights[1] and weights[1] == weights[2], "with an average, it is what is pushed"
+    trained = (recipe.parent / "run" / "checkpoint-2" / "model.safetensors").read_bytes()
+    assert (weights[2] == trained) == (decay == "null")
+    cards = [commit.files["README.md"].decode() for commit in commits[1:]]
+    assert "Steps: 1 of 2" in cards[0] and "model-index" not in cards[0]
+    assert "Steps: 2\n" in cards[2] and "model-index" in cards[2]
+    assert str(recipe.parent) not in commits[3].files["recipe.yaml"].decode()
+    assert not [name for commit in commits for name in commit.files if name.startswith(("_", "checkpoint"))]
+
+
+def test_whole_checkpoints_go_along_if_asked_for(
+    hub: HubServer, client: Client, distilled: dict, tmp_path: Path
+) -> None:
+    options = {"push_to_hub": True, "hub_strategy": "checkpoint", "hub_always_push": True}
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    folder = tmp_path / "run"
+    client.call(distil, folder=str(folder), teacher="user/teacher", repo="user/whole", **options, **saving)
+    files = hub.repos["user/whole"].files
+    found = {name.removeprefix("last-checkpoint/"): data for name, data in files.items() if "checkpoint" in name}
+    local = {path.name: path.read_bytes() for path in (folder / "checkpoint-2").iterdir()}
+    assert found == local, "whole: with its marker, and nothing changed since"
+    assert {"complete.json", "optimizer.pt", "trainer_state.json"} <= set(found)
+
+
+def test_no_uploaded_file_holds_the_token(hub: HubServer, distilled: dict) -> None:
+    assert TOKEN.encode() in (distilled["folder"] / "training_args.bin").read_bytes(), (
+        "there would be something to find"
+    )
+    for repo in hub.repos.values():
+        for commit in repo.commits:
+            assert not [name for name, content in commit.files.items() if TOKEN.encode() in content]
+
+
+def test_a_card_that_somebody_wrote_on_the_hub_is_kept(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    client.call(push_model, repo="user/written", seed=2)
+    repo = hub.repos["user/written"]
+    repo.add("Update README.md", repo.files | {"README.md": b"---\nlicense: mit\n---\nMine.\n"})
+    before = dict(repo.files)
+    client.call(distil, folder=str(tmp_path / "run"), teacher="user/written", repo="user/written")
+    assert repo.files["README.md"] == b"---\nlicense: mit\n---\nMine.\n"
+    assert repo.files["model.safetensors"] != before["model.safetensors"]
+
+
+@pytest.mark.parametrize("status", [401, 500])
+def test_a_refused_upload_is_an_error_and_the_model_is_kept(
+    hub: HubServer, client: Client, distilled: dict, failures: dict, tmp_path: Path, status: int
+) -> None:
+    failures["POST", "/commit/main"] = status
+    folder, repo = tmp_path / "run", f"user/refused{status}"
+    with pytest.raises(ClientError, match=f"{status}"):
+        client.call(distil, folder=str(folder), teacher="user/teacher", repo=repo)
+    assert {path.name for path in folder.iterdir()} >= MODEL
+    assert set(hub.repos[repo].files) == CREATED
+
+
+def test_the_same_command_sends_what_the_hub_refused(
+    hub: HubServer, client: Client, failures: dict, recipe: Path
+) -> None:
+    name = ["training.hub_model_id=user/again"]
+    failures["POST", "/commit/main"] = 401
+    with pytest.raises(ClientError, match=r"SystemExit: .*401"):
+        client.call(run_recipe, recipe=str(recipe), overrides=name)
+    trained = (recipe.parent / "run" / "model.safetensors").read_bytes()
+    assert "an upload in training failed" in (client.home / "stderr.txt").read_text(encoding="utf-8")
+    failures.clear()
+    client.call(run_recipe, recipe=str(recipe), overrides=name)
+    assert hub.repos["user/again"].files["model.safetensors"] == trained
+    assert set(hub.repos["user/again"].files) == MODEL | {"recipe.yaml", METRICS} | CREATED
+
+
+if __name__ == "__main__":
+    serve()
