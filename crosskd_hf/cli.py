@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import AutoImageProcessor
 
-from . import check_data, demo, info, predict, train
+from . import check_data, demo, export, info, predict, train
 from .data.dataset import DetectionDataset
 from .data.load import load_split
 from .evaluation import format_metrics
@@ -104,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_data.add_arguments(commands.add_parser("check-data", help="report on a recipe's data before training"))
     predict.add_arguments(commands.add_parser("predict", help="detections of image files"))
     info.add_arguments(commands.add_parser("info", help="size, cost, labels and origin of a model"))
+    export.add_arguments(commands.add_parser("export", help="a model as an ONNX or torch.export file"))
     for name, command in commands.choices.items():
         if name != "train":
             train.add_quiet(command)
@@ -118,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "check-data": check_data.run,
         "predict": predict.run,
         "info": info.run,
+        "export": export.run,
     }
     try:
         with train.explained(train.USER_ERRORS):

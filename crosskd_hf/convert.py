@@ -239,7 +239,9 @@ def _names_in_legacy_file(path: Path) -> set[str]:
 
 def first_line(error: Exception) -> str:
     """What an error says, in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    text = (str(error).splitlines() or [""])[0]
+    # A KeyError says only its key.
+    return text if text and not isinstance(error, LookupError) else f"{type(error).__name__} {text}".strip()
 
 
 def _stand_in(name: str) -> type:

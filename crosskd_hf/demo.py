@@ -58,8 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="section.key=value",
-        help="values that replace those of both recipes",
+        help="values that replace those of both recipes; for a trial of seconds: data.max_train_images=40 "
+        "data.max_val_images=10 training.num_train_epochs=1 training.lr_milestones=[] training.warmup_steps=0",
     )
 
 

@@ -48,7 +48,9 @@ MAY_CHANGE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of a training run."""
     parser.add_argument("recipe", help="a recipe's path, or the bare name of one that the package carries")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="replace the recipe's values"
+    )
     parser.add_argument("--dry-run", action="store_true", help="build everything, print it, and stop")
     add_quiet(parser)
 
@@ -206,7 +208,12 @@ def train_recipe(recipe: Recipe, dry_run: bool = False) -> None:
         SystemExit: with one message about what the user can mend.
     """
     with explained(USER_ERRORS):
+        output = Path(recipe.training_arguments().output_dir)
+        existed = output.exists()
         trainer = prepare(recipe, dry_run)
+    if dry_run and not existed:  # transformers' Trainer makes it
+        with contextlib.suppress(OSError):  # it isn't empty, or another process was faster
+            output.rmdir()
     if trainer is not None and not dry_run:
         with explained(RUN_ERRORS):
             run(trainer, recipe)
@@ -243,7 +250,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        arguments.overrides += rest
+        arguments.overrides = [*arguments.overrides, *rest]
     return arguments
 
 

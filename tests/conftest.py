@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: several workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from PIL import Image
 
@@ -82,6 +85,18 @@ GOLDEN_REPORT: dict[str, str] = {}
 def golden_report() -> dict[str, str]:
     """Case -> what was compared; printed when the tests are over."""
     return GOLDEN_REPORT
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its part of the report over."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["golden_report"] = GOLDEN_REPORT
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """The main process takes it."""
+    GOLDEN_REPORT.update(getattr(node, "workeroutput", {}).get("golden_report", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

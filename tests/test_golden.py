@@ -1,6 +1,7 @@
 """Equality with the reference implementation, number for number: `pytest tests/test_golden.py [--golden DIR]`."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,17 @@ from crosskd_hf.losses import box_iou
 from crosskd_hf.models.image_processing_dense import BGR_CAFFE, RGB_IMAGENET, DenseDetectorImageProcessor
 
 STYLES = {"rgb_imagenet": RGB_IMAGENET, "bgr_caffe": BGR_CAFFE}
+# One worker of pytest-xdist runs them all: they use two threads, the other tests one.
+pytestmark = pytest.mark.xdist_group("golden")
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """Single gradient samples move by more than the bars when sums run in the order of another number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -57,7 +57,13 @@ def test_a_dry_run_describes_and_stops(recipe: Path, capsys: pytest.CaptureFixtu
     assert "effective batch    8 (2 a device x 1 processes x 4 accumulated)" in printed
     assert "learning rate      5e-05 (0.0001 at batch 16)" in printed
     assert "steps              3 (1 an epoch)" in printed
-    assert not list((recipe.parent / "run").iterdir()), "nothing is written"
+    assert not (recipe.parent / "run").exists(), "nothing is written"
+
+
+def test_what_is_missing_is_the_recipe_alone(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train.main([])
+    assert capsys.readouterr().err.strip().endswith("the following arguments are required: recipe")
 
 
 def test_overrides_may_stand_behind_options(recipe: Path, capsys: pytest.CaptureFixture) -> None:

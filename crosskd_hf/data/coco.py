@@ -92,7 +92,10 @@ def load_coco(
     root = Path(path).expanduser().resolve()
     annotation_file = root / annotations.format(split=split)
     image_dir = root / images.format(split=split)
-    hint = "data.path should be the folder that holds annotations/ and the image folders"
+    hint = (
+        "data.path should be the folder that holds annotations/ and the image folders; Parquet files, save_to_disk "
+        "and folders with metadata.jsonl are data.layout=datasets"
+    )
     if not root.is_dir():
         raise FileNotFoundError(f"data set folder {root} does not exist; {hint}")
     if not annotation_file.is_file():

@@ -17,6 +17,7 @@ import datasets
 import pyarrow.compute as pc
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from ..strict import nearest
 from .coco import leaves_folder
 from .images import ImageSource
 from .problems import DataError, Kind, Problems
@@ -151,7 +152,11 @@ def _open(path: str, split: str, config: str | None, cache_dir: str | None) -> d
             if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
                 return _from_disk(folder, split)
             _check_metadata(folder)
+            if (folder / split / METADATA).is_file():
+                return _from_image_folder(folder / split, cache_dir)
             return datasets.load_dataset(str(folder), config, split=split, cache_dir=cache_dir)
+        if Path(path).expanduser().is_absolute() or (folder.parent.is_dir() and folder.parent != Path()):
+            raise FileNotFoundError("there is no such folder")  # before the Hub is asked for it, again and again
         return datasets.load_dataset(path, config, split=split, cache_dir=cache_dir)
     except DataError:
         raise
@@ -160,7 +165,8 @@ def _open(path: str, split: str, config: str | None, cache_dir: str | None) -> d
         raise DataError(f"{path}, split {split!r} can't be read: {cause}") from error
     except Exception as error:  # the library raises a dozen kinds of its own
         text = str(error).splitlines()[0] if str(error) else repr(error)
-        text = text if folder.is_dir() else f"there is no such folder here, and as a Hub id: {text}"
+        if not (folder.is_dir() or isinstance(error, FileNotFoundError)):
+            text = f"there is no such folder here, and as a Hub id: {text}"
         raise DataError(
             f"{path}, split {split!r} can't be opened as a data set ({text}). data.path "
             "must be a Hub id, or a folder of Parquet files, of save_to_disk, or of images with metadata.jsonl; for a "
@@ -179,19 +185,28 @@ def _from_disk(folder: Path, split: str) -> datasets.Dataset:
     return saved[split]
 
 
+def _from_image_folder(folder: Path, cache_dir: str | None) -> datasets.Dataset:
+    """The rows of a `metadata.jsonl`. An image that isn't there is one that can't be read, found later with others."""
+    rows = datasets.load_dataset("json", data_files=str(folder / METADATA), split="train", cache_dir=cache_dir)
+    names = rows["file_name"]
+    images = datasets.Dataset.from_dict({"image": [str(folder / name) for name in names]})
+    images = images.cast_column("image", datasets.Image(decode=False))
+    return datasets.concatenate_datasets([images, rows], axis=1)
+
+
 def _check_metadata(folder: Path) -> None:
     """Name all lines of an image folder's metadata that are wrong; `datasets` names neither line nor file."""
     wrong = []
     for file in sorted(folder.rglob(METADATA)):
         lines = file.read_text(encoding="utf-8").splitlines()
-        found = ((number, _metadata_fault(line, file.parent)) for number, line in enumerate(lines, start=1))
+        found = ((number, _metadata_fault(line)) for number, line in enumerate(lines, start=1))
         wrong += [f"{file}, line {number}{fault}" for number, fault in found if fault]
     if wrong:
         more = f"\n  - and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise DataError(f"{folder} cannot be used as it is:\n  - " + "\n  - ".join(wrong[:5]) + more)
 
 
-def _metadata_fault(line: str, folder: Path) -> str | None:
+def _metadata_fault(line: str) -> str | None:
     """What is wrong with a line, worded to follow its number."""
     if not line.strip():
         return None
@@ -203,7 +218,7 @@ def _metadata_fault(line: str, folder: Path) -> str | None:
         return f" has no file_name, the image's path relative to {METADATA}"
     if leaves_folder(name):
         return f": file_name {name!r} leaves the image folder; make it relative, without .."
-    return None if (folder / name).is_file() else f": {name} does not exist in {folder}; restore it or remove the line"
+    return None
 
 
 def _with_image_column(source: datasets.Dataset, where: str) -> datasets.Dataset:
@@ -288,10 +303,11 @@ def _vocabulary(
         names = list(label_names) or [str(value) for value in ids]
         labels = {value: label for label, value in enumerate(ids)}
     if unknown := sorted(values - set(labels)):
+        fields = "data.label_names" if isinstance(unknown[0], str) else "data.label_names and data.category_ids"
         raise DataError(
-            f"{where}: objects have the categories {unknown[:5]}, which data.label_names "
-            f"{'and data.category_ids ' if category_ids else ''}don't list: {names[:10]} are for {list(labels)[:10]}. "
-            "Add them; data.category_ids gives the data's number of each name."
+            f"{where}: objects have the categories {unknown[:5]}, which aren't among {list(labels)[:10]} of {fields}. "
+            f"{nearest(str(unknown[0]), list(map(str, labels)))} Add what is missing; data.category_ids gives the "
+            "data's number of each name."
         )
     return Vocabulary(tuple(names), tuple(ids), labels)
 

@@ -2,9 +2,9 @@
 
     python tests/upstream/run.py [--sdist FILE] [pytest arguments]
 
-Takes the source distribution of the installed transformers version from the package index (or FILE), unpacks its common
-tests into a temporary folder, adds the few modules that they import and the archive lacks, and runs them on what
-`test_detectors.py` and `test_image_processor.py` beside this file name. Nothing of transformers is kept.
+Takes the source distribution of the installed transformers version from the package index (or FILE), unpacks its
+common tests into a temporary folder, adds the few modules that they import and the archive lacks, and runs them on
+what `test_detectors.py` and `test_image_processor.py` beside this file name. Nothing of transformers is kept.
 Needs `pip install parameterized` beside the packages of the extra `test`.
 """
 

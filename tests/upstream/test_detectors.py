@@ -1,4 +1,4 @@
-"""transformers' `ModelTesterMixin` on the four detectors. Run by `python tests/upstream/run.py`; skipped without it."""
+"""transformers' `ModelTesterMixin` on the four detectors. Run by `python tests/upstream/run.py`, else skipped."""
 
 import copy
 import unittest

@@ -1,0 +1,290 @@
+"""Exported files give what PyTorch gives: four detectors, two formats, with and without suppression, other sizes."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model
+from torchvision.ops import batched_nms
+
+from crosskd_hf import export
+from crosskd_hf.export import (
+    Difference,
+    ExportableDetector,
+    ExportError,
+    Selection,
+    batched_nms_mask,
+    check_export,
+    compare,
+    detections,
+    export_detector,
+    load_exported,
+)
+from crosskd_hf.models import MODELS, DenseDetector
+from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor
+
+DETECTORS = tuple(MODELS)
+# One image alone, three in a batch that pads two of them, and one whose deepest map is a single cell.
+BATCHES = ([(70, 100)], [(128, 90), (64, 96), (100, 100)], [(8, 8)])
+
+
+def small_model(detector: str = "gfl") -> DenseDetector:
+    """Few blocks and levels: exporters take their time for each."""
+    return tiny_model(detector, backbone="resnet10t", head_blocks=1, strides=[8, 16, 32], frozen_stages=0)
+
+
+def processor_of(model: DenseDetector, **options) -> DenseDetectorImageProcessor:
+    """Images at their own size, up to 128 x 192 pixels."""
+    processor = DenseDetectorImageProcessor.for_model(model.config, 128, 192)
+    processor.do_resize = False
+    for name, value in options.items():
+        setattr(processor, name, value)
+    return processor
+
+
+def noise(sizes: list[tuple[int, int]]) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in sizes]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory):
+    """(detector, nms, format) -> model, processor and file; a detector is traced once for both formats."""
+    models = {detector: small_model(detector) for detector in DETECTORS}
+    processors = {detector: processor_of(model, max_candidates=300) for detector, model in models.items()}
+    programs: dict[tuple, torch.export.ExportedProgram] = {}
+    files: dict[tuple, Path] = {}
+    trace = export._trace
+
+    def trace_once(model, processor, nms):
+        key = model.config.model_type, nms
+        if key not in programs:
+            programs[key] = trace(model, processor, nms)
+        return programs[key]
+
+    def get(detector: str, nms: bool, format: str):
+        key = detector, nms, format
+        if key not in files:
+            path = tmp_path_factory.mktemp("export") / f"{detector}{export.SUFFIXES[format]}"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(export, "_trace", trace_once)
+                export_detector(models[detector], processors[detector], path, format=format, nms=nms)
+            files[key] = path
+        return models[detector].eval(), processors[detector], files[key]
+
+    return get
+
+
+def differences(exported, detector: str, nms: bool, format: str) -> list[Difference]:
+    """Of each of `BATCHES`."""
+    model, processor, path = exported(detector, nms, format)
+    runner, results = load_exported(path, format), []
+    for sizes in BATCHES:
+        inputs = processor(noise(sizes), return_tensors="pt")
+        with torch.no_grad():
+            expected = processor.post_process_object_detection(model(**inputs), 0.0)
+        outputs = runner(**inputs)
+        assert outputs[0].shape == (len(sizes), processor.max_detections if nms else 3 * processor.max_candidates)
+        found = detections(outputs, None if nms else Selection.of(processor, nms))
+        assert [len(image["scores"]) for image in found] == [len(image["scores"]) for image in expected]
+        results.append(compare(expected, found))
+    return results
+
+
+@pytest.mark.parametrize("nms", [True, False])
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_onnx_gives_the_detections_of_pytorch(exported, detector: str, nms: bool) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    for difference in differences(exported, detector, nms, "onnx"):
+        assert difference.detections > 0 and difference.unmatched == 0, difference
+        assert difference.box < 1e-3 and difference.score < 1e-5
+
+
+@pytest.mark.parametrize("nms", [True, False])
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_a_program_gives_the_detections_of_pytorch(exported, detector: str, nms: bool) -> None:
+    for difference in differences(exported, detector, nms, "torch"):
+        assert difference.detections > 0 and difference.unmatched == 0, difference
+        assert difference.box < 1e-3 and difference.score < 1e-5
+
+
+def test_onnxruntime_takes_what_the_processor_gives(exported) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    _, processor, path = exported("gfl", True, "onnx")
+    session = onnxruntime.InferenceSession(path)
+    assert [(node.name, node.shape, node.type) for node in session.get_inputs()] == [
+        ("pixel_values", ["batch", 3, "height", "width"], "tensor(float)"),
+        ("pixel_mask", ["batch", "height", "width"], "tensor(bool)"),
+    ]
+    scores, labels, boxes = session.run(None, dict(processor(noise([(70, 100), (64, 80)]), return_tensors="np")))
+    assert scores.shape == labels.shape == (2, 100) and boxes.shape == (2, 100, 4)
+    assert (scores.dtype, labels.dtype, boxes.dtype) == (np.float32, np.int64, np.float32)
+    assert (np.diff(scores, axis=1) <= 0).all()
+    assert ((labels == -1) == (scores == 0)).all() and (boxes[scores == 0] == 0).all()
+    assert boxes[1].max() <= 80 and boxes[1, :, 3].max() <= 64  # its own area, not the batch's
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+@pytest.mark.parametrize("nms", [True, False])
+def test_an_image_without_detections(exported, nms: bool, format: str) -> None:
+    if format == "onnx":
+        pytest.importorskip("onnxruntime")
+    runner = load_exported(exported("fcos", nms, format)[2], format)
+    # An image of no size: every box is cut to nothing.
+    scores, labels, boxes = runner(torch.zeros(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.bool))
+    assert (scores == 0).all() and (labels == -1).all() and (boxes == 0).all()
+    assert detections([scores, labels, boxes])[0]["boxes"].shape == (0, 4)
+
+
+def test_what_the_files_say_of_themselves(exported) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    said = onnxruntime.InferenceSession(exported("gfl", True, "onnx")[2]).get_modelmeta().custom_metadata_map
+    assert said["model_type"] == "crosskd_gfl" and said["channel_order"] == "RGB"
+    assert json.loads(said["id2label"]) == {"0": "cat", "1": "dog"}
+    assert (said["size_divisor"], said["short_side"], said["long_side"], said["nms"]) == ("32", "128", "192", "true")
+    assert (said["score_threshold"], said["nms_threshold"], said["max_candidates"]) == ("0.05", "0.6", "300")
+    assert len(json.loads(said["image_mean"])) == len(json.loads(said["image_std"])) == 3
+    extra = {export.METADATA_FILE: ""}
+    torch.export.load(exported("gfl", True, "torch")[2], extra_files=extra)
+    assert json.loads(extra[export.METADATA_FILE]) == said
+
+
+def test_detections_are_padded_where_there_are_fewer_candidates() -> None:
+    model = small_model().eval()
+    processor = processor_of(model, max_candidates=5, max_detections=40)
+    inputs = processor(noise([(64, 64)]), return_tensors="pt")
+    with torch.no_grad():
+        outputs = ExportableDetector(model, Selection.of(processor, nms=True))(**inputs)
+        expected = processor.post_process_object_detection(model(**inputs), 0.0)
+    assert [tuple(output.shape) for output in outputs] == [(1, 40), (1, 40), (1, 40, 4)]
+    difference = compare(expected, detections(outputs))
+    assert 0 < difference.detections <= 15 and difference.unmatched == 0 and difference.box == 0
+
+
+def test_suppression_is_torchvisions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(2, 60, 2, generator=generator) * 20
+    boxes = torch.cat([corners, corners + 5 + 20 * torch.rand(2, 60, 2, generator=generator)], dim=-1)
+    scores = torch.rand(2, 60, generator=generator)
+    scores[:, ::7] = 0
+    labels = torch.randint(0, 3, (2, 60), generator=generator)
+    keep = batched_nms_mask(boxes, scores, labels, 0.5, 3)
+    for i in range(2):
+        real = scores[i].nonzero().squeeze(1)
+        expected = real[batched_nms(boxes[i, real], scores[i, real], labels[i, real], 0.5)]
+        assert keep[i].nonzero().squeeze(1).tolist() == sorted(expected.tolist())
+    torch.library.opcheck(batched_nms_mask, (boxes, scores, labels, 0.5, 3))
+
+
+def test_comparison_counts_what_has_no_partner() -> None:
+    def image(scores: list[float], left: list[float]) -> dict[str, torch.Tensor]:
+        boxes = torch.tensor([[x, 0.0, x + 10, 10.0] for x in left]).reshape(-1, 4)
+        return {"scores": torch.tensor(scores), "labels": torch.zeros(len(scores), dtype=torch.int64), "boxes": boxes}
+
+    one, other = image([0.9, 0.8, 0.7], [0, 50, 90]), image([0.8, 0.9001, 0.3], [50.25, 0, 20])
+    difference = compare([one, image([], [])], [other, image([], [])])
+    assert (difference.detections, difference.unmatched, difference.box) == (3, 2, 0.25)
+    assert difference.score == pytest.approx(1e-4, rel=1e-2)
+    assert "no detections" in str(compare([image([], [])], [image([], [])]))
+
+
+def test_the_command_writes_and_checks(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    processor_of(model).save_pretrained(tmp_path)
+    parser = argparse.ArgumentParser()
+    export.add_arguments(parser)
+    export.run(parser.parse_args([str(tmp_path), "--format", "torch", "--no-nms"]))
+    printed = capsys.readouterr().out
+    assert f"written to {tmp_path / 'model.pt2'}" in printed
+    assert ", 0 unmatched" in printed
+    assert not list(tmp_path.glob(".*"))
+    found = check_export(model, processor_of(model), tmp_path / "model.pt2", format="torch", nms=False)
+    assert found.detections > 0 and found.box == 0
+
+
+def test_the_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretend(monkeypatch)
+    model = small_model().train()
+    needs = [parameter.requires_grad for parameter in model.parameters()]
+    export_detector(model, processor_of(model), tmp_path / "new" / "m.pt2", format="torch")
+    assert (tmp_path / "new" / "m.pt2").read_bytes() == b"whole"
+    assert model.training and needs == [parameter.requires_grad for parameter in model.parameters()]
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
+    """Exporters that write "whole", or write "half" and fail."""
+
+    def save(program, path, *options):
+        path.write_bytes(b"half" if error else b"whole")
+        if error:
+            raise error
+
+    monkeypatch.setattr(export, "_trace", lambda *options: None)
+    monkeypatch.setattr(export, "_save", save)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no such operator\nmore"), OSError(28, "No space left on device")])
+def test_a_failed_export_leaves_the_file_that_was_there(monkeypatch, tmp_path: Path, error: Exception) -> None:
+    pretend(monkeypatch, error)
+    path = tmp_path / "m.pt2"
+    path.write_bytes(b"before")
+    model = small_model()
+    with pytest.raises(ExportError, match=r"no such operator|No space left") as raised:
+        export_detector(model, processor_of(model), path, format="torch")
+    assert "more" not in str(raised.value)
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_gives_other_detections_is_not_kept(monkeypatch, tmp_path: Path) -> None:
+    pretend(monkeypatch)
+    monkeypatch.setattr(export, "check_export", lambda *arguments, **options: Difference(10, 0.0, 0.0, 4))
+    model = small_model()
+    with pytest.raises(ExportError, match=r"other detections than PyTorch.*--no-check"):
+        export_detector(model, processor_of(model), tmp_path / "m.pt2", format="torch", check=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("m.onnx", {"format": "tflite"}, "unknown format 'tflite'.*onnx, torch"),
+        ("m.pt2", {"format": "onnx"}, "doesn't end with .onnx"),
+        ("file/m.pt2", {"format": "torch"}, "can't be written.*--output"),
+        ("folder.pt2", {"format": "torch"}, "is a folder"),
+        ("m.onnx", {"opset": 11}, "opset must be from 18"),
+    ],
+)
+def test_wrong_arguments(tmp_path: Path, name: str, options: dict, message: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.pt2").mkdir()
+    model = small_model()
+    with pytest.raises(ExportError, match=message):
+        export_detector(model, processor_of(model), tmp_path / name, **options)
+
+
+def test_models_that_cannot_be_exported(tmp_path: Path) -> None:
+    model = small_model()
+    with pytest.raises(ExportError, match=r"only the dense detectors.*Linear"):
+        export_detector(torch.nn.Linear(1, 1), processor_of(model), tmp_path / "m.onnx")
+    with pytest.raises(ExportError, match=r"DenseDetectorImageProcessor.*got a dict"):
+        export_detector(model, {}, tmp_path / "m.onnx")
+    swin = tiny_model(backbone="swin_tiny_patch4_window7_224", frozen_stages=0)
+    with pytest.raises(ExportError, match="'swin_tiny_patch4_window7_224' can't be exported"):
+        export_detector(swin, processor_of(swin), tmp_path / "m.pt2", format="torch")
+
+
+@pytest.mark.parametrize("missing, check", [("onnxscript", False), ("onnxruntime", True)])
+def test_a_missing_extra_is_named(monkeypatch, tmp_path: Path, missing: str, check: bool) -> None:
+    find = export.importlib.util.find_spec
+    monkeypatch.setattr(
+        export.importlib.util, "find_spec", lambda name, *more: None if name == missing else find(name, *more)
+    )
+    model = small_model()
+    with pytest.raises(ExportError, match=r'pip install "crosskd-hf\[onnx\]"') as raised:
+        export_detector(model, processor_of(model), tmp_path / "m.onnx", check=check)
+    assert missing in str(raised.value)
