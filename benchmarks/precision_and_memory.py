@@ -2,7 +2,7 @@
 
     python benchmarks/precision_and_memory.py [--recipe gfl_r50_crosskd] [--side 480] [--batch 2] [--output FILE]
 
-Each setting is a run of its own, by the recipe with random weights on generated images, the same in all: the losses are
+Each setting is a run of its own, by the recipe with random weights on generated images, the same in all: losses are
 those of the same weights and images. Memory is the run's peak, of the GPU or resident on a CPU. On a CPU that of the
 same run with one image of 64 pixels is subtracted, so that what is left are the activations.
 """

@@ -122,7 +122,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "export": export.run,
     }
     try:
-        with train.explained(train.USER_ERRORS):
+        hint = "the same command goes on where it was" if arguments.command == "demo" else ""
+        with train.interruptible(hint), train.explained(train.USER_ERRORS):
             functions[arguments.command](arguments)
     finally:
         PartialState().destroy_process_group()

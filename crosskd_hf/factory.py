@@ -166,6 +166,15 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
                 check_hash(path)
             folder = converted(path, section, label_names)
         return AutoModelForObjectDetection.from_pretrained(folder)
+    folder = Path(source).expanduser()
+    if folder.is_absolute() or (folder.parent != Path() and folder.parent.is_dir()):
+        if not folder.is_dir():  # before the Hub is asked for it, again and again
+            raise CheckpointError(f"{source!r} can't be loaded as a detector: there is no such folder.")
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"{source!r} can't be loaded as a detector: that folder holds no config.json. If a run writes to it, "
+                "it isn't finished."
+            )
     try:
         model, info = AutoModelForObjectDetection.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True

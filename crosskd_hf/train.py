@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -129,6 +130,12 @@ def check_output(recipe: Recipe, output: Path) -> None:
             )
         return
     before, now = (flat_settings(r) for r in (load_recipe(output / RECIPE_FILE), recipe))
+    if (before.get("teacher.checkpoint") is None) != (now.get("teacher.checkpoint") is None):
+        # One line, instead of one for each of the teacher's fields.
+        before, now = (
+            {key: value for key, value in settings.items() if key == "teacher.checkpoint" or key[:8] != "teacher."}
+            for settings in (before, now)
+        )
     changed = [
         f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted({*before, *now} - {"data.cache_dir", *(f"training.{name}" for name in MAY_CHANGE)})
@@ -178,7 +185,10 @@ def run(trainer: DetectionTrainer, recipe: Recipe) -> None:
     with claimed(output) if trainer.args.should_save else contextlib.nullcontext():
         if trainer.is_world_process_zero():
             recipe.save(output / RECIPE_FILE)
-        trainer.train(resume_from_checkpoint=last_complete_checkpoint(output))
+        checkpoint = last_complete_checkpoint(output)
+        if checkpoint is not None:
+            say(f"goes on from {checkpoint}")
+        trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(_internal_call=True)  # pushed once, below, with the metrics
         step, metrics = trainer.last_evaluation
         if step != trainer.state.global_step or trainer.args.load_best_model_at_end:
@@ -264,11 +274,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 def launch(arguments: argparse.Namespace) -> None:
     """Run parsed arguments."""
     try:
-        with explained(USER_ERRORS):
-            recipe = load_recipe(arguments.recipe, arguments.overrides)
-        train_recipe(recipe, arguments.dry_run)
+        with interruptible("the same command goes on from the last checkpoint"):
+            with explained(USER_ERRORS):
+                recipe = load_recipe(arguments.recipe, arguments.overrides)
+            train_recipe(recipe, arguments.dry_run)
     finally:
         PartialState().destroy_process_group()
+
+
+@contextlib.contextmanager
+def interruptible(hint: str = "") -> Iterator[None]:
+    """End the program at Ctrl-C with a line instead of a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\ninterrupted{f': {hint}' if hint else ''}", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None  # 128 + SIGINT, as shells have it
 
 
 @contextlib.contextmanager

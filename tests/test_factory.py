@@ -286,6 +286,16 @@ def test_a_folder_that_isnt_there(tmp_path):
         load_teacher(teacher(tmp_path / "gone"), LABELS)
 
 
+def test_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "begun").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.AutoModelForObjectDetection.from_pretrained", lambda *_, **__: pytest.fail())
+    with pytest.raises(CheckpointError, match=r"'runs/nothing' can't be loaded .*: there is no such folder"):
+        load_detector("runs/nothing", None, ())
+    with pytest.raises(CheckpointError, match=r"holds no config.json. If a run writes to it, it isn't finished"):
+        load_detector("runs/begun", None, ())
+
+
 def test_a_detector_of_another_kind(tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "image_size": [32, 32], "num_detection_tokens": 2}
     YolosForObjectDetection(YolosConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)).save_pretrained(tmp_path)

@@ -14,8 +14,6 @@ from crosskd_hf.losses import box_iou
 from crosskd_hf.models.image_processing_dense import BGR_CAFFE, RGB_IMAGENET, DenseDetectorImageProcessor
 
 STYLES = {"rgb_imagenet": RGB_IMAGENET, "bgr_caffe": BGR_CAFFE}
-# One worker of pytest-xdist runs them all: they use two threads, the other tests one.
-pytestmark = pytest.mark.xdist_group("golden")
 
 
 @pytest.fixture(autouse=True)

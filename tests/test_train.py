@@ -114,6 +114,35 @@ def test_what_cannot_work_ends_in_one_message(recipe: Path, overrides: list[str]
     assert isinstance(ended.value.code, str) and message in ended.value.code
 
 
+def test_an_interrupted_run_says_how_it_goes_on(
+    recipe: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saving = [str(recipe), "training.max_steps=3", "training.save_strategy=steps", "training.save_steps=1"]
+    with monkeypatch.context() as patched:
+        steps = iter([None, None])
+
+        def step(*args, **kwargs):
+            if next(steps, "third") == "third":
+                raise KeyboardInterrupt
+
+        patched.setattr("crosskd_hf.trainer._TrainingHooks.on_pre_optimizer_step", step)
+        with pytest.raises(SystemExit) as ended:
+            train.main(saving)
+    assert ended.value.code == 130
+    assert "interrupted: the same command goes on from the last checkpoint" in capsys.readouterr().err
+    train.main(saving)
+    assert f"goes on from {recipe.parent / 'run' / 'checkpoint-2'}" in capsys.readouterr().out
+
+
+def test_a_teacher_taken_out_is_one_change(recipe: Path) -> None:
+    (recipe.parent / "run").mkdir()
+    load_recipe(recipe).save(recipe.parent / "run" / "recipe.yaml")
+    with pytest.raises(SystemExit) as ended:
+        train.main([str(recipe), "teacher=null", "distillation=null"])
+    lines = [line for line in str(ended.value.code).splitlines() if "teacher." in line]
+    assert len(lines) == 1 and lines[0].startswith("  - teacher.checkpoint: was ") and lines[0].endswith("is None")
+
+
 @pytest.mark.parametrize("detector", ["gfl", "retinanet", "fcos", "atss"])
 def test_converted_checkpoints_predict_the_same(recipe: Path, detector: str) -> None:
     model = tiny_model(detector).eval()

@@ -344,7 +344,10 @@ def _records(source: datasets.Dataset, vocabulary: Vocabulary, where: str, probl
         crowds = _values(row, "iscrowd") or [False] * len(boxes)
         for key_name, values in (("categories", categories), ("id", given), ("area", areas), ("iscrowd", crowds)):
             if len(values) != len(boxes):
-                raise DataError(f"{where}: {names[position]} has {len(boxes)} boxes, but {len(values)} {key_name}")
+                raise DataError(
+                    f"{where}: {names[position]} has {len(boxes)} boxes, but {len(values)} {key_name}: each list of "
+                    "objects has an entry a box; mend that row"
+                )
         number += len(boxes)
         for object_id, box, category, area, crowd in zip(given, boxes, categories, areas, crowds, strict=True):
             if category not in vocabulary.labels:
