@@ -5,7 +5,8 @@
 The detectors have a ResNet-18 and random weights, scaled so that they find up to 100 things in every image. Each is
 exported to ONNX with non-maximum suppression, and both run on each image alone, resized as for COCO (800 x 1333).
 Compared are their matched detections, in pixels of the network's input; unmatched are those that only one of the two
-has. Needs `pip install "crosskd-hf[onnx]"`.
+has: where scores are equal, as in areas of one colour, rounding says which candidate suppresses the other.
+Needs `pip install "crosskd-hf[onnx]"`.
 """
 
 import argparse

@@ -8,7 +8,8 @@ Used like this:
     scores, labels, boxes = session.run(None, dict(processor(images, return_tensors="np")))
 
 The file takes what the image processor gives: `pixel_values` (N, 3, H, W) float32 and `pixel_mask` (N, H, W) bool, for
-any N, H and W that it gives. Decoding and the cut to candidates are in it. It gives, best first,
+any N, H and W that it gives: sides are multiples of `size_divisor`. Decoding and the cut to candidates are in it. It
+gives, best first,
 
 * `scores` (N, K) float32, 0 where there is no detection,
 * `labels` (N, K) int64, -1 there,
@@ -17,7 +18,8 @@ any N, H and W that it gives. Decoding and the cut to candidates are in it. It g
 With non-maximum suppression in it, K is the processor's `max_detections`, and the detections are those of
 `processor.post_process_object_detection(outputs, threshold=0)`. Without, K is levels * `max_candidates`, and they are
 the candidates that suppression would see; it is then the user's to do, class by class. Divide boxes by the resize's
-factors for pixels of the original image.
+factors for pixels of the original image. Which of several candidates with equal scores (of areas where an image has
+one colour) come first is chance, in PyTorch as here; then other ones of them may be kept.
 
 Suppression in ONNX is the operator NonMaxSuppression. PyTorch has none for a batch that torch.export could trace, so
 that the program holds this module's operator `crosskd_hf::batched_nms_mask`: `import crosskd_hf.export` before
