@@ -445,7 +445,7 @@ def test_recipes_are_found_by_name():
 def test_recipes_are_found_in_an_installed_package(tmp_path):
     """As a wheel lays them out: in the package, in a folder without `__init__.py`."""
     package = Path(recipe_module.__file__).parent
-    shutil.copytree(package, tmp_path / "crosskd_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(package, tmp_path / "crosskd_hf", ignore=shutil.ignore_patterns("__pycache__", "recipes"))
     (tmp_path / "crosskd_hf" / "recipes").mkdir()
     write(tmp_path / "crosskd_hf" / "recipes", "model: {}\n", "installed.yaml")
     code = "from crosskd_hf.recipe import carried_recipes; print(*carried_recipes())"
@@ -458,7 +458,9 @@ def test_recipes_are_found_in_an_installed_package(tmp_path):
 def test_a_wheel_carries_the_recipes():
     text = (RECIPES.parent / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'^packages = \[.*"crosskd_hf\.recipes"', text, re.MULTILINE)
-    assert re.search(r'^\[tool\.setuptools\.package-dir\]\n"crosskd_hf\.recipes" = "recipes"', text, re.MULTILINE)
+    # A path, not a finder: the package is found before a folder of its name, such as a clone's in its parent.
+    assert re.search(r'^\[tool\.setuptools\.package-dir\]\n"" = "\."', text, re.MULTILINE)
+    assert (Path(recipe_module.__file__).parent / "recipes").resolve() == RECIPES.resolve()
     assert re.search(r'^"crosskd_hf\.recipes" = \["\*\.yaml"\]', text, re.MULTILINE)
 
 
