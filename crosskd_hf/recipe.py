@@ -71,6 +71,8 @@ class ModelSection(ArchitectureSection):
 
     backbone_weights: str = setting("pretrained", "pretrained (by timm), random, or a file or URL")
     checkpoint: str | None = setting(None, "start from a whole detector: folder, Hub id or MMDetection .pth")
+    # setting() copies a list.
+    inherit: list[str] = setting([], "parts that start from the teacher's weights where they fit", ("neck", "head"))  # noqa: RUF009
 
 
 @dataclass
@@ -299,6 +301,12 @@ def _model_problems(recipe: Recipe) -> list[Problem]:
         if section and section.backbone_style == "caffe" and "resnet" not in section.backbone:
             text = f"{name}.backbone_style caffe is for ResNets, not {section.backbone!r}: set pytorch."
             problems.append(((f"{name}.backbone_style", f"{name}.backbone"), text))
+    if recipe.model.inherit and not recipe.teacher:
+        text = "model.inherit needs a teacher to inherit from: add the section teacher, or set model.inherit=[]."
+        problems.append((("model.inherit", "teacher"), text))
+    if recipe.model.inherit and recipe.model.checkpoint:
+        text = "model.inherit and model.checkpoint both say where the weights come from: leave one of them out."
+        problems.append((("model.inherit", "model.checkpoint"), text))
     return problems
 
 

@@ -25,6 +25,7 @@ from .data.load import load_datasets
 from .data.problems import DataError
 from .evaluation import format_metrics
 from .factory import build_model, count_parameters, load_teacher
+from .inheritance import inherit_weights
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .monitoring import NonFiniteLossError
 from .progress import say, set_quiet
@@ -80,6 +81,8 @@ def build_trainer(recipe: Recipe) -> DetectionTrainer:
         trainer = DetectionTrainer(model, **common)
     else:
         teacher = load_teacher(recipe.teacher, names)
+        if recipe.model.inherit:
+            say(inherit_weights(model, teacher, recipe.model.inherit))
         trainer = DistillationTrainer(model, teacher, distillation=recipe.distillation, **common)
     use_run_log(trainer)
     return trainer
