@@ -179,7 +179,7 @@ def make(run: Run, results: Path, threads: int) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     environment.pop("MKL_NUM_THREADS", None)
-    with open(results / f"{run.name}.log", "a", encoding="utf-8") as log:
+    with open(run.folder.with_name(f"{run.name}.log"), "a", encoding="utf-8") as log:
         command = [sys.executable, "-m", "crosskd_hf.train", *run.arguments()]
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT).returncode
     if code:
@@ -292,7 +292,8 @@ def summarise(setting: Setting, results: Path) -> dict:
         rows = [row(name, names[0], found) for name in names if name in found]
         summary["tables"][title] = rows
         curves = {name: [r["curve"] for r in found[name].values()] for name in names if name in found}
-        draw_curves(curves, results / f"curves_{title.replace(' ', '_')}.png")
+        if curves:
+            draw_curves(curves, results / f"curves_{title.replace(' ', '_')}.png")
     teachers = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("teacher_*.json"))]
     summary["teachers"] = {f"{t['variant']}-{t['seed']}": values_of_teacher(t) for t in teachers}
     return summary
