@@ -17,6 +17,7 @@ A setting's YAML holds
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -33,7 +34,7 @@ import yaml
 
 from crosskd_hf.files import write_atomically
 from crosskd_hf.plots import new_figure, save_figure
-from crosskd_hf.recipe import Recipe, load_recipe
+from crosskd_hf.recipe import SECTIONS, Recipe, load_recipe
 from crosskd_hf.train import STATE_FILE, is_finished
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,13 +79,19 @@ class Run:
         return load_recipe(self.recipe, self.arguments()[1:])
 
     def digest(self) -> str:
-        """SHA-256 of the recipe without what may differ between two machines, and of the teacher's."""
-        content = self.resolved().to_dict()
-        for name in MAY_DIFFER:
-            content["training"].pop(name, None)
+        """SHA-256 of the recipe's values that aren't defaults, so that new fields change nothing, and of the teacher's.
+
+        What may differ between two machines is left out.
+        """
+        recipe = self.resolved()
+        content = {"training": {k: v for k, v in recipe.training.items() if k not in MAY_DIFFER}}
+        for name, section in SECTIONS.items():
+            values, defaults = getattr(recipe, name), dataclasses.asdict(section())
+            given = dataclasses.asdict(values) if values else {}
+            content[name] = {k: v for k, v in given.items() if v != defaults[k]}
         content["data"].pop("path", None)
-        if content["teacher"]:
-            content["teacher"]["checkpoint"] = self.needs.digest() if self.needs else ""
+        if self.needs:
+            content["teacher"]["checkpoint"] = self.needs.digest()
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
