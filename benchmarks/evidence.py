@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -79,7 +80,7 @@ class Run:
         return load_recipe(self.recipe, self.arguments()[1:])
 
     def digest(self) -> str:
-        """SHA-256 of the recipe's values that aren't defaults, so that new fields change nothing, and of the teacher's.
+        """SHA-256 of the recipe's values that aren't defaults (new fields then change nothing), and of the teacher's.
 
         What may differ between two machines is left out.
         """
@@ -147,7 +148,9 @@ class Setting:
     def teacher(self, name: str, seed: int) -> Run:
         """The teacher of a student's seed."""
         given = self.content["teacher_seed"]
-        return self._run(f"teacher_{name}", seed if given == "each" else given, self.content["teachers"][name], [], None)
+        return self._run(
+            f"teacher_{name}", seed if given == "each" else given, self.content["teachers"][name], [], None
+        )
 
     def _run(self, variant: str, seed: int, source: dict, extra: Sequence[str], needs: Run | None) -> Run:
         name = f"{variant}-{seed}"
@@ -261,7 +264,7 @@ def values_of(found: dict) -> dict[str, float]:
     """Every number of a run that tables show; AP in percent, NaN where the data has no such boxes."""
     metrics = {name: found["metrics"].get(name, -1) for name in METRICS}
     metrics["AP_third"], metrics["AP_two_thirds"] = (at(found["curve"], part) for part in (1 / 3, 2 / 3))
-    percent = {name: 100 * value if value >= 0 else float("nan") for name, value in metrics.items()}
+    percent = {name: 100 * value if value >= 0 else math.nan for name, value in metrics.items()}
     return {**percent, "minutes": found["minutes"], "memory_gb": found["peak_memory_gb"]}
 
 
@@ -273,16 +276,24 @@ def at(curve: list[list[float]], part: float) -> float:
     """
     done, value = min(curve, key=lambda point: abs(point[0] - part))
     if abs(done - part) > 0.01:
-        raise EvidenceError(f"no evaluation at {part:.2f} of the schedule, the nearest is at {done:.2f}: set eval_steps")
+        raise EvidenceError(
+            f"no evaluation at {part:.2f} of the schedule, the nearest is at {done:.2f}: set eval_steps"
+        )
     return value
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation; NaN of what the data hasn't, or of a single value."""
+    if any(math.isnan(value) for value in values):
+        return math.nan, math.nan
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
     """Mean of paired differences and half the width of its 95% interval (Student's t); NaN of a single pair."""
-    mean = statistics.fmean(differences)
-    if len(differences) < 2:
-        return mean, float("nan")
-    return mean, T_95[len(differences) - 2] * statistics.stdev(differences) / len(differences) ** 0.5
+    mean, deviation = mean_and_deviation(differences)
+    pairs = len(differences)
+    return mean, T_95[pairs - 2] * deviation / pairs**0.5 if pairs > 1 else math.nan
 
 
 def summarise(setting: Setting, results: Path) -> dict:
@@ -318,9 +329,7 @@ def row(name: str, reference: str, found: dict[str, dict[int, dict]]) -> dict:
     shared = sorted(set(runs) & set(base))
     line: dict = {"variant": name, "seeds": sorted(runs), "AP_each": [round(runs[s]["AP"], 2) for s in sorted(runs)]}
     for column in (*SUMMARY_COLUMNS, "minutes", "memory_gb"):
-        numbers = [values[column] for values in runs.values()]
-        line[column] = statistics.fmean(numbers)
-        line[f"{column}_std"] = statistics.stdev(numbers) if len(numbers) > 1 else float("nan")
+        line[column], line[f"{column}_std"] = mean_and_deviation([values[column] for values in runs.values()])
     if name != reference and shared:
         for column in SUMMARY_COLUMNS:
             mean, half = interval([runs[s][column] - base[s][column] for s in shared])
@@ -353,7 +362,7 @@ def markdown(summary: dict) -> str:
     """The tables as text."""
     lines = [f"# {summary['setting']}"]
     for title, rows in summary["tables"].items():
-        columns = [c for c in SUMMARY_COLUMNS if any(r[c] == r[c] for r in rows)]
+        columns = [c for c in SUMMARY_COLUMNS if not all(math.isnan(r[c]) for r in rows)]
         heads = [TITLES.get(column, column) for column in columns[1:]]
         lines += ["", f"## {title}", ""]
         lines.append("| |" + "|".join([" seeds ", " AP ", " against the first, 95% ", *heads, "minutes", "GB"]) + "|")

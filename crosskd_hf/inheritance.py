@@ -1,4 +1,4 @@
-"""Starting a student from its teacher's weights (inheriting strategy: Kang et al., arXiv 2108.07482, section 3.4)."""
+"""Starting a student from its teacher's weights (inheriting strategy: Kang et al., NeurIPS 2021, arXiv 2110.12724)."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ OF_ONE_KIND = ("box_predictor", "centerness_predictor", "scales")
 
 @torch.no_grad()
 def inherit_weights(student: DenseDetector, teacher: DenseDetector, parts: Sequence[str]) -> str:
-    """Copy the teacher's weights into the student wherever name, shape and meaning agree.
+    """Copy the teacher's weights into the student, layer by layer, wherever names, shapes and meaning agree.
 
     The class predictor is taken only if both know the same classes in the same order, box predictors, centerness and
     scales only from a detector of the same kind.
@@ -31,10 +31,13 @@ def inherit_weights(student: DenseDetector, teacher: DenseDetector, parts: Seque
         ValueError: if nothing fits.
     """
     own, given = student.state_dict(), teacher.state_dict()
+    misfits = {_module(name) for name in own if not _fits(name, student, teacher, own, given)}
+    if "head.box_predictor" in misfits:
+        misfits.add("head.scales")  # they scale its output
     reports, total = [], 0
     for part in parts:
         names = [name for name in own if name.startswith(f"{PARTS[part]}.")]
-        taken = [name for name in names if _fits(name, student, teacher, own, given)]
+        taken = [name for name in names if _module(name) not in misfits]
         for name in taken:
             own[name].copy_(given[name])
         total += len(taken)
@@ -48,6 +51,10 @@ def inherit_weights(student: DenseDetector, teacher: DenseDetector, parts: Seque
             "fpn_channels and head_channels, or leave model.inherit out."
         )
     return report
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _fits(name: str, student: DenseDetector, teacher: DenseDetector, own: dict, given: dict) -> bool:

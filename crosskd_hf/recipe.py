@@ -90,13 +90,14 @@ class DistillationSection:
     """
 
     crosskd: float = setting(1.0, "weight of all CrossKD terms; 0: off", minimum=0)
-    tap_index: int | None = setting(None, "tower blocks the student runs before the teacher's head", minimum=0)
+    tap_index: int | None = setting(None, "tower blocks of the teacher that the student's stand in for", minimum=0)
     tap: str = setting("rectified", "tap after (rectified) or before (raw) the block's ReLU", ("rectified", "raw"))
     cls_weight: float | None = setting(None, "weight of kd_cls", minimum=0)
     box_weight: float | None = setting(None, "weight of kd_box", minimum=0)
     centerness_weight: float | None = setting(None, "weight of kd_centerness", minimum=0)
     pkd: float = setting(0.0, "weight of the PKD feature loss; 0: off", minimum=0)
     mimic: float = setting(0.0, "weight of mimicking by the student's own predictions; 0: off", minimum=0)
+    student_tap_index: int | None = setting(None, "tower blocks the student runs; null: tap_index", minimum=0)
 
 
 @dataclass
@@ -337,14 +338,19 @@ def _distillation_problems(recipe: Recipe) -> list[Problem]:
     elif distillation.pkd == 0 and all(off):
         text = "distillation: cls_weight, box_weight, centerness_weight and pkd are all 0: nothing would be distilled."
         problems.append((tuple(f"distillation.{name}" for name in (*terms, "pkd")), text))
-    k = distillation.tap_index
-    for name, section in (("model", recipe.model), ("teacher", teacher)):
+    k = distillation.student_tap_index
+    own_tap = ("tap_index", distillation.tap_index) if k is None else ("student_tap_index", k)
+    for name, section, (tap, k) in (
+        ("model", recipe.model, own_tap),
+        ("teacher", teacher, ("tap_index", distillation.tap_index)),
+    ):
         if section is None or k is None or k <= section.head_blocks:
             continue
         # A saved detector carries its own number of blocks: the trainer compares that.
         if section.checkpoint in (None, "", "random") or section.checkpoint.endswith(".pth"):
-            text = f"distillation.tap_index is {k}, but {name}.head_blocks {section.head_blocks}: lower tap_index."
-            problems.append((("distillation.tap_index", f"{name}.head_blocks"), text))
+            other = " or set student_tap_index" if name == "model" and tap == "tap_index" else ""
+            text = f"distillation.{tap} is {k}, but {name}.head_blocks {section.head_blocks}: lower {tap}{other}."
+            problems.append(((f"distillation.{tap}", f"{name}.head_blocks"), text))
     return problems
 
 

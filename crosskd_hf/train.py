@@ -92,6 +92,8 @@ def describe(trainer: DetectionTrainer) -> str:
     """What a run would do: parameters, data, batch, learning rate, steps."""
     args = trainer.args
     total, trained = count_parameters(trainer.model)
+    adapters = count_parameters(trainer.pairing.adapters)[0] if isinstance(trainer, DistillationTrainer) else 0
+    total, trained = total - adapters, trained - adapters  # they are not part of what is saved
     steps = trainer.steps_per_epoch
     planned = args.max_steps if args.max_steps > 0 else round(steps * args.num_train_epochs)
     lines = [
@@ -104,6 +106,7 @@ def describe(trainer: DetectionTrainer) -> str:
         name = f"{config.model_type}, {config.backbone}"
         lines.append(f"teacher            {name}: {total / 1e6:.2f} M parameters, frozen")
         lines.append(f"distillation       {trainer.settings}")
+        lines += [f"                   {note}" for note in trainer.pairing.notes]
     lines += [
         f"training images    {len(trainer.train_dataset)}",
         f"validation images  {len(trainer.eval_dataset)}",

@@ -1,6 +1,7 @@
 """Trainers of dense detectors, alone and with a teacher, on transformers.Trainer."""
 
 import copy
+import logging
 import time
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from .data.collator import DetectionCollator
 from .data.dataset import DetectionDataset
 from .data.sampler import OrientationBatchSampler
 from .data.split import DetectionSplit
-from .distillation.objective import distillation_losses, teacher_forward
-from .distillation.settings import check_pair, resolve_settings
+from .distillation.adapters import attach_adapters, detach_adapters
+from .distillation.objective import distillation_losses, student_forward, teacher_forward
+from .distillation.pairing import pair_up
+from .distillation.settings import resolve_settings
 from .evaluation import CocoEvaluator
 from .factory import load_detector
 from .hub import HubUpload
@@ -34,6 +37,7 @@ from .recipe import DistillationSection
 from .tracking import TrackingCallback, evaluation_sheet, trackers
 from .training_args import DetectionTrainingArguments
 
+logger = logging.getLogger(__name__)
 EVALUATION_FOLDER = "evaluation"
 
 
@@ -63,6 +67,7 @@ class DetectionTrainer(HubUpload, Trainer):
         optimizers: tuple = (None, None),
     ):
         model = _as_detector(model)
+        detach_adapters(model)  # of an earlier training
         _refuse_unsupported(args)
         processor = processing_class or DenseDetectorImageProcessor.for_model(model.config)
         datasets = {}
@@ -397,6 +402,9 @@ class DetectionTrainer(HubUpload, Trainer):
 class DistillationTrainer(DetectionTrainer):
     """Trains a student with a teacher: CrossKD and, if asked for, feature distillation.
 
+    Any two detectors can be a pair. What they share is found by `pair_up`: class names, strides, pixels, and widths
+    (by adapters that are trained along, kept in checkpoints, and left out of saved models).
+
     Args:
         model: the student.
         teacher: a detector, or a folder or Hub id of one. It is frozen, kept outside of DDP and never saved.
@@ -404,7 +412,7 @@ class DistillationTrainer(DetectionTrainer):
         args, train_dataset, eval_dataset, processing_class, callbacks, optimizers: see `DetectionTrainer`.
 
     Raises:
-        ValueError: if the student can't learn from this teacher, naming what differs.
+        ValueError: if the student can't learn from this teacher, naming why (see `pair_up`).
     """
 
     def __init__(
@@ -421,20 +429,40 @@ class DistillationTrainer(DetectionTrainer):
     ):
         model, teacher = _as_detector(model), _as_detector(teacher)
         self.settings = resolve_settings(distillation or DistillationSection(), teacher)
-        check_pair(model, teacher, self.settings)
+        pairing = pair_up(model, teacher, self.settings, args.seed)
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers)
+        if pairing.adapters and self.optimizer is not None:
+            raise ValueError(
+                "student and teacher differ in width, so that adapters are trained too, which the optimizer that was "
+                "given doesn't know: leave optimizers out and set training arguments instead."
+            )
+        self.pairing = pairing.to(self.args.device)
+        attach_adapters(model, self.pairing.adapters)
+        if self.is_world_process_zero():
+            for note in pairing.notes:
+                logger.warning("%s", note)
         # Plain, not prepared by accelerate: it has no gradients to average and must not count as the trained model.
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
 
     def loss_terms(self, model: nn.Module, inputs: dict) -> tuple[dict[str, Tensor], object]:
         """The student's own terms, and those of the distillation."""
-        settings = self.settings
-        outputs = model(**inputs, output_distillation=True, tap_index=settings.tap_index, raw_taps=settings.raw_taps)
+        settings, pairing = self.settings, self.pairing
+        outputs = student_forward(model, inputs, settings)
         student = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
-            teacher_outputs = teacher_forward(self.teacher, inputs, settings)
-            terms = distillation_losses(student, outputs, self.teacher, teacher_outputs, settings)
+            teacher_outputs = teacher_forward(self.teacher, inputs, settings, pairing)
+            terms = distillation_losses(student, outputs, self.teacher, teacher_outputs, settings, pairing)
         return outputs.loss_dict | {name: term.sum() for name, term in terms.items()}, outputs
+
+    def _write_checkpoint(self, model: nn.Module, trial, folder: Path) -> None:
+        super()._write_checkpoint(model, trial, folder)
+        if self.pairing.adapters and self.args.should_save:
+            self.pairing.adapters.save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.pairing.adapters:
+            self.pairing.adapters.load(resume_from_checkpoint)
 
 
 class _TrainingHooks(TrainerCallback):

@@ -103,6 +103,7 @@ class GoldenCase:
             self.settings = DistillationSettings(
                 crosskd=1.0,
                 tap_index=self.setup["tap_index"],
+                student_tap_index=self.setup["tap_index"],
                 raw_taps=False,
                 cls_weight=spec.cls_weight,
                 box_weight=spec.box_weight,

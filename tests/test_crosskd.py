@@ -158,7 +158,7 @@ def test_constant_channels_of_the_teacher_make_the_student_constant():
 
 def recording_teacher() -> SimpleNamespace:
     """Gives back what its head was called with."""
-    return SimpleNamespace(head=lambda cls, reg, start_block: (cls, reg, start_block))
+    return SimpleNamespace(head=lambda cls, reg, start_block, levels: (cls, reg, start_block))
 
 
 def taps(cls: list[torch.Tensor], reg: list[torch.Tensor]) -> HeadOutput:

@@ -10,7 +10,8 @@ from crosskd_hf import DistillationSection
 from crosskd_hf.distillation.crosskd import cross_pass, crosskd_losses
 from crosskd_hf.distillation.losses import KDTargets, prediction_kd_losses
 from crosskd_hf.distillation.objective import distillation_losses, teacher_forward
-from crosskd_hf.distillation.settings import check_pair, resolve_settings
+from crosskd_hf.distillation.pairing import pair_up
+from crosskd_hf.distillation.settings import resolve_settings
 from crosskd_hf.trainer import DistillationTrainer
 
 DETECTORS = ["gfl", "retinanet", "fcos", "atss"]
@@ -97,7 +98,7 @@ def test_mimicking_compares_the_students_own_predictions(name: str) -> None:
     student, teacher = tiny_model(name, seed=1), tiny_model(name, seed=2).eval()
     section = DistillationSection(crosskd=0.0, mimic=2.0)
     settings = resolve_settings(section, teacher)
-    check_pair(student, teacher, settings)
+    pair_up(student, teacher, settings)
     inputs = tiny_batch()
     output = student(**inputs, output_distillation=True, tap_index=settings.tap_index)
     own = teacher_forward(teacher, inputs, settings)
@@ -119,4 +120,4 @@ def test_mimicking_needs_detectors_of_one_kind() -> None:
     teacher = tiny_model("retinanet")
     settings = resolve_settings(DistillationSection(mimic=1.0), teacher)
     with pytest.raises(ValueError, match="mimic"):
-        check_pair(tiny_model("gfl"), teacher, settings)
+        pair_up(tiny_model("gfl"), teacher, settings)

@@ -2,7 +2,7 @@
 
 The student's half-processed head features, aligned to the teacher's, run through the rest of the *teacher's* head. The
 predictions that come out mimic the teacher's own. Everything is in the teacher's terms - its head, its priors, its box
-format - so no line depends on the student's detector.
+format, its classes - so no line depends on the student's detector.
 """
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..models.head import HeadOutput
 from ..models.modeling_dense import DenseDetector, DenseDetectorOutput
 from .losses import KDTargets, prediction_kd_losses
+from .pairing import SAME, STUDENT, TEACHER, Pairing
 from .settings import DistillationSettings
 
 
@@ -38,26 +39,34 @@ def align(student: Tensor, teacher: Tensor) -> Tensor:
     return standardise(student) * std + mean
 
 
-def cross_pass(teacher: DenseDetector, student: HeadOutput, own: HeadOutput, tap_index: int) -> HeadOutput:
+def cross_pass(
+    teacher: DenseDetector, student: HeadOutput, own: HeadOutput, tap_index: int, pairing: Pairing = SAME
+) -> HeadOutput:
     """Cross-head predictions: the student's taps through the teacher's blocks `tap_index` and later.
 
     Args:
-        teacher: frozen; gradients flow through its layers into the student, not into it.
+        teacher: frozen; gradients flow through its layers into the student (and adapters), not into it.
         student: the student's head output with taps.
-        own: the teacher's head output with taps of the same shapes.
-        tap_index: blocks the student has run. At 0 the taps are FPN levels, which have no ReLU.
+        own: the teacher's head output with taps.
+        tap_index: blocks of the teacher that are not run. At 0 it takes FPN levels, which have no ReLU.
+        pairing: which levels both have, and what gives the student's taps the teacher's width.
+
+    Returns:
+        the predictions at the shared levels.
     """
 
-    def aligned(taps: list[Tensor] | None, references: list[Tensor] | None) -> list[Tensor]:
+    def aligned(place: str, taps: list[Tensor] | None, references: list[Tensor] | None) -> list[Tensor]:
         if taps is None or references is None:
             raise ValueError("the cross pass needs taps of both heads: give both forwards tap_index")
-        pairs = zip(taps, references, strict=True)
+        taps = pairing.adapters.adapt(place, pairing.shared_levels(taps, STUDENT))
+        pairs = zip(taps, pairing.shared_levels(references, TEACHER), strict=True)
         features = [align(tap.float(), reference.float()) for tap, reference in pairs]
         return [F.relu(feature) for feature in features] if tap_index > 0 else features
 
-    cls_features = aligned(student.cls_taps, own.cls_taps)
-    reg_features = aligned(student.reg_taps, own.reg_taps)
-    return teacher.head(cls_features, reg_features, start_block=tap_index)
+    cls_features = aligned("cls", student.cls_taps, own.cls_taps)
+    reg_features = aligned("reg", student.reg_taps, own.reg_taps)
+    levels = None if pairing.levels is None else pairing.levels[TEACHER]
+    return teacher.head(cls_features, reg_features, start_block=tap_index, levels=levels)
 
 
 def crosskd_losses(
@@ -66,21 +75,25 @@ def crosskd_losses(
     teacher: DenseDetector,
     teacher_output: DenseDetectorOutput,
     settings: DistillationSettings,
+    pairing: Pairing = SAME,
 ) -> dict[str, Tensor]:
-    """The CrossKD terms, a (levels,) tensor each, weighted and normalised.
+    """The CrossKD terms, a (shared levels,) tensor each, weighted and normalised.
 
     Args:
         student: unwrapped; only its matching rule is looked at.
         student_output: of a forward with labels, `output_distillation=True` and the settings' tap.
         teacher: frozen.
         teacher_output: the same, without labels and without gradient.
-        settings: weights and tap.
+        settings: weights and taps.
+        pairing: of the two (`pair_up`).
     """
     if student_output.head is None or student_output.detection is None or teacher_output.head is None:
         raise ValueError("CrossKD needs both models' forward(output_distillation=True), the student's with labels")
-    cross_head = cross_pass(teacher, student_output.head, teacher_output.head, settings.tap_index)
-    targets = kd_targets(student, student_output, teacher, teacher_output)
-    cross, own = teacher.flatten(cross_head), teacher.flatten(teacher_output.head)
+    cross_head = cross_pass(teacher, student_output.head, teacher_output.head, settings.tap_index, pairing)
+    targets = kd_targets(student, student_output, teacher, teacher_output, pairing)
+    cross, own = teacher.flatten(cross_head), teacher.flatten(pairing.shared_head(teacher_output.head, TEACHER))
+    # Both are in the teacher's classes.
+    cross, own = (pairing.shared_classes(predictions, TEACHER) for predictions in (cross, own))
     with torch.autocast(cross.logits.device.type, enabled=False):
         terms = prediction_kd_losses(teacher, cross, own, targets, settings)
     return {f"kd_{name}": settings.crosskd * term for name, term in terms.items()}
@@ -91,8 +104,9 @@ def kd_targets(
     student_output: DenseDetectorOutput,
     teacher: DenseDetector,
     teacher_output: DenseDetectorOutput,
+    pairing: Pairing = SAME,
 ) -> KDTargets:
-    """Mask, normalisers and positives of the distillation losses.
+    """Mask, normalisers and positives of the distillation losses, on the teacher's priors of the shared levels.
 
     A student that labels the same priors by the same rule as the teacher lends its class weights (which also leave out
     RetinaNet's ignored band), its positives and the teacher's kind of normaliser. Any other student only lends its
@@ -100,7 +114,7 @@ def kd_targets(
     """
     detection, head = student_output.detection, teacher_output.head
     priors = teacher.priors(head)
-    if student.matching_rule() == teacher.matching_rule():
+    if student.matching_rule() == teacher.matching_rule():  # the same strides too: all levels are shared
         by_box = teacher.distillation.normalizer == "box"
         return KDTargets(
             priors=priors,
@@ -110,9 +124,10 @@ def kd_targets(
             class_normalizer=detection.class_normalizer.clamp(min=1),
         )
     class_normalizer = detection.class_normalizer.clamp(min=1)
+    class_weights = teacher.class_weights(teacher.valid_priors(head, teacher_output.image_sizes))
     return KDTargets(
-        priors=priors,
-        class_weights=teacher.class_weights(teacher.valid_priors(head, teacher_output.image_sizes)),
+        priors=pairing.shared_priors(priors, TEACHER),
+        class_weights=pairing.shared_rows(class_weights, priors.level_sizes, TEACHER),
         normalizer=class_normalizer,
         positive=None,
         class_normalizer=class_normalizer,

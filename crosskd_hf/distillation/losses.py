@@ -30,31 +30,38 @@ class KDTargets:
 
 
 def classification_kd_loss(cross: Predictions, teacher: Predictions, targets: KDTargets) -> Tensor:
-    """kd_cls: |p - p_teacher| * BCE, over all classes, a (levels,) tensor (equation 6)."""
+    """kd_cls: |p - p_teacher| * BCE, over all (shared) classes, a (levels,) tensor (equation 6)."""
     loss = binary_kd_loss(cross.logits, teacher.logits).sum(dim=-1) * targets.class_weights
     return level_sums(loss, targets.priors.level_sizes) / targets.normalizer
 
 
-def box_kd_loss(detector: DenseDetector, cross: Predictions, teacher: Predictions, targets: KDTargets) -> Tensor:
-    """kd_box, weighted by the teacher's highest class probability, a (levels,) tensor.
+def box_kd_loss(
+    detector: DenseDetector,
+    cross: Predictions,
+    teacher: Predictions,
+    targets: KDTargets,
+    decoded: Tensor | None = None,
+) -> Tensor:
+    """kd_box, weighted by the teacher's highest probability of a shared class, a (levels,) tensor.
 
     Distance distributions are compared by their KL divergence, over the sum of those weights on this rank. (The
     reference doesn't bound that sum from below; 1 here, so that a batch without confidence can't blow up.)
-    Other detectors compare decoded boxes, by GIoU or -log IoU, over the normaliser.
+    Other detectors compare decoded boxes, by GIoU or -log IoU, over the normaliser; so does GFL, by GIoU, with boxes
+    `decoded` (N, P, 4) of a detector that has no such distributions.
     """
     weights = teacher.logits.sigmoid().amax(dim=-1) * targets.class_weights
     normalizer = targets.normalizer
     kind = detector.distillation.box_loss
-    if kind == "bin_kl":
+    if kind == "bin_kl" and decoded is None:
         loss = bin_kl_loss(cross.boxes.unflatten(-1, (4, -1)), teacher.boxes.unflatten(-1, (4, -1))).mean(dim=-1)
         normalizer = weights.sum().clamp(min=1)
     else:
-        boxes = detector.decode(cross.boxes, targets.priors)
+        boxes = detector.decode(cross.boxes, targets.priors) if decoded is None else decoded
         teacher_boxes = detector.decode(teacher.boxes, targets.priors)
-        if kind == "giou":
-            loss = giou_loss(boxes, teacher_boxes)
-        else:
+        if kind == "log_iou":
             loss = -box_iou(boxes, teacher_boxes).clamp(min=EPS).log()
+        else:
+            loss = giou_loss(boxes, teacher_boxes)
     return level_sums(loss * weights, targets.priors.level_sizes) / normalizer
 
 
@@ -70,6 +77,7 @@ def prediction_kd_losses(
     own: Predictions,
     targets: KDTargets,
     settings: DistillationSettings,
+    decoded: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """All terms by which predictions in the teacher's format mimic the teacher's own.
 
@@ -79,13 +87,14 @@ def prediction_kd_losses(
         own: the teacher's.
         targets: mask and normalisers.
         settings: weights of the terms.
+        decoded: (N, P, 4) xyxy boxes of predictions that are not in the teacher's box format.
 
     Returns:
         `cls`, `box` and, for a teacher with centerness that is mimicked, `centerness`: (levels,) tensors.
     """
     terms = {
         "cls": settings.cls_weight * classification_kd_loss(predictions, own, targets),
-        "box": settings.box_weight * box_kd_loss(teacher, predictions, own, targets),
+        "box": settings.box_weight * box_kd_loss(teacher, predictions, own, targets, decoded),
     }
     if teacher.distillation.centerness and targets.positive is not None:
         terms["centerness"] = settings.centerness_weight * centerness_kd_loss(predictions, own, targets)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..models.modeling_dense import DenseDetector, DenseDetectorOutput
 from .crosskd import kd_targets
 from .losses import prediction_kd_losses
+from .pairing import SAME, STUDENT, TEACHER, Pairing, same_format
 from .settings import DistillationSettings
 
 
@@ -18,16 +19,26 @@ def mimic_losses(
     teacher: DenseDetector,
     teacher_output: DenseDetectorOutput,
     settings: DistillationSettings,
+    pairing: Pairing = SAME,
 ) -> dict[str, Tensor]:
     """`mimic_cls`, `mimic_box`, `mimic_centerness`: CrossKD's losses without the cross pass, a (levels,) tensor each.
 
+    Detectors of different kinds are compared by their class scores and decoded boxes.
+
     Args:
-        student, teacher: a pair with the same head outputs on the same priors (`check_pair` sees to it).
+        student, teacher: a pair with as many priors a cell (`pair_up` sees to it).
         student_output, teacher_output: of forwards with `output_distillation=True`, the student's with labels.
         settings: weights.
+        pairing: of the two.
     """
-    targets = kd_targets(student, student_output, teacher, teacher_output)
-    mine, own = student.flatten(student_output.head), teacher.flatten(teacher_output.head)
+    targets = kd_targets(student, student_output, teacher, teacher_output, pairing)
+    mine = student.flatten(pairing.shared_head(student_output.head, STUDENT))
+    own = teacher.flatten(pairing.shared_head(teacher_output.head, TEACHER))
+    mine, own = pairing.shared_classes(mine, STUDENT), pairing.shared_classes(own, TEACHER)
     with torch.autocast(mine.logits.device.type, enabled=False):
-        terms = prediction_kd_losses(teacher, mine, own, targets, settings)
+        decoded = None
+        if not same_format(student, teacher):
+            priors = pairing.shared_priors(student.priors(student_output.head), STUDENT)
+            decoded = student.decode(mine.boxes, priors)
+        terms = prediction_kd_losses(teacher, mine, own, targets, settings, decoded)
     return {f"mimic_{name}": settings.mimic * term for name, term in terms.items()}

@@ -1,23 +1,33 @@
 """All distillation terms of a pair of models, as the recipe composes them."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.modeling_dense import DenseDetector, DenseDetectorOutput
 from .crosskd import crosskd_losses
 from .mimic import mimic_losses
+from .pairing import SAME, STUDENT, TEACHER, Pairing
 from .pkd import pkd_loss
 from .settings import DistillationSettings
 
 
-def teacher_forward(teacher: DenseDetector, inputs: dict, settings: DistillationSettings) -> DenseDetectorOutput:
-    """The teacher's predictions and taps on the student's own input, without gradient and without labels."""
+def student_forward(student: nn.Module, inputs: dict, settings: DistillationSettings) -> DenseDetectorOutput:
+    """The student's predictions, losses and taps. It may be wrapped, by DDP or `torch.compile`."""
+    tap_index = settings.student_tap_index if settings.crosskd > 0 else None
+    return student(**inputs, output_distillation=True, tap_index=tap_index, raw_taps=settings.raw_taps)
+
+
+def teacher_forward(
+    teacher: DenseDetector, inputs: dict, settings: DistillationSettings, pairing: Pairing = SAME
+) -> DenseDetectorOutput:
+    """The teacher's predictions and taps on the student's images, in its own pixels, without gradient and labels."""
+    pixel_values, pixel_mask = inputs["pixel_values"], inputs.get("pixel_mask")
     with torch.no_grad():
         return teacher(
-            pixel_values=inputs["pixel_values"],
-            pixel_mask=inputs.get("pixel_mask"),
+            pixel_values=pixel_values if pairing.pixels is None else pairing.pixels(pixel_values, pixel_mask),
+            pixel_mask=pixel_mask,
             output_distillation=True,
-            tap_index=settings.tap_index,
+            tap_index=settings.tap_index if settings.crosskd > 0 else None,
             raw_taps=settings.raw_taps,
         )
 
@@ -28,14 +38,17 @@ def distillation_losses(
     teacher: DenseDetector,
     teacher_output: DenseDetectorOutput,
     settings: DistillationSettings,
+    pairing: Pairing = SAME,
 ) -> dict[str, Tensor]:
-    """The terms `kd_* mimic_*` that the settings turn on, a weighted (levels,) tensor each."""
+    """The terms `kd_* mimic_*` that the settings turn on, a weighted (shared levels,) tensor each."""
+    pair = (student, student_output, teacher, teacher_output, settings, pairing)
     terms: dict[str, Tensor] = {}
     if settings.crosskd > 0:
-        terms |= crosskd_losses(student, student_output, teacher, teacher_output, settings)
+        terms |= crosskd_losses(*pair)
     if settings.pkd > 0:
-        feature_loss = pkd_loss(student_output.fpn_features, teacher_output.fpn_features)
-        terms["kd_feature"] = settings.pkd * feature_loss
+        mine = pairing.adapters.adapt("fpn", pairing.shared_levels(student_output.fpn_features, STUDENT))
+        theirs = pairing.shared_levels(teacher_output.fpn_features, TEACHER)
+        terms["kd_feature"] = settings.pkd * pkd_loss(mine, theirs)
     if settings.mimic > 0:
-        terms |= mimic_losses(student, student_output, teacher, teacher_output, settings)
+        terms |= mimic_losses(*pair)
     return terms

@@ -1,6 +1,7 @@
 """The one head of every detector: a class tower and a box tower, shared by all levels."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -160,6 +161,7 @@ class DenseHead(nn.Module):
         start_block: int = 0,
         tap_index: int | None = None,
         raw_taps: bool = False,
+        levels: Sequence[int] | None = None,
     ) -> HeadOutput:
         """Run both towers from block `start_block` on, then predict.
 
@@ -170,6 +172,7 @@ class DenseHead(nn.Module):
             tap_index: number k of blocks after which the towers are tapped, counted from the FPN level: 0 taps the
                 input itself, k the output of block k. None taps nothing.
             raw_taps: tap before block k's ReLU.
+            levels: which of the head's levels the maps are; None: all of them.
 
         Raises:
             ValueError: if `start_block` or `tap_index` is no number of blocks of this head.
@@ -184,7 +187,8 @@ class DenseHead(nn.Module):
         if tap_index is not None:
             output.cls_taps, output.reg_taps = [], []
         reg_features = cls_features if reg_features is None else reg_features
-        for level, (cls_feature, reg_feature) in enumerate(zip(cls_features, reg_features, strict=True)):
+        levels = range(len(cls_features)) if levels is None else levels
+        for level, cls_feature, reg_feature in zip(levels, cls_features, reg_features, strict=True):
             cls_feature, cls_tap = _run_tower(self.cls_tower, cls_feature, start_block, tap_index, raw_taps)
             reg_feature, reg_tap = _run_tower(self.reg_tower, reg_feature, start_block, tap_index, raw_taps)
             boxes = self.box_predictor(reg_feature)

@@ -1,0 +1,182 @@
+"""The evidence benchmark: its statistics by hand, its settings, and which results it accepts."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("evidence", BENCHMARKS / "evidence.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["evidence"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+SETTING = {
+    "teachers": {"big": {"recipe": "shapes_teacher", "set": []}},
+    "student": {"recipe": "shapes_crosskd", "set": ["training.eval_steps=136"]},
+    "seeds": [1, 2, 3],
+    "teacher_seed": "each",
+    "variants": {
+        "alone": {"teacher": None, "set": []},
+        "crosskd": {"teacher": "big", "set": []},
+        "raw": {"teacher": "big", "set": ["distillation.tap=raw"], "seeds": 2},
+    },
+    "tables": {"main": ["alone", "crosskd"], "tap": ["crosskd", "raw"]},
+}
+
+
+def load(evidence, folder: Path, **changes):
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump({**SETTING, **changes}), encoding="utf-8")
+    return evidence.Setting.load(path, folder / "runs")
+
+
+def result(run, aps: list[float], **changes) -> dict:
+    count = len(aps)
+    content = {
+        "variant": run.variant,
+        "seed": run.seed,
+        "recipe_sha256": run.digest(),
+        "metrics": {"AP": aps[-1], "APs": -1.0, "APm": 0.5, "APl": 0.25},
+        "curve": [[(i + 1) / count, ap] for i, ap in enumerate(aps)],
+        "minutes": 2.0,
+        "peak_memory_gb": 1.0,
+    }
+    return {**content, **changes}
+
+
+def write(folder: Path, run, content: dict) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{run.name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_interval_of_paired_differences(evidence):
+    # 1 2 3: mean 2, deviation 1, t(2) = 4.303, over sqrt(3): 2.484.
+    mean, half = evidence.interval([1.0, 2.0, 3.0])
+    assert (mean, half) == (2.0, pytest.approx(4.303 / 3**0.5))
+    # Five of them: 2 2 2 2 7: mean 3, deviation sqrt(20 / 4) = 2.236, t(4) = 2.776, over sqrt(5): 2.776.
+    mean, half = evidence.interval([2.0, 2, 2, 2, 7])
+    assert (mean, half) == (3.0, pytest.approx(2.776))
+    assert math.isnan(evidence.interval([1.0])[1]), "one pair has no interval"
+    assert all(map(math.isnan, evidence.interval([math.nan, 1.0])))
+
+
+def test_ap_at_a_part_of_the_schedule(evidence):
+    curve = [[0.1, 0.05], [0.334, 0.2], [0.667, 0.3], [1.0, 0.4]]
+    assert evidence.at(curve, 1 / 3) == 0.2 and evidence.at(curve, 2 / 3) == 0.3
+    with pytest.raises(evidence.EvidenceError, match=r"no evaluation at 0\.33 .* nearest is at 0\.50"):
+        evidence.at([[0.5, 0.1], [1.0, 0.2]], 1 / 3)
+
+
+def test_minutes_add_up_over_logs_and_evaluations(evidence):
+    history = [
+        {"step": 10, "step_time": 0.5, "data_time": 0.1, "loss": 1.0},  # 6 s
+        {"step": 10, "eval_runtime": 4.0},
+        {"step": 30, "step_time": 1.0, "data_time": 0.0, "loss": 1.0},  # 20 s
+        {"step": 30, "step_time": 9.0, "data_time": 9.0, "train_runtime": 99.0},  # the summary: no new step
+    ]
+    assert evidence.minutes(history) == pytest.approx(30 / 60)
+
+
+def test_runs_come_table_by_table_and_seed_by_seed(evidence, tmp_path):
+    setting = load(evidence, tmp_path)
+    names = [run.name for run in setting.runs()]
+    assert names == ["alone-1", "crosskd-1", "alone-2", "crosskd-2", "alone-3", "crosskd-3", "raw-1", "raw-2"]
+    run = setting.run("crosskd", 2)
+    assert run.needs.name == "teacher_big-2"
+    assert f"teacher.checkpoint={run.needs.folder}" in run.arguments()
+    assert run.resolved().training["seed"] == 2
+    alone = setting.run("alone", 1).resolved()
+    assert alone.teacher is None and alone.distillation is None
+
+
+def test_one_teacher_for_all(evidence, tmp_path):
+    setting = load(evidence, tmp_path, teacher_seed=7)
+    assert {run.needs.name for run in setting.runs() if run.needs} == {"teacher_big-7"}
+
+
+def test_a_recipe_may_stand_in_the_setting(evidence, tmp_path):
+    recipe = {"model": {"backbone": "resnet18"}, "teacher": {"checkpoint": "x"}, "distillation": {"pkd": 2.0}}
+    setting = load(evidence, tmp_path, student={"recipe": recipe, "set": ["distillation.pkd=3.0"]})
+    resolved = setting.run("crosskd", 1).resolved()
+    assert (resolved.model.backbone, resolved.distillation.pkd) == ("resnet18", 3.0)
+
+
+def test_the_digest_knows_settings_seed_and_teacher_but_no_paths(evidence, tmp_path):
+    (tmp_path / "other").mkdir()
+    here, there = (load(evidence, folder) for folder in (tmp_path, tmp_path / "other"))
+    assert here.run("crosskd", 1).digest() == there.run("crosskd", 1).digest()
+    digests = {run.digest() for run in here.runs()}
+    assert len(digests) == 8
+    other_teacher = {"big": {"recipe": "shapes_teacher", "set": ["training.learning_rate=0.1"]}}
+    assert load(evidence, tmp_path, teachers=other_teacher).run("crosskd", 1).digest() not in digests
+
+
+def test_summary_pairs_by_seed(evidence, tmp_path):
+    setting, results = load(evidence, tmp_path), tmp_path / "results"
+    for seed, (alone, distilled) in {1: (0.2, 0.23), 2: (0.3, 0.32), 3: (0.1, 0.11)}.items():
+        write(results, run := setting.run("alone", seed), result(run, [0.05, 0.1, alone]))
+        write(results, run := setting.run("crosskd", seed), result(run, [0.07, 0.1, distilled]))
+    summary = evidence.summarise(setting, results)
+    alone, distilled = summary["tables"]["main"]
+    assert alone["AP"] == pytest.approx(20) and alone["AP_std"] == pytest.approx(10)
+    assert distilled["AP_gain"] == pytest.approx(2) and distilled["AP_gain_half_width"] == pytest.approx(
+        4.303 / 3**0.5
+    )
+    assert distilled["AP_third_gain"] == pytest.approx(2) and distilled["AP_two_thirds_gain"] == pytest.approx(0)
+    text = evidence.markdown(summary)
+    assert "| crosskd | 3 | 22.0 ± 10.5 | +2.0 ± 2.5 |" in text
+    assert "APs" not in text, "no small boxes in the data"
+    assert (results / "curves_main.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_results_of_other_settings_are_refused(evidence, tmp_path):
+    setting, results = load(evidence, tmp_path), tmp_path / "results"
+    run = setting.run("alone", 1)
+    write(results, run, result(run, [0.1, 0.1, 0.1], recipe_sha256="0"))
+    for action in (lambda: evidence.make(run, results, 1), lambda: evidence.summarise(setting, results)):
+        with pytest.raises(evidence.EvidenceError, match=r"alone-1\.json is of other settings"):
+            action()
+
+
+def test_a_run_with_a_result_is_not_run_again(evidence, tmp_path, monkeypatch):
+    setting, results = load(evidence, tmp_path), tmp_path / "results"
+    run = setting.run("crosskd", 1)
+    write(results, run, result(run, [0.1, 0.1, 0.1]))
+    monkeypatch.setattr(evidence.subprocess, "run", lambda *args, **kwargs: pytest.fail("started a training"))
+    evidence.make(run, results, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tables": {"main": ["alone", "no_such"]}}, "table 'main' names no variant: no_such"),
+        ({"variants": {"alone": {"teacher": "small", "set": []}}, "tables": {}}, "names no teacher: 'small'"),
+        ({"extra": 1}, "must hold exactly"),
+    ],
+)
+def test_bad_settings(evidence, tmp_path, changes, message):
+    with pytest.raises(evidence.EvidenceError, match=message):
+        load(evidence, tmp_path, **changes)
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "evidence").glob("*.yaml")), ids=lambda path: path.stem)
+def test_committed_settings_and_results_belong_together(evidence, tmp_path, path):
+    """Every recipe can be read, and every committed result is of the setting as it stands."""
+    setting = evidence.Setting.load(path, tmp_path)
+    for run in setting.runs():
+        run.resolved()
+        found = BENCHMARKS / "evidence" / path.stem / f"{run.name}.json"
+        if found.is_file():
+            evidence.check_result(json.loads(found.read_text(encoding="utf-8")), run, found)

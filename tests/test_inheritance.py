@@ -1,0 +1,112 @@
+"""A student that starts from its teacher's FPN and head."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model, write_tiny_coco
+
+from crosskd_hf.inheritance import inherit_weights
+from crosskd_hf.recipe import RecipeError, load_recipe, parse_recipe
+from crosskd_hf.train import build_trainer
+
+
+def taken(student, teacher, before: dict) -> set[str]:
+    """Names that hold the teacher's values now; all others must be as they were."""
+    after, given = student.state_dict(), teacher.state_dict()
+    found = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert all(torch.equal(after[name], given[name]) for name in found)
+    return found
+
+
+def inherit(parts: list[str], teacher_options: dict | None = None, kinds=("gfl", "gfl"), **options):
+    student = tiny_model(kinds[0], seed=1, **options)
+    teacher = tiny_model(kinds[1], seed=2, **(teacher_options or {}))
+    with torch.no_grad():  # everything differs
+        for parameter in teacher.parameters():
+            parameter.add_(0.01)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    report = inherit_weights(student, teacher, parts)
+    return taken(student, teacher, before), report, student
+
+
+def test_takes_neck_and_head_of_a_teacher_of_equal_shapes():
+    names, report, student = inherit(["neck", "head"])
+    assert names == {name for name in student.state_dict() if name.startswith(("fpn.", "head."))}
+    neck, head = (sum(name.startswith(part) for name in names) for part in ("fpn.", "head."))
+    assert report == f"inherited from the teacher: neck {neck} of {neck} tensors; head {head} of {head} tensors"
+
+
+def test_takes_the_named_part_only():
+    names, _, _ = inherit(["neck"])
+    assert names and all(name.startswith("fpn.") for name in names)
+
+
+def test_leaves_what_has_another_shape():
+    names, report, _ = inherit(["neck"], {"backbone": "resnet50"})  # other laterals, same outputs
+    assert names and not any("lateral_convs" in name for name in names), "a layer's bias goes with its weight"
+    assert "(new: fpn.lateral_convs.0.weight, fpn.lateral_convs.0.bias, " in report
+
+
+def test_takes_the_class_predictor_only_of_the_same_classes():
+    names, report, _ = inherit(["head"], {"id2label": {0: "dog", 1: "cat"}})
+    assert "head.box_predictor.weight" in names and not any("cls_predictor" in name for name in names)
+    assert "head.cls_predictor.weight" in report
+
+
+def test_takes_only_towers_of_another_kind_of_detector():
+    """FCOS's and ATSS's box outputs have one shape and two meanings."""
+    names, _, _ = inherit(["head"], kinds=("fcos", "atss"))
+    assert names and all("tower" in name for name in names)
+
+
+def test_says_it_if_nothing_fits():
+    with pytest.raises(ValueError, match=r"model\.inherit \['head'\]: no weight of the teacher fits"):
+        inherit(["head"], {"fpn_channels": 16, "head_channels": 16})
+
+
+RECIPE = {
+    "model": {"backbone": "resnet18", "backbone_weights": "random", "fpn_channels": 32, "head_channels": 32},
+    "teacher": {"checkpoint": "random", "backbone": "resnet34", "fpn_channels": 32, "head_channels": 32},
+    "distillation": {},
+    "data": {"train_split": "mini", "val_split": "mini", "short_side": 64, "long_side": 96},
+    "training": {"use_cpu": True, "lr_milestones": []},
+}
+
+
+def recipe(folder: Path, **model):
+    content = {**RECIPE, "model": {**RECIPE["model"], **model}}
+    content["data"] = {**content["data"], "path": str(folder / "data"), "cache_dir": str(folder / "cache")}
+    content["training"] = {**content["training"], "output_dir": str(folder / "run")}
+    return parse_recipe(content)
+
+
+def test_a_recipe_inherits_before_it_trains(tmp_path, capsys):
+    write_tiny_coco(tmp_path / "data")
+    trainer = build_trainer(recipe(tmp_path, inherit=["neck", "head"]))
+    own, given = trainer.model.state_dict(), trainer.teacher.state_dict()
+    assert all(torch.equal(own[name], given[name]) for name in own if name.startswith(("fpn.", "head.")))
+    assert "inherited from the teacher: neck" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teacher=null", "distillation=null"], "model.inherit needs a teacher to inherit from"),
+        (["model.checkpoint=runs/x"], "model.inherit and model.checkpoint both say where"),
+        (["model.inherit=[backbone]"], "must be one of neck, head"),
+    ],
+)
+def test_impossible_recipes(overrides, message):
+    with pytest.raises(RecipeError) as error:
+        load_recipe("gfl_r50_crosskd_pkd_inherit", overrides)
+    assert message in str(error.value)
+
+
+def test_the_carried_recipe_differs_from_its_sibling_in_this_alone():
+    inheriting, plain = (
+        load_recipe(name).to_dict() for name in ("gfl_r50_crosskd_pkd_inherit", "gfl_r50_crosskd_pkd")
+    )
+    assert inheriting["model"].pop("inherit") == ["neck", "head"] and plain["model"].pop("inherit") == []
+    assert inheriting["training"].pop("output_dir") != plain["training"].pop("output_dir")
+    assert inheriting == plain
