@@ -1,5 +1,6 @@
 """Two processes against one: the same gradients on the same global batch, the same evaluation numbers."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,11 @@ from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
 from torch.nn.parallel import DistributedDataParallel
 
 from crosskd_hf.data.coco import load_coco
+from crosskd_hf.distillation.adapters import attach_adapters
+from crosskd_hf.distillation.objective import distillation_losses, student_forward, teacher_forward
+from crosskd_hf.distillation.pairing import pair_up
+from crosskd_hf.distillation.settings import resolve_settings
+from crosskd_hf.recipe import DistillationSection
 from crosskd_hf.trainer import DetectionTrainer
 
 
@@ -42,6 +48,44 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path, detector: str) 
         if parameter.requires_grad:
             error = (shared[name] - parameter.grad).norm() / parameter.grad.norm().clamp(min=1e-8)
             assert error < 1e-5, f"{name}: {error:.2e}"
+
+
+def adapter_gradients(rank: int, world: int, store: str, output: str) -> None:
+    """Gradients of the adapters: of this rank alone, and as DDP leaves them."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    student, teacher = tiny_model(seed=1, head_channels=16), tiny_model(seed=5).eval().requires_grad_(False)
+    settings = resolve_settings(DistillationSection(), teacher)
+    pairing = pair_up(student, teacher, settings)
+    attach_adapters(student, pairing.adapters)
+    model = DistributedDataParallel(student.train())
+    batch = tiny_batch(images=4)
+    inputs = {name: values[2 * rank : 2 * rank + 2] for name, values in batch.items()}
+
+    def gradients(context) -> list[torch.Tensor]:
+        model.zero_grad()
+        with context:
+            out = student_forward(model, inputs, settings)
+            own = teacher_forward(teacher, inputs, settings, pairing)
+            terms = distillation_losses(student, out, teacher, own, settings, pairing)
+            (out.loss + sum(term.sum() for term in terms.values())).backward()
+        return [convolution.weight.grad.clone() for convolution in pairing.adapters.values()]
+
+    alone = gradients(model.no_sync())
+    torch.save({"alone": alone, "averaged": gradients(contextlib.nullcontext())}, f"{output}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_average_the_gradients_of_adapters(tmp_path: Path) -> None:
+    """They are used outside the student's forward, which is all that DDP wraps."""
+    output = tmp_path / "gradients"
+    mp.spawn(adapter_gradients, (2, str(tmp_path / "store"), str(output)), nprocs=2)
+    first, second = (torch.load(f"{output}.{rank}", weights_only=True) for rank in range(2))
+    for mine, theirs, averaged, other in zip(
+        first["alone"], second["alone"], first["averaged"], second["averaged"], strict=True
+    ):
+        assert torch.equal(averaged, other) and not torch.allclose(mine, theirs)
+        torch.testing.assert_close(averaged, (mine + theirs) / 2)
 
 
 def evaluate_share(rank: int, world: int, port: int, folder: str) -> None:

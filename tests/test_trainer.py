@@ -162,10 +162,10 @@ def test_labels_that_differ_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_teacher_that_does_not_fit_is_refused_before_data_is_read(tmp_path: Path) -> None:
-    student, teacher = tiny_model(), tiny_model(head_channels=64, id2label={0: "cat", 1: "bird"})
-    with pytest.raises(ValueError, match=r"head_channels.*student 32, teacher 64") as error:
+    student, teacher = tiny_model(head_blocks=2), tiny_model(id2label={0: "newt", 1: "bird"})
+    with pytest.raises(ValueError, match=r"the student's towers have 2 blocks") as error:
         DistillationTrainer(student, teacher, tiny_args(tmp_path / "run"))
-    assert "1: student 'dog', teacher 'bird'" in str(error.value)
+    assert "student cat, dog; teacher newt, bird" in str(error.value)
 
 
 def test_a_folder_can_be_the_teacher(tmp_path: Path) -> None:
