@@ -24,7 +24,7 @@ from .data.sampler import OrientationBatchSampler
 from .data.split import DetectionSplit
 from .distillation.adapters import attach_adapters, detach_adapters
 from .distillation.objective import distillation_losses, student_forward, teacher_forward
-from .distillation.pairing import pair_up
+from .distillation.pairing import PARTLY, pair_up
 from .distillation.settings import resolve_settings
 from .evaluation import CocoEvaluator
 from .factory import load_detector
@@ -440,7 +440,7 @@ class DistillationTrainer(DetectionTrainer):
         attach_adapters(model, self.pairing.adapters)
         if self.is_world_process_zero():
             for note in pairing.notes:
-                logger.warning("%s", note)
+                logger.log(logging.WARNING if PARTLY in note else logging.INFO, "%s", note)
         # Plain, not prepared by accelerate: it has no gradients to average and must not count as the trained model.
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
 

@@ -230,11 +230,18 @@ def test_a_decompression_bomb_is_refused(broken: Callable, monkeypatch: pytest.M
         train.main([*command, "--dry-run"])
 
 
-def test_a_teacher_of_other_labels_is_refused(broken: Callable, tmp_path: Path) -> None:
-    tiny_model(id2label={0: "cat", 1: "dog", 2: "emu"}).save_pretrained(tmp_path / "teacher")
-    command = broken(lambda folder, content: None, f"teacher.checkpoint={tmp_path / 'teacher'}", "distillation.pkd=0")
-    with pytest.raises(SystemExit, match=r"student 2 \(cat, dog, \.\.\.\), teacher 3 .* train the teacher on"):
+def test_a_teacher_of_other_labels_is_refused_and_of_some_told(
+    broken: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "teacher"
+    command = broken(lambda folder, content: None, f"teacher.checkpoint={folder}", "distillation.pkd=0")
+    tiny_model(id2label={0: "newt", 1: "emu"}).save_pretrained(folder)
+    with pytest.raises(SystemExit, match=r"student cat, dog; teacher newt, emu.* train the teacher on"):
         train.main([*command, "--dry-run"])
+    tiny_model(id2label={0: "newt", 1: "dog", 2: "emu"}).save_pretrained(folder)
+    train.main([*command, "--dry-run"])
+    told = "classes: 1 of the student's 2 are among the teacher's 3; learnt without the teacher: cat"
+    assert told in capsys.readouterr().out
 
 
 def test_a_full_disk_is_told_before_training(broken: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def test_a_recipe_runs_and_its_resolved_copy_runs_again(recipe: Path, capsys: py
         (["model.backbon=resnet50"], "backbon"),
         (["data.path=nowhere"], "nowhere"),
         (["teacher.checkpoint=nowhere.pth"], "nowhere.pth doesn't exist"),
-        (["teacher.head_channels=64"], "head_channels"),
+        (["teacher.head_blocks=2"], "head_blocks"),
         (["model.backbone=resnet5"], "resnet5"),
         (["model.backbone=vit_tiny_patch16_224"], "strides"),
         (["training.max_steps=many"], "max_steps"),

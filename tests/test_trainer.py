@@ -226,7 +226,15 @@ def test_prediction_gives_coco_results(tmp_path: Path) -> None:
     assert {"image_id", "category_id", "bbox", "score"} == set(found.predictions[0])
 
 
-def test_a_teacher_of_other_pixels_is_refused(tmp_path: Path) -> None:
+def test_a_teacher_of_some_of_the_classes_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    DistillationTrainer(tiny_model(), tiny_model(id2label={0: "dog", 1: "emu"}), tiny_args(tmp_path / "run"))
+    (record,) = [record for record in caplog.records if "learnt without the teacher: cat" in record.message]
+    assert record.levelname == "WARNING"
+
+
+def test_a_teacher_of_other_pixels_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     teacher = tiny_model("fcos", backbone="resnet26", backbone_style="caffe")
-    with pytest.raises(ValueError, match="pixels"):
-        DistillationTrainer(tiny_model(), teacher, tiny_args(tmp_path / "run"))
+    with caplog.at_level("INFO"):
+        trainer = DistillationTrainer(tiny_model(), teacher, tiny_args(tmp_path / "run"))
+    assert trainer.pairing.pixels.flip
+    assert "the teacher gets the input in its own normalisation and channel order" in caplog.text

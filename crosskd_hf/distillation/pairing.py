@@ -13,6 +13,9 @@ from .adapters import Adapters
 from .settings import DistillationSettings
 
 
+PARTLY = "learnt without the teacher"  # what a user may not have meant
+
+
 @dataclass(frozen=True)
 class PixelChange:
     """The student's input -> the teacher's, where their normalisation or channel order differ.
@@ -182,7 +185,7 @@ def _shared_labels(
         return None, []
     notes = [f"classes: {len(shared)} of the student's {len(mine)} are among the teacher's {len(theirs)}"]
     if missing := [name for name in mine if name not in theirs]:
-        notes[0] += f"; learnt without the teacher: {', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}"
+        notes[0] += f"; {PARTLY}: {', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}"
     indices = ([names.index(name) for name in shared] for names in (mine, theirs))
     first, second = (torch.tensor(index) for index in indices)
     return (first, second), notes
