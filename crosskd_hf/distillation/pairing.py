@@ -12,7 +12,6 @@ from ..models.modeling_dense import DenseDetector, Predictions, Priors
 from .adapters import Adapters
 from .settings import DistillationSettings
 
-
 PARTLY = "learnt without the teacher"  # what a user may not have meant
 
 
