@@ -37,7 +37,7 @@ def at_batch_16(name: str):
 
 
 def test_every_row_is_here() -> None:
-    assert len(PUBLISHED) == 21
+    assert len(PUBLISHED) == 21 + 1, "and one that is not published: gfl_r50_crosskd_pkd_inherit"
     assert set(PUBLISHED) >= TWO_X_RECIPES
 
 
@@ -103,5 +103,6 @@ def test_settings_that_no_schedule_shows(name: str) -> None:
             "atss": (3, 1, 1, 1),
         }[family]
         assert (weights.tap_index, weights.cls_weight, weights.box_weight) == (k, cls, box)
-        assert weights.pkd == (pkd if name.endswith("pkd") else 0)
+        assert weights.pkd == (pkd if "pkd" in name else 0)
+        assert recipe.model.inherit == (["neck", "head"] if name.endswith("inherit") else [])
         assert weights.mimic == 0 and weights.crosskd == 1 and weights.tap == "rectified"
