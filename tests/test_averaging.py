@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_args, tiny_model, tiny_split
+from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
 from torch import Tensor
 
 from crosskd_hf.averaging import AVERAGE_FILE, WeightAverage
@@ -30,7 +30,8 @@ def test_by_hand() -> None:
 def trainer_of(root: Path, name: str, **options) -> DetectionTrainer:
     split = tiny_split(root / "data")
     args = tiny_args(root / name, **{"ema_decay": 0.5, "save_strategy": "steps", "save_steps": 2, **options})
-    return DetectionTrainer(tiny_model(), args, split, split)
+    model = tiny_model()
+    return DetectionTrainer(model, args, split, split, tiny_processor(model))
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tiny import tiny_args, tiny_model, tiny_split
+from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
 
 from crosskd_hf import progress
 from crosskd_hf.run_log import log_line, use_run_log
@@ -43,7 +43,8 @@ def test_a_run_prints_lines_and_no_dicts(
     monkeypatch.setattr(progress, "_quiet", quiet)
     split = tiny_split(tmp_path / "data")
     args = tiny_args(tmp_path / "run", max_steps=2, disable_tqdm=False)
-    trainer = DetectionTrainer(tiny_model(), args, split, split)
+    model = tiny_model()
+    trainer = DetectionTrainer(model, args, split, split, tiny_processor(model))
     use_run_log(trainer)
     trainer.train()
     trainer.evaluate()

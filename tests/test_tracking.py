@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_evaluation import found, make_split
-from tiny import tiny_args, tiny_model, tiny_split
+from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
 
 from crosskd_hf.data.dataset import DetectionDataset
 from crosskd_hf.evaluation import CocoEvaluator
@@ -22,14 +22,15 @@ RUN = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from tiny import tiny_args, tiny_model, tiny_split
+from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
 from crosskd_hf.trainer import DetectionTrainer
 root = Path(sys.argv[1])
 split = tiny_split(root / "data")
 args = tiny_args(root / "run", report_to=sys.argv[3], max_steps=2, evaluation_pictures=2, project="crosskd-test")
 (root / "run").mkdir()
 (root / "run" / "recipe.yaml").write_text("model: {}")
-trainer = DetectionTrainer(tiny_model(), args, split, split)
+model = tiny_model()
+trainer = DetectionTrainer(model, args, split, split, tiny_processor(model))
 trainer.train()
 trainer.evaluate()
 """
@@ -44,7 +45,8 @@ def test_tensorboard(tmp_path: Path) -> None:
     args = tiny_args(tmp_path / "run", report_to="tensorboard", max_steps=2, evaluation_pictures=3)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text("model:\n  detector: gfl\n")
-    trainer = DistillationTrainer(tiny_model(), tiny_model(seed=1), args, split, split)
+    model = tiny_model()
+    trainer = DistillationTrainer(model, tiny_model(seed=1), args, split, split, tiny_processor(model))
     trainer.train()
     trainer.evaluate()
     tags: dict[str, set] = {"scalars": set(), "images": set(), "tensors": set()}
