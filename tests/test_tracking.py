@@ -113,7 +113,8 @@ def test_evenly_spaced(count: int, total: int, expected: list[int]) -> None:
 
 def test_without_a_tracker_nothing_is_drawn(tmp_path: Path) -> None:
     split = tiny_split(tmp_path / "data")
-    trainer = DetectionTrainer(tiny_model(), tiny_args(tmp_path / "run"), None, split)
+    model = tiny_model()
+    trainer = DetectionTrainer(model, tiny_args(tmp_path / "run"), None, split, tiny_processor(model))
     trainer.evaluate()
     assert trainer.evaluation_sheet is None
 
