@@ -13,7 +13,6 @@ is shown is that the pairs work, not what they gain.
 import argparse
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +49,7 @@ class Pair:
     teacher: tuple[str, ...]
     distillation: tuple[str, ...] = ()
     ten_classes: bool = False
+    adapters: tuple[str, ...] = ()
 
 
 def widths(channels: int) -> tuple[str, ...]:
@@ -58,7 +58,7 @@ def widths(channels: int) -> tuple[str, ...]:
 
 
 PAIRS = (
-    Pair("width 64 <- 256", widths(64), widths(256), ("distillation.pkd=6.0",)),
+    Pair("width 64 <- 256", widths(64), widths(256), ("distillation.pkd=6.0",), adapters=("cls", "fpn", "reg")),
     Pair(
         "2 <- 4 convolutions", (*widths(64), "model.head_blocks=2"), widths(64), ("distillation.student_tap_index=2",)
     ),
@@ -99,13 +99,18 @@ def train(words: list[str], log: Path) -> None:
 
 
 def kill_after_checkpoint(words: list[str], output: Path, log: Path) -> None:
-    """Start a training and kill it as soon as a checkpoint is whole."""
+    """Start a training and kill it as soon as a checkpoint is whole.
+
+    Raises:
+        SystemExit: it ended before.
+    """
     with open(log, "a", encoding="utf-8") as file:
         process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
         while process.poll() is None and not list(output.glob(f"checkpoint-*/{MARKER}")):
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        if process.wait() != -signal.SIGKILL:
+            raise SystemExit(f"the training ended before it could be killed: take more --steps, or see {log}")
 
 
 def kd_losses(output: Path) -> list[float]:
@@ -116,15 +121,15 @@ def kd_losses(output: Path) -> list[float]:
 
 def differences(first: Path, second: Path) -> list[str]:
     """Names of tensors that aren't bit for bit the same in two runs, those of the last checkpoint included."""
-    found = []
-    for name in ("model.safetensors", f"checkpoint-*/{ADAPTERS_FILE}"):
-        paths = [sorted(folder.glob(name), key=lambda p: p.stat().st_mtime)[-1:] for folder in (first, second)]
-        if len(paths[0]) != len(paths[1]):
-            found.append(f"{name} is missing in one")
-        for one, other in zip(*paths, strict=False):
-            mine, theirs = load_file(one), load_file(other)
-            found += [key for key in mine if key not in theirs or not torch.equal(mine[key], theirs[key])]
-    return found
+    runs = []
+    for folder in (first, second):
+        adapters = sorted(folder.glob(f"checkpoint-*/{ADAPTERS_FILE}"), key=lambda p: p.stat().st_mtime)[-1:]
+        runs.append(load_file(folder / "model.safetensors"))
+        for path in adapters:
+            runs[-1] |= {f"adapters.{key}": value for key, value in load_file(path).items()}
+    mine, theirs = runs
+    shared = set(mine) & set(theirs)
+    return sorted(set(mine) ^ set(theirs)) + [key for key in sorted(shared) if not torch.equal(mine[key], theirs[key])]
 
 
 def run_pair(pair: Pair, data: Path, output: Path, steps: int) -> dict:
@@ -149,12 +154,14 @@ def run_pair(pair: Pair, data: Path, output: Path, steps: int) -> dict:
     losses = kd_losses(students[0])
     tenth = max(1, len(losses) // 10)
     adapters = sorted((students[0] / f"checkpoint-{steps}").glob(ADAPTERS_FILE))
+    found = sorted(load_file(adapters[0])) if adapters else []
     return {
         "pair": pair.name,
         "kd_first": sum(losses[:tenth]) / tenth,
         "kd_last": sum(losses[-tenth:]) / tenth,
         "differing_tensors": len(differences(*students)),
-        "adapters": ", ".join(load_file(adapters[0])) if adapters else "none",
+        "adapters": ", ".join(found) or "none",
+        "as_expected": tuple(found) == tuple(f"{place}.weight" for place in pair.adapters),
         "clean": not (info["missing_keys"] or info["unexpected_keys"] or hasattr(model, ATTRIBUTE)),
     }
 
@@ -166,8 +173,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/any_pair"))
     parser.add_argument("--steps", type=int, default=100, help="of each training")
     arguments = parser.parse_args()
-    shutil.rmtree(arguments.output, ignore_errors=True)
-    arguments.output.mkdir(parents=True)
+    if arguments.output.exists() and any(arguments.output.iterdir()):
+        parser.error(f"{arguments.output} isn't empty: remove it, or name another --output")
+    arguments.output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     results = []
     for pair in PAIRS:
@@ -180,7 +188,10 @@ def main() -> None:
         losses = f"{r['kd_first']:.3f} -> {r['kd_last']:.3f}"
         print(f"| {r['pair']} | {losses} | {r['differing_tensors']} | {r['adapters']} | {saved} |")
     (arguments.output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    if any(r["kd_last"] >= r["kd_first"] or r["differing_tensors"] or not r["clean"] for r in results):
+    if any(
+        r["kd_last"] >= r["kd_first"] or r["differing_tensors"] or not r["clean"] or not r["as_expected"]
+        for r in results
+    ):
         raise SystemExit(1)
 
 

@@ -35,12 +35,13 @@ import yaml
 
 from crosskd_hf.files import write_atomically
 from crosskd_hf.plots import new_figure, save_figure
-from crosskd_hf.recipe import SECTIONS, Recipe, load_recipe
-from crosskd_hf.train import STATE_FILE, is_finished
+from crosskd_hf.recipe import SECTIONS, Recipe, RecipeError, load_recipe
+from crosskd_hf.train import STATE_FILE, check_output, is_finished
 
 ROOT = Path(__file__).resolve().parents[1]
 # Two-sided 95% quantiles of Student's t by degrees of freedom.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+STARTS_FILE = "starts.json"  # in a run's folder: with what it was begun, and gone on with
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 SUMMARY_COLUMNS = ("AP", "APs", "APm", "APl", "AP_third", "AP_two_thirds")
 TITLES = {"AP_third": "AP at 1/3", "AP_two_thirds": "AP at 2/3"}
@@ -115,6 +116,8 @@ class Setting:
         keys = {"teachers", "student", "seeds", "teacher_seed", "variants", "tables"}
         if set(content) != keys:
             raise EvidenceError(f"{path} must hold exactly {', '.join(sorted(keys))}, but holds {', '.join(content)}")
+        if len(content["seeds"]) > len(T_95) + 1:
+            raise EvidenceError(f"{path}: {len(content['seeds'])} seeds; intervals are known up to {len(T_95) + 1}")
         known = set(content["variants"])
         for title, names in content["tables"].items():
             if unknown := set(names) - known:
@@ -172,21 +175,32 @@ class Setting:
 # Runs -----------------------------------------------------------------------------------------------------------
 
 
-def make(run: Run, results: Path, threads: int) -> None:
+def make(run: Run, results: Path, threads: int, weights: bool = False) -> None:
     """Train a run, and its teacher before it, unless its JSON is there.
 
+    Args:
+        run: which.
+        results: where the JSONs go.
+        threads: of the training.
+        weights: also those of its folder are needed, which then must be of this setting.
+
     Raises:
-        EvidenceError: if the JSON is of other settings, or the training fails.
+        EvidenceError: if the JSON or the folder is of other settings, or the training fails.
     """
     path = results / f"{run.name}.json"
     if path.is_file():
         check_result(json.loads(path.read_text(encoding="utf-8")), run, path)
+    if weights:
+        try:
+            check_output(run.resolved(), run.folder)
+        except RecipeError as error:
+            raise EvidenceError(str(error)) from error
+    if path.is_file() and (is_finished(run.folder) or not weights):
         return
-    if run.needs is not None and not is_finished(run.needs.folder):
-        (results / f"{run.needs.name}.json").unlink(missing_ok=True)  # its weights are needed again
-        make(run.needs, results, threads)
+    if run.needs is not None and not is_finished(run.folder):
+        make(run.needs, results, threads, weights=True)
     print(f"{run.name}: {' '.join(run.arguments())}", flush=True)
-    run.folder.mkdir(parents=True, exist_ok=True)
+    note_start(run.folder, threads)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     environment.pop("MKL_NUM_THREADS", None)
     with open(run.folder.with_name(f"{run.name}.log"), "a", encoding="utf-8") as log:
@@ -194,10 +208,33 @@ def make(run: Run, results: Path, threads: int) -> None:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT).returncode
     if code:
         raise EvidenceError(f"{run.name} ended with {code}; see {log.name}")
-    write_atomically(path, json.dumps(result(run, threads), indent=1) + "\n")
+    write_atomically(path, json.dumps(result(run), indent=1) + "\n")
 
 
-def result(run: Run, threads: int) -> dict:
+def note_start(folder: Path, threads: int) -> None:
+    """Write down with what a run is begun or gone on with, unless it is finished."""
+    path = folder / STARTS_FILE
+    starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    now = {
+        "commit": commit(),
+        "torch": torch.__version__,
+        "threads": threads,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+    if now not in starts and not is_finished(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps([*starts, now], indent=1) + "\n")
+
+
+def provenance(folder: Path) -> dict[str, object]:
+    """What `note_start` wrote; of several starts that differ, all values."""
+    path = folder / STARTS_FILE
+    starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    values = {key: list(dict.fromkeys(start[key] for start in starts)) for key in (starts[0] if starts else ())}
+    return {key: found[0] if len(found) == 1 else found for key, found in values.items()}
+
+
+def result(run: Run) -> dict:
     """What is kept of a finished run."""
     history = json.loads((run.folder / STATE_FILE).read_text(encoding="utf-8"))["log_history"]
     evaluations = [entry for entry in history if "eval_AP" in entry]
@@ -213,10 +250,7 @@ def result(run: Run, threads: int) -> dict:
         "losses": loss_curve(history),
         "minutes": minutes(history),
         "peak_memory_gb": max(entry.get("memory_gb", 0) for entry in history),
-        "threads": threads,
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "commit": commit(),
+        **provenance(run.folder),
     }
 
 
@@ -299,12 +333,12 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
 def summarise(setting: Setting, results: Path) -> dict:
     """Tables of the runs that have results, and the curves beside them."""
     found: dict[str, dict[int, dict]] = {}
+    teachers: dict[str, dict] = {}
     for run in setting.runs():
-        path = results / f"{run.name}.json"
-        if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            check_result(content, run, path)
+        if content := read_result(run, results):
             found.setdefault(run.variant, {})[run.seed] = content
+        if run.needs and run.needs.name not in teachers and (content := read_result(run.needs, results)):
+            teachers[run.needs.name] = content
     summary: dict = {"setting": setting.name, "tables": {}}
     for title, names in setting.content["tables"].items():
         rows = [row(name, names[0], found) for name in names if name in found]
@@ -312,9 +346,24 @@ def summarise(setting: Setting, results: Path) -> dict:
         curves = {name: [r["curve"] for r in found[name].values()] for name in names if name in found}
         if curves:
             draw_curves(curves, results / f"curves_{title.replace(' ', '_')}.png")
-    teachers = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("teacher_*.json"))]
-    summary["teachers"] = {f"{t['variant']}-{t['seed']}": values_of_teacher(t) for t in teachers}
+    summary["teachers"] = {name: values_of_teacher(content) for name, content in sorted(teachers.items())}
+    everything = [*teachers.values(), *(content for runs in found.values() for content in runs.values())]
+    summary["commits"] = sorted({str(content.get("commit", "unknown")) for content in everything})
     return summary
+
+
+def read_result(run: Run, results: Path) -> dict | None:
+    """A run's JSON; None if there is none.
+
+    Raises:
+        EvidenceError: it is of other settings.
+    """
+    path = results / f"{run.name}.json"
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    check_result(content, run, path)
+    return content
 
 
 def values_of_teacher(found: dict) -> dict[str, float]:
@@ -368,9 +417,9 @@ def markdown(summary: dict) -> str:
         lines.append("| |" + "|".join([" seeds ", " AP ", " against the first, 95% ", *heads, "minutes", "GB"]) + "|")
         lines.append("|" + "---|" * (6 + len(heads)))
         for r in rows:
-            gain = f"{r['AP_gain']:+.1f} ± {r['AP_gain_half_width']:.1f}" if "AP_gain" in r else "-"
-            others = [f"{r[column]:.1f}" for column in columns[1:]]
-            cells = [r["variant"], str(len(r["seeds"])), f"{r['AP']:.1f} ± {r['AP_std']:.1f}", gain, *others]
+            gain = with_error(r["AP_gain"], r["AP_gain_half_width"], "+.1f") if "AP_gain" in r else "-"
+            others = [with_error(r[column], math.nan) for column in columns[1:]]
+            cells = [r["variant"], str(len(r["seeds"])), with_error(r["AP"], r["AP_std"]), gain, *others]
             cells += [f"{r['minutes']:.1f}", f"{r['memory_gb']:.2f}"]
             lines.append(f"| {' | '.join(cells)} |")
     if summary["teachers"]:
@@ -378,7 +427,24 @@ def markdown(summary: dict) -> str:
         lines += ["", f"Teachers' AP: {shown}."]
     lines += ["", "AP in percent: mean ± standard deviation over the seeds. Differences are paired by seed, with the"]
     lines += ["half width of their 95% interval (Student's t). Minutes are of training and evaluation."]
+    lines += ["", f"Made by the code of: {', '.join(summary['commits']) or 'nothing yet'}."]
     return "\n".join(lines) + "\n"
+
+
+def with_error(value: float, error: float, form: str = ".1f") -> str:
+    """A number and its error, or what there is of both."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:{form}}" + ("" if math.isnan(error) else f" ± {error:.1f}")
+
+
+def without_nan(value: object) -> object:
+    """The same with None for NaN, which JSON doesn't have."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def main() -> None:
@@ -404,7 +470,7 @@ def main() -> None:
         summary = summarise(setting, results)
     except EvidenceError as error:
         raise SystemExit(f"EvidenceError: {error}") from error
-    write_atomically(results / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_atomically(results / "summary.json", json.dumps(without_nan(summary), indent=1, allow_nan=False) + "\n")
     write_atomically(results / "summary.md", markdown(summary))
     print(markdown(summary))
 

@@ -8,16 +8,17 @@ from .models.modeling_dense import DenseDetector
 
 # What a recipe calls a part -> the detector's submodule.
 PARTS = {"neck": "fpn", "head": "head"}
-# Outputs that only mean the same in a detector of the same kind: FCOS's four numbers are distances, ATSS's are deltas.
-OF_ONE_KIND = ("box_predictor", "centerness_predictor", "scales")
+# Outputs that mean the same on the same priors only: FCOS's four numbers are distances, ATSS's are deltas.
+PREDICTORS = ("cls_predictor", "box_predictor", "centerness_predictor", "scales")
 
 
 @torch.no_grad()
 def inherit_weights(student: DenseDetector, teacher: DenseDetector, parts: Sequence[str]) -> str:
     """Copy the teacher's weights into the student, layer by layer, wherever names, shapes and meaning agree.
 
-    The class predictor is taken only if both know the same classes in the same order, box predictors, centerness and
-    scales only from a detector of the same kind.
+    What predicts (classes, boxes, centerness, scales) is taken only from a detector of the same kind with the same
+    priors, box format and number of tower blocks, the class predictor only if both know the same classes in the same
+    order, the FPN's extra convolutions only if they are applied to the same.
 
     Args:
         student: changed in place.
@@ -31,7 +32,9 @@ def inherit_weights(student: DenseDetector, teacher: DenseDetector, parts: Seque
         ValueError: if nothing fits.
     """
     own, given = student.state_dict(), teacher.state_dict()
-    misfits = {_module(name) for name in own if not _fits(name, student, teacher, own, given)}
+    foreign = _foreign(student, teacher)
+    misfits = {_module(name) for name in own if name not in given or given[name].shape != own[name].shape}
+    misfits |= {_module(name) for name in own if any(part in name for part in foreign)}
     if "head.box_predictor" in misfits:
         misfits.add("head.scales")  # they scale its output
     reports, total = [], 0
@@ -57,9 +60,23 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _fits(name: str, student: DenseDetector, teacher: DenseDetector, own: dict, given: dict) -> bool:
-    if name not in given or given[name].shape != own[name].shape:
+def _foreign(student: DenseDetector, teacher: DenseDetector) -> set[str]:
+    """Parts of names whose weights mean something else in the teacher, whatever their shapes."""
+    mine, theirs = student.config, teacher.config
+    foreign = set()
+    if not _same_outputs(student, teacher):
+        foreign.update(PREDICTORS)
+    if mine.id2label != theirs.id2label:
+        foreign.add("cls_predictor")
+    if (mine.fpn_extra_convs, mine.fpn_relu_before_p7) != (theirs.fpn_extra_convs, theirs.fpn_relu_before_p7):
+        foreign.add("extra_convs")
+    return foreign
+
+
+def _same_outputs(student: DenseDetector, teacher: DenseDetector) -> bool:
+    if type(student) is not type(teacher) or student.config.head_blocks != teacher.config.head_blocks:
         return False
-    if "cls_predictor" in name:
-        return student.config.id2label == teacher.config.id2label and type(student) is type(teacher)
-    return type(student) is type(teacher) or not any(part in name for part in OF_ONE_KIND)
+    if getattr(student.config, "delta_scales", None) != getattr(teacher.config, "delta_scales", None):
+        return False
+    mine, theirs = (m.prior_levels([(1, 1)] * len(m.config.strides), torch.device("cpu")) for m in (student, teacher))
+    return len(mine) == len(theirs) and all(map(torch.equal, mine, theirs))

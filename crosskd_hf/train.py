@@ -92,8 +92,6 @@ def describe(trainer: DetectionTrainer) -> str:
     """What a run would do: parameters, data, batch, learning rate, steps."""
     args = trainer.args
     total, trained = count_parameters(trainer.model)
-    adapters = count_parameters(trainer.pairing.adapters)[0] if isinstance(trainer, DistillationTrainer) else 0
-    total, trained = total - adapters, trained - adapters  # they are not part of what is saved
     steps = trainer.steps_per_epoch
     planned = args.max_steps if args.max_steps > 0 else round(steps * args.num_train_epochs)
     lines = [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.training_args import OptimizerNames
 
 from .averaging import WeightAverage
@@ -67,7 +67,6 @@ class DetectionTrainer(HubUpload, Trainer):
         optimizers: tuple = (None, None),
     ):
         model = _as_detector(model)
-        detach_adapters(model)  # of an earlier training
         _refuse_unsupported(args)
         processor = processing_class or DenseDetectorImageProcessor.for_model(model.config)
         datasets = {}
@@ -429,20 +428,34 @@ class DistillationTrainer(DetectionTrainer):
     ):
         model, teacher = _as_detector(model), _as_detector(teacher)
         self.settings = resolve_settings(distillation or DistillationSection(), teacher)
-        pairing = pair_up(model, teacher, self.settings, args.seed)
+        pairing = pair_up(model, teacher, self.settings, args.seed, processing_class)
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers)
         if pairing.adapters and self.optimizer is not None:
             raise ValueError(
                 "student and teacher differ in width, so that adapters are trained too, which the optimizer that was "
                 "given doesn't know: leave optimizers out and set training arguments instead."
             )
+        if pairing.adapters and args.ddp_find_unused_parameters:
+            raise ValueError(
+                "student and teacher differ in width, so that adapters are trained too, which work outside of the "
+                "student's forward: with ddp_find_unused_parameters DDP would take them for unused. Set it false."
+            )
         self.pairing = pairing.to(self.args.device)
-        attach_adapters(model, self.pairing.adapters)
         if self.is_world_process_zero():
             for note in pairing.notes:
                 logger.log(logging.WARNING if PARTLY in note else logging.INFO, "%s", note)
         # Plain, not prepared by accelerate: it has no gradients to average and must not count as the trained model.
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        """As `transformers.Trainer` does it; the student has the adapters meanwhile."""
+        attach_adapters(self.model, self.pairing.adapters)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            detach_adapters(self.model)
+            if self.average is not None:
+                detach_adapters(self.average.model)
 
     def loss_terms(self, model: nn.Module, inputs: dict) -> tuple[dict[str, Tensor], object]:
         """The student's own terms, and those of the distillation."""
@@ -461,8 +474,7 @@ class DistillationTrainer(DetectionTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.pairing.adapters:
-            self.pairing.adapters.load(resume_from_checkpoint)
+        self.pairing.adapters.load(resume_from_checkpoint)
 
 
 class _TrainingHooks(TrainerCallback):

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -158,12 +159,81 @@ def test_a_run_with_a_result_is_not_run_again(evidence, tmp_path, monkeypatch):
     evidence.make(run, results, 1)
 
 
+def finished(folder: Path, recipe) -> None:
+    """A folder as a run leaves it."""
+    folder.mkdir(parents=True)
+    recipe.save(folder / "recipe.yaml")
+    for name in ("config.json", "trainer_state.json"):
+        (folder / name).write_text("{}", encoding="utf-8")
+
+
+def test_a_teacher_of_other_settings_is_refused(evidence, tmp_path, monkeypatch):
+    """Its weights would be used under the name of the new ones."""
+    setting, results = load(evidence, tmp_path), tmp_path / "results"
+    run = setting.run("crosskd", 1)
+    finished(run.needs.folder, run.needs.resolved())
+    write(results, run.needs, result(run.needs, [0.1, 0.1, 0.1]))
+    started = []
+    monkeypatch.setattr(evidence, "commit", lambda: "abc")
+    failed = SimpleNamespace(returncode=1)
+    monkeypatch.setattr(evidence.subprocess, "run", lambda words, **kwargs: started.append(words) or failed)
+    with pytest.raises(evidence.EvidenceError, match="crosskd-1 ended with 1"):
+        evidence.make(run, results, 1)
+    assert len(started) == 1 and "teacher.checkpoint" in " ".join(started[0]), "the teacher's folder is its own"
+    changed = {"big": {"recipe": "shapes_teacher", "set": ["training.learning_rate=0.1"]}}
+    run = load(evidence, tmp_path, teachers=changed).run("crosskd", 1)
+    with pytest.raises(evidence.EvidenceError, match=r"teacher_big-1\.json is of other settings"):
+        evidence.make(run, results, 1)
+    (results / "teacher_big-1.json").unlink()
+    with pytest.raises(evidence.EvidenceError, match=r"other settings:\n.*training\.learning_rate: was .*, is 0\.1"):
+        evidence.make(run, results, 1)
+
+
+def test_a_teacher_of_other_settings_is_in_no_summary(evidence, tmp_path):
+    setting, results = load(evidence, tmp_path), tmp_path / "results"
+    run = setting.run("crosskd", 1)
+    write(results, run, result(run, [0.1, 0.1, 0.1], commit="abc"))
+    assert evidence.summarise(setting, results)["teachers"] == {}
+    assert evidence.summarise(setting, results)["commits"] == ["abc"]
+    write(results, run.needs, result(run.needs, [0.1, 0.1, 0.1], recipe_sha256="0"))
+    with pytest.raises(evidence.EvidenceError, match=r"teacher_big-1\.json is of other settings"):
+        evidence.summarise(setting, results)
+
+
+def test_a_run_keeps_with_what_it_was_begun(evidence, tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "commit", lambda: "first")
+    evidence.note_start(tmp_path / "run", 1)
+    evidence.note_start(tmp_path / "run", 1)
+    assert evidence.provenance(tmp_path / "run")["commit"] == "first"
+    monkeypatch.setattr(evidence, "commit", lambda: "second")
+    evidence.note_start(tmp_path / "run", 1)
+    assert evidence.provenance(tmp_path / "run")["commit"] == ["first", "second"]
+    assert evidence.provenance(tmp_path / "run")["threads"] == 1
+    for name in ("config.json", "trainer_state.json"):
+        (tmp_path / "run" / name).write_text("{}", encoding="utf-8")
+    monkeypatch.setattr(evidence, "commit", lambda: "later")
+    evidence.note_start(tmp_path / "run", 1)
+    assert evidence.provenance(tmp_path / "run")["commit"] == ["first", "second"]
+    assert evidence.provenance(tmp_path) == {}
+
+
+def test_a_summary_of_a_single_run_is_json(evidence, tmp_path):
+    setting, results = load(evidence, tmp_path), tmp_path / "results"
+    for variant in ("alone", "crosskd"):
+        write(results, run := setting.run(variant, 1), result(run, [0.1, 0.1, 0.1]))
+    summary = evidence.summarise(setting, results)
+    line = json.loads(json.dumps(evidence.without_nan(summary), allow_nan=False))["tables"]["main"][1]
+    assert line["AP_std"] is None and line["AP_gain"] == 0 and line["AP_gain_half_width"] is None
+    assert "| crosskd | 1 | 10.0 | +0.0 |" in evidence.markdown(summary)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"tables": {"main": ["alone", "no_such"]}}, "table 'main' names no variant: no_such"),
         ({"variants": {"alone": {"teacher": "small", "set": []}}, "tables": {}}, "names no teacher: 'small'"),
         ({"extra": 1}, "must hold exactly"),
+        ({"seeds": list(range(16))}, "16 seeds; intervals are known up to 15"),
     ],
 )
 def test_bad_settings(evidence, tmp_path, changes, message):

@@ -60,6 +60,29 @@ def test_takes_only_towers_of_another_kind_of_detector():
     assert names and all("tower" in name for name in names)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("retinanet", {"anchor_ratios": [0.25, 1.0, 4.0]}),  # as many anchors of other shapes
+        ("atss", {"delta_scales": [1.0, 1.0, 1.0, 1.0]}),
+        ("gfl", {"anchor_scale": 4}),
+        ("gfl", {"head_blocks": 3}),  # what they look at comes from another block
+    ],
+)
+def test_predictors_are_taken_only_where_their_outputs_mean_the_same(kind, options):
+    names, report, _ = inherit(["head"], kinds=(kind, kind), **options)
+    assert names and all("tower" in name for name in names)
+    assert "head.box_predictor.weight" in report or "head.cls_predictor.weight" in report
+
+
+def test_extra_convolutions_are_taken_only_if_they_are_applied_to_the_same():
+    names, _, student = inherit(
+        ["neck"], kinds=("fcos", "fcos"), fpn_relu_before_p7=not tiny_model("fcos").config.fpn_relu_before_p7
+    )
+    assert names and not any("extra_convs" in name for name in names)
+    assert any("extra_convs" in name for name in student.state_dict())
+
+
 def test_says_it_if_nothing_fits():
     with pytest.raises(ValueError, match=r"model\.inherit \['head'\]: no weight of the teacher fits"):
         inherit(["head"], {"fpn_channels": 16, "head_channels": 16})

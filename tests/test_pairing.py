@@ -16,7 +16,7 @@ from crosskd_hf.distillation.objective import distillation_losses, student_forwa
 from crosskd_hf.distillation.pairing import STUDENT, TEACHER, Pairing, PixelChange, pair_up
 from crosskd_hf.distillation.settings import resolve_settings
 from crosskd_hf.models import CONFIGS, MODELS
-from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor
+from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor, pixel_style
 from crosskd_hf.models.modeling_dense import Predictions
 from crosskd_hf.recipe import DistillationSection
 from crosskd_hf.trainer import DetectionTrainer, DistillationTrainer
@@ -185,7 +185,7 @@ def test_the_teacher_sees_its_own_pixels(student, teacher):
         for h, w in ((40, 60), (64, 32))
     ]
     mine, expected = (DenseDetectorImageProcessor.for_model(c, 40, 64)(images, return_tensors="pt") for c in configs)
-    change = PixelChange.between(*configs)
+    change = PixelChange.between(*map(pixel_style, configs))
     if student == teacher:
         assert change is None
         return
@@ -196,13 +196,26 @@ def test_the_teacher_sees_its_own_pixels(student, teacher):
 
 def test_a_backbone_of_its_own_normalisation_gets_it():
     # timm's Inception-style weights: mean and std 0.5.
-    change = PixelChange.between(
-        model(backbone="resnet18").config, model(backbone="mobilenetv3_large_100.miil_in21k_ft_in1k").config
-    )
+    backbones = ("resnet18", "mobilenetv3_large_100.miil_in21k_ft_in1k")
+    change = PixelChange.between(*(pixel_style(model(backbone=backbone).config) for backbone in backbones))
     white = (torch.tensor([255.0, 255, 255]) - torch.tensor([123.675, 116.28, 103.53])) / torch.tensor(
         [58.395, 57.12, 57.375]
     )
     torch.testing.assert_close(change(white.view(1, 3, 1, 1), None).flatten(), torch.ones(3))
+
+
+def test_pixels_are_those_of_the_processor_that_makes_them():
+    """Not those that a processor of the student's backbone would make."""
+    student, teacher = model(backbone="resnet50"), model(backbone="resnet50")
+    settings = resolve_settings(DistillationSection(), teacher)
+    plain = DenseDetectorImageProcessor(image_mean=[0.0] * 3, image_std=[255.0] * 3)
+    found = pair_up(student, teacher, settings, processor=plain)
+    grey = torch.full((1, 3, 1, 1), 127.5)
+    expected = (grey.flatten() - torch.tensor([123.675, 116.28, 103.53])) / torch.tensor([58.395, 57.12, 57.375])
+    torch.testing.assert_close(found.pixels(grey / 255, None).flatten(), expected)
+    assert pair_up(student, teacher, settings, processor=DenseDetectorImageProcessor()).pixels is None
+    with pytest.raises(ValueError, match="size_divisor: student 8, teacher 32"):
+        pair_up(student, teacher, settings, processor=DenseDetectorImageProcessor(size_divisor=8))
 
 
 def test_the_distillation_uses_the_teachers_pixels():
@@ -386,8 +399,8 @@ def test_trains_and_the_kd_loss_falls(tmp_path, name):
 
 def test_a_saved_student_has_no_adapter(tmp_path):
     trainer = trainer_of(tmp_path, "width", steps=2, save_strategy="steps", save_steps=1)
-    assert set(trainer.model.distillation_adapters) == {"cls", "reg", "fpn"}
     trainer.train()
+    assert not hasattr(trainer.model, ATTRIBUTE), "only while it is trained"
     trainer.save_model()
     trainer.model.save_pretrained(tmp_path / "by_hand")
     run = tmp_path / "run"
@@ -423,16 +436,48 @@ def test_a_checkpoint_without_adapters_is_told(tmp_path):
         trainer_of(tmp_path, "width", steps=2).train(resume_from_checkpoint=str(folder))
 
 
-def test_adapters_of_an_earlier_training_are_replaced_and_removed(tmp_path):
-    trainer = trainer_of(tmp_path, "width", steps=1)
-    student, first = trainer.model, trainer.pairing.adapters
-    args = tiny_args(tmp_path / "other")
+@pytest.mark.parametrize(("first", "then"), [("width", "classes"), ("classes", "width")])
+def test_a_checkpoint_of_other_adapters_is_refused(tmp_path, first, then):
+    trainer_of(tmp_path, first, steps=1, save_strategy="steps", save_steps=1).train()
+    folder = tmp_path / "run" / "checkpoint-1"
+    if first == "width":
+        with pytest.raises(ValueError, match=r"checkpoint-1 holds adapters \{'cls.weight': .*this pair needs none"):
+            Adapters().load(folder)
+        with pytest.raises(ValueError, match=r"this pair needs \{'cls.weight': \(8, 4, 1, 1\)\}: its teacher"):
+            Adapters({"cls": (4, 8)}).load(folder)
+    else:
+        Adapters().load(folder)
+        with pytest.raises(FileNotFoundError, match="which a student whose widths differ"):
+            Adapters({"cls": (4, 8)}).load(folder)
+
+
+def test_another_trainer_of_the_same_student_takes_no_adapters_away(tmp_path):
+    """It did: they were left out of the optimizer, and so never learnt."""
+    trainer = trainer_of(tmp_path, "width", steps=2)
+    student, adapters = trainer.model, trainer.pairing.adapters
+    before = {key: value.clone() for key, value in adapters.state_dict().items()}
     split = tiny_split(tmp_path / "more")
-    second = DistillationTrainer(student, frozen(), args, split, split, tiny_processor(student), DistillationSection())
-    assert student.distillation_adapters is second.pairing.adapters and second.pairing.adapters is not first
-    assert set(second.pairing.adapters) == {"cls", "reg"}
-    DetectionTrainer(student, args, split, split, tiny_processor(student))
-    assert not hasattr(student, ATTRIBUTE) and not any(ATTRIBUTE in key for key in student.state_dict())
+    other = DetectionTrainer(student, tiny_args(tmp_path / "other"), split, split, tiny_processor(student))
+    assert not hasattr(student, ATTRIBUTE)
+    trainer.train()
+    assert all(not torch.equal(value, before[key]) for key, value in adapters.state_dict().items())
+    assert not any(ATTRIBUTE in key for key in student.state_dict())
+    other.evaluate()
+
+
+def test_averaged_weights_have_no_adapter_either(tmp_path):
+    trainer = trainer_of(tmp_path, "width", steps=2, ema_decay=0.5)
+    trainer.train()
+    trainer.save_model()
+    assert not hasattr(trainer.average.model, ATTRIBUTE)
+    _, info = AutoModelForObjectDetection.from_pretrained(tmp_path / "run", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_unused_parameters_of_ddp_and_adapters_are_refused_together(tmp_path):
+    with pytest.raises(ValueError, match="ddp_find_unused_parameters DDP would take them for unused"):
+        trainer_of(tmp_path, "width", steps=1, ddp_find_unused_parameters=True)
+    trainer_of(tmp_path / "other", "classes", steps=1, ddp_find_unused_parameters=True)
 
 
 def test_adapters_are_drawn_by_the_seed_and_leave_the_random_state_alone():

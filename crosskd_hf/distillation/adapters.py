@@ -46,19 +46,27 @@ class Adapters(nn.ModuleDict):
         """Read those of a checkpoint.
 
         Raises:
-            FileNotFoundError: the checkpoint has none.
+            FileNotFoundError: the checkpoint has none, but there are some here.
+            ValueError: it has others.
         """
+        if not self and not _file(folder).is_file():
+            return
         if not _file(folder).is_file():
             raise FileNotFoundError(
                 f"{folder} has no {ADAPTERS_FILE}, which a student whose widths differ from its teacher's needs to go "
                 "on: start again in another training.output_dir."
             )
-        self.load_state_dict(load_file(_file(folder)))
+        found = load_file(_file(folder))
+        if (saved := _shapes(found)) != (mine := _shapes(self.state_dict())):
+            raise ValueError(
+                f"{folder} holds adapters {saved or 'none'}, this pair needs {mine or 'none'}: its teacher or its "
+                "distillation terms were others. Go on with those, or start again in another training.output_dir."
+            )
+        self.load_state_dict(found)
 
 
 def attach_adapters(student: DenseDetector, adapters: Adapters) -> None:
-    """Make adapters part of a student, in place of those of an earlier training, but not of what it saves."""
-    detach_adapters(student)
+    """Make adapters part of a student while it is trained, but not of what it saves."""
     if adapters:
         student.add_module(ATTRIBUTE, adapters)
         student._keys_to_ignore_on_save = {f"{ATTRIBUTE}.{name}" for name in adapters.state_dict()}
@@ -69,6 +77,10 @@ def detach_adapters(student: DenseDetector) -> None:
     if hasattr(student, ATTRIBUTE):
         delattr(student, ATTRIBUTE)
         student._keys_to_ignore_on_save = set()
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in sorted(tensors.items())}
 
 
 def _file(folder: str | Path) -> Path:

@@ -1,13 +1,14 @@
 """What a student and its teacher have in common, found once before training: classes, levels, widths, pixels."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models.configuration_dense import DenseDetectorConfig
 from ..models.head import HeadOutput
-from ..models.image_processing_dense import pixel_style
+from ..models.image_processing_dense import DenseDetectorImageProcessor, pixel_style
 from ..models.modeling_dense import DenseDetector, Predictions, Priors
 from .adapters import Adapters
 from .settings import DistillationSettings
@@ -29,9 +30,8 @@ class PixelChange:
     shift: Tensor
 
     @classmethod
-    def between(cls, student: DenseDetectorConfig, teacher: DenseDetectorConfig) -> "PixelChange | None":
-        """The change between two detectors; None if they see the same pixels."""
-        mine, theirs = pixel_style(student), pixel_style(teacher)
+    def between(cls, mine: dict[str, Any], theirs: dict[str, Any]) -> "PixelChange | None":
+        """The change between the students's and the teacher's `pixel_style`; None if they are the same."""
         if mine == theirs:
             return None
         flip = mine["do_flip_channel_order"] != theirs["do_flip_channel_order"]
@@ -116,13 +116,21 @@ STUDENT, TEACHER = 0, 1
 SAME = Pairing()
 
 
-def pair_up(student: DenseDetector, teacher: DenseDetector, settings: DistillationSettings, seed: int = 0) -> Pairing:
+def pair_up(
+    student: DenseDetector,
+    teacher: DenseDetector,
+    settings: DistillationSettings,
+    seed: int = 0,
+    processor: DenseDetectorImageProcessor | None = None,
+) -> Pairing:
     """Find what two models have in common, before any data is read.
 
     Args:
         student, teacher: any two detectors.
         settings: which terms there are, and the taps.
         seed: of the adapters' weights.
+        processor: makes the student's input; None: the one that goes with the student. The teacher is taken to have
+            the one that goes with it.
 
     Raises:
         ValueError: naming everything by which the pair can't work: no shared class name or stride, taps beyond a
@@ -131,9 +139,10 @@ def pair_up(student: DenseDetector, teacher: DenseDetector, settings: Distillati
     problems = _tap_problems(student.config, teacher.config, settings)
     labels, notes = _shared_labels(student.config, teacher.config, problems)
     levels = _shared_levels(student.config, teacher.config, problems, notes)
-    if student.config.size_divisor % teacher.config.size_divisor:
+    divisor = student.config.size_divisor if processor is None else processor.size_divisor
+    if divisor % teacher.config.size_divisor:
         problems.append(
-            f"size_divisor: student {student.config.size_divisor}, teacher {teacher.config.size_divisor}: the batch "
+            f"size_divisor: student {divisor}, teacher {teacher.config.size_divisor}: the batch "
             "is padded for the student, whose divisor must be a multiple of the teacher's"
         )
     if settings.mimic > 0 and student.head.spec.num_anchors != teacher.head.spec.num_anchors:
@@ -143,7 +152,11 @@ def pair_up(student: DenseDetector, teacher: DenseDetector, settings: Distillati
         )
     if problems:
         raise ValueError("this student can't learn from this teacher:\n  - " + "\n  - ".join(problems))
-    pixels = PixelChange.between(student.config, teacher.config)
+    mine, theirs = pixel_style(student.config), pixel_style(teacher.config)
+    if processor is not None:
+        given = {name: getattr(processor, name) for name in mine}
+        mine = {name: value if isinstance(value, bool) else list(value) for name, value in given.items()}
+    pixels = PixelChange.between(mine, theirs)
     if pixels is not None:
         notes.append("the teacher gets the input in its own normalisation and channel order")
     widths = _differing_widths(student.config, teacher.config, settings)
