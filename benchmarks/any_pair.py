@@ -29,13 +29,20 @@ from crosskd_hf.checkpoints import MARKER
 from crosskd_hf.distillation.adapters import ADAPTERS_FILE, ATTRIBUTE
 from crosskd_hf.train import STATE_FILE
 
+WARMUP_STEPS = 10
+MIN_STEPS = 20
 OTHER_CLASSES = ("ant", "bee", "cow", "dog", "elk", "fox", "gnu")  # no box has them
 SHARED = [
     *("model.detector=gfl", "model.backbone=lcnet_050", "model.backbone_weights=random", "model.frozen_stages=0"),
     *("model.freeze_batchnorm_statistics=false", "data.train_split=train", "data.val_split=val", "data.images=images"),
     *("data.short_side=120", "data.long_side=160", "data.max_val_images=16", "training.per_device_train_batch_size=4"),
     *("training.optim=adamw_torch_fused", "training.learning_rate=4.0e-3", "training.base_batch_size=null"),
-    *("training.lr_milestones=[]", "training.warmup_steps=10", "training.logging_steps=5", "training.use_cpu=true"),
+    *(
+        "training.lr_milestones=[]",
+        f"training.warmup_steps={WARMUP_STEPS}",
+        "training.logging_steps=5",
+        "training.use_cpu=true",
+    ),
     *("training.eval_strategy=no", "training.save_strategy=steps", "training.dataloader_num_workers=0"),
 ]
 
@@ -95,7 +102,8 @@ def train(words: list[str], log: Path) -> None:
     """
     with open(log, "a", encoding="utf-8") as file:
         if subprocess.run(words, stdout=file, stderr=subprocess.STDOUT).returncode:
-            raise SystemExit(f"training failed: see {log}")
+            last = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
+            raise SystemExit(f"training failed: {last}\nsee {log}")
 
 
 def kill_after_checkpoint(words: list[str], output: Path, log: Path) -> None:
@@ -171,8 +179,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/bccd"), help="BCCD in COCO layout")
     parser.add_argument("--output", type=Path, default=Path("runs/any_pair"))
-    parser.add_argument("--steps", type=int, default=100, help="of each training")
+    parser.add_argument("--steps", type=int, default=100, help=f"of each training; at least {MIN_STEPS}")
     arguments = parser.parse_args()
+    if not (arguments.data / "annotations").is_dir():
+        parser.error(f"{arguments.data} is no data set in COCO layout: name BCCD's folder with --data")
+    if arguments.steps < MIN_STEPS:
+        parser.error(f"--steps {arguments.steps}: at least {MIN_STEPS}, of which {WARMUP_STEPS} are warm-up")
     if arguments.output.exists() and any(arguments.output.iterdir()):
         parser.error(f"{arguments.output} isn't empty: remove it, or name another --output")
     arguments.output.mkdir(parents=True, exist_ok=True)

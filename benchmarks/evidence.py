@@ -112,10 +112,19 @@ class Setting:
         Raises:
             EvidenceError: naming what is missing or unknown.
         """
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise EvidenceError(f"{path} can't be read: {error}") from error
         keys = {"teachers", "student", "seeds", "teacher_seed", "variants", "tables"}
-        if set(content) != keys:
-            raise EvidenceError(f"{path} must hold exactly {', '.join(sorted(keys))}, but holds {', '.join(content)}")
+        if not isinstance(content, dict) or set(content) != keys:
+            holds = ", ".join(map(str, content)) if isinstance(content, dict) else repr(content)
+            raise EvidenceError(f"{path} must hold exactly {', '.join(sorted(keys))}, but holds {holds}")
+        if content["teacher_seed"] != "each" and not isinstance(content["teacher_seed"], int):
+            raise EvidenceError(f"{path}: teacher_seed is a number or each, not {content['teacher_seed']!r}")
+        for name, variant in content["variants"].items():
+            if not {"teacher", "set"} <= set(variant) <= {"teacher", "set", "seeds"}:
+                raise EvidenceError(f"{path}: variant {name!r} needs teacher and set, and may have seeds")
         if len(content["seeds"]) > len(T_95) + 1:
             raise EvidenceError(f"{path}: {len(content['seeds'])} seeds; intervals are known up to {len(T_95) + 1}")
         known = set(content["variants"])
@@ -460,10 +469,18 @@ def main() -> None:
     try:
         setting = Setting.load(arguments.setting, arguments.output.absolute())
         results = arguments.results or setting.folder / "results"
+        variants = setting.content["variants"]
+        if unknown := set(arguments.only or ()) - set(variants):
+            raise EvidenceError(f"--only {', '.join(sorted(unknown))}: no variant. There are {', '.join(variants)}")
+        if arguments.summary and not list(results.glob("*-*.json")):
+            raise EvidenceError(f"no results in {results}: run this without --summary, or name them with --results")
         results.mkdir(parents=True, exist_ok=True)
         runs = [run for run in setting.runs() if not arguments.only or run.variant in arguments.only]
-        for run in runs:
-            run.resolved()  # every recipe is read before the first one is trained
+        for run in runs:  # every recipe is read before the first one is trained
+            try:
+                run.resolved()
+            except RecipeError as error:
+                raise EvidenceError(f"{arguments.setting}, variant {run.variant}: {error}") from error
         for number, run in enumerate([] if arguments.summary else runs, start=1):
             print(f"[{number}/{len(runs)}] {run.name}", flush=True)
             make(run, results, arguments.threads)

@@ -250,6 +250,15 @@ def convert_checkpoint(
     return model
 
 
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers, with their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """(all, trained) parameters."""
     parameters = list(model.parameters())

@@ -29,7 +29,7 @@ def inherit_weights(student: DenseDetector, teacher: DenseDetector, parts: Seque
         what was taken and what wasn't, a line.
 
     Raises:
-        ValueError: if nothing fits.
+        ValueError: if nothing of a part fits.
     """
     own, given = student.state_dict(), teacher.state_dict()
     foreign = _foreign(student, teacher)
@@ -37,21 +37,25 @@ def inherit_weights(student: DenseDetector, teacher: DenseDetector, parts: Seque
     misfits |= {_module(name) for name in own if any(part in name for part in foreign)}
     if "head.box_predictor" in misfits:
         misfits.add("head.scales")  # they scale its output
-    reports, total = [], 0
+    reports, empty = [], []
     for part in parts:
         names = [name for name in own if name.startswith(f"{PARTS[part]}.")]
         taken = [name for name in names if _module(name) not in misfits]
         for name in taken:
             own[name].copy_(given[name])
-        total += len(taken)
+        if not taken:
+            empty.append(part)
         left = [name for name in names if name not in taken]
         new = f" (new: {', '.join(left[:4])}{', ...' if len(left) > 4 else ''})" if left else ""
         reports.append(f"{part} {len(taken)} of {len(names)} tensors{new}")
     report = f"inherited from the teacher: {'; '.join(reports)}"
-    if not total:
+    if empty:
+        fields = ("fpn_channels", "head_channels", "head_blocks")
+        values = (f"{name} {getattr(teacher.config, name)} and {getattr(student.config, name)}" for name in fields)
         raise ValueError(
-            f"model.inherit {list(parts)}: no weight of the teacher fits this student. Give it the teacher's "
-            "fpn_channels and head_channels, or leave model.inherit out."
+            f"model.inherit: no weight of the teacher's {' and '.join(empty)} fits this student. Teacher and student "
+            f"have {', '.join(values)}. Give the student the teacher's, or leave {', '.join(empty)} out of "
+            "model.inherit."
         )
     return report
 

@@ -164,8 +164,8 @@ def nearest(name: str, valid: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
     if close:
         return f"Did you mean {', '.join(close)}?"
-    shown = ", ".join(list(valid)[:12])
-    return f"Valid: {shown}{', ...' if len(valid) > 12 else ''}." if valid else "None are installed."
+    shown = ", ".join(list(valid)[:40])
+    return f"Valid: {shown}{', ...' if len(valid) > 40 else ''}." if valid else "None are installed."
 
 
 def type_name(hint: Any) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,8 @@ from .convert import CheckpointError
 from .data.load import load_datasets
 from .data.problems import DataError
 from .evaluation import format_metrics
-from .factory import build_model, count_parameters, load_teacher
+from .factory import build_model, count_parameters, load_teacher, weights_digest
+from .files import write_atomically
 from .inheritance import inherit_weights
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .monitoring import NonFiniteLossError
@@ -33,6 +35,7 @@ from .recipe import RECIPE_FILE, Recipe, RecipeError, load_recipe
 from .run_log import use_run_log
 from .trainer import DetectionTrainer, DistillationTrainer
 
+TEACHER_FILE = "teacher.json"  # of which weights a run learns
 STATE_FILE = "trainer_state.json"  # written last: a run that has it beside its model is finished
 # What ends in one message while a run is built, and while it trains. Other errors there keep their tracebacks.
 USER_ERRORS = (RecipeError, CheckpointError, OSError, ValueError)
@@ -103,7 +106,8 @@ def describe(trainer: DetectionTrainer) -> str:
         total, _ = count_parameters(trainer.teacher)
         name = f"{config.model_type}, {config.backbone}"
         lines.append(f"teacher            {name}: {total / 1e6:.2f} M parameters, frozen")
-        lines.append(f"distillation       {trainer.settings}")
+        settings = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(trainer.settings).items())
+        lines.append(f"distillation       {settings}")
         lines += [f"                   {note}" for note in trainer.pairing.notes]
     lines += [
         f"training images    {len(trainer.train_dataset)}",
@@ -152,6 +156,22 @@ def check_output(recipe: Recipe, output: Path) -> None:
         )
 
 
+def check_teacher(trainer: DetectionTrainer, output: Path) -> None:
+    """Refuse to go on with another teacher than a run was begun with: the one at its path may have been trained anew.
+
+    Raises:
+        RecipeError: its weights are others.
+    """
+    path = output / TEACHER_FILE
+    if not isinstance(trainer, DistillationTrainer) or not path.is_file() or not checkpoint_folders(output):
+        return
+    if json.loads(path.read_text(encoding="utf-8"))["sha256"] != weights_digest(trainer.teacher):
+        raise RecipeError(
+            f"{output} holds a run that learnt from other weights than its teacher has now: bring those back, or "
+            "name another training.output_dir, or remove that folder to start again."
+        )
+
+
 def check_processes(output: Path, processes: int) -> None:
     """Refuse to go on with another number of processes than a run was begun with.
 
@@ -176,7 +196,11 @@ def is_finished(output: Path) -> bool:
 def flat_settings(recipe: Recipe) -> dict[str, object]:
     """`section.key` -> value."""
     sections = ((name, values or {}) for name, values in recipe.to_dict().items())
-    return {f"{name}.{key}": value for name, values in sections for key, value in values.items()}
+    settings = {f"{name}.{key}": value for name, values in sections for key, value in values.items()}
+    for key in ("teacher.checkpoint", "model.checkpoint", "data.path"):  # one folder has several names
+        if settings.get(key) and Path(settings[key]).exists():
+            settings[key] = str(Path(settings[key]).resolve())
+    return settings
 
 
 def run(trainer: DetectionTrainer, recipe: Recipe) -> None:
@@ -189,6 +213,9 @@ def run(trainer: DetectionTrainer, recipe: Recipe) -> None:
     with claimed(output) if trainer.args.should_save else contextlib.nullcontext():
         if trainer.is_world_process_zero():
             recipe.save(output / RECIPE_FILE)
+            if isinstance(trainer, DistillationTrainer):
+                digest = {"sha256": weights_digest(trainer.teacher)}
+                write_atomically(output / TEACHER_FILE, json.dumps(digest) + "\n")
         checkpoint = last_complete_checkpoint(output)
         if checkpoint is not None:
             say(f"goes on from {checkpoint}")
@@ -207,7 +234,12 @@ def run(trainer: DetectionTrainer, recipe: Recipe) -> None:
 def final_metrics(output: Path) -> dict[str, float]:
     """The metrics at the end of a finished run: of its own state, since `crosskd evaluate` may have written others."""
     history = json.loads((output / STATE_FILE).read_text(encoding="utf-8"))["log_history"]
-    return next(entry for entry in reversed(history) if "eval_AP" in entry)
+    found = next(entry for entry in reversed(history) if "eval_AP" in entry)
+    # The file is sorted by name; tables are in the order of the labels.
+    labels = json.loads((output / "config.json").read_text(encoding="utf-8")).get("id2label", {})
+    classes = [f"eval_AP/{labels[index]}" for index in sorted(labels, key=int)]
+    ordered = {name: found[name] for name in classes if name in found}
+    return {name: value for name, value in found.items() if name not in ordered} | ordered
 
 
 def print_metrics(metrics: dict[str, float]) -> None:
@@ -244,6 +276,7 @@ def prepare(recipe: Recipe, dry_run: bool = False) -> DetectionTrainer | None:
         return None
     check_processes(output, PartialState().num_processes)
     trainer = build_trainer(recipe)
+    check_teacher(trainer, output)
     check_space(trainer)
     if trainer.is_world_process_zero():
         (print if dry_run else say)(describe(trainer))

@@ -233,12 +233,54 @@ def test_a_summary_of_a_single_run_is_json(evidence, tmp_path):
         ({"tables": {"main": ["alone", "no_such"]}}, "table 'main' names no variant: no_such"),
         ({"variants": {"alone": {"teacher": "small", "set": []}}, "tables": {}}, "names no teacher: 'small'"),
         ({"extra": 1}, "must hold exactly"),
+        ({"teacher_seed": "all"}, "teacher_seed is a number or each, not 'all'"),
+        ({"variants": {"alone": {"set": []}}, "tables": {}}, "variant 'alone' needs teacher and set"),
         ({"seeds": list(range(16))}, "16 seeds; intervals are known up to 15"),
     ],
 )
 def test_bad_settings(evidence, tmp_path, changes, message):
     with pytest.raises(evidence.EvidenceError, match=message):
         load(evidence, tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "holds None"), ("- 1", r"holds \[1\]"), ("a: [1", "bad.yaml can't be read"), (None, "can't be read")],
+)
+def test_files_that_hold_no_setting(evidence, tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "bad.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(evidence.EvidenceError, match=message):
+        evidence.Setting.load(tmp_path / "bad.yaml", tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--only", "nonsense"], "--only nonsense: no variant. There are alone, crosskd, raw"),
+        (["--summary", "--results", "nothing"], "no results in nothing: run this without --summary"),
+    ],
+)
+def test_bad_arguments_end_in_a_message(evidence, tmp_path, monkeypatch, words, message):
+    load(evidence, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "mine.yaml", *words])
+    with pytest.raises(SystemExit, match=f"EvidenceError: {message}"):
+        evidence.main()
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_variant_with_a_wrong_key_is_named(evidence, tmp_path, monkeypatch):
+    load(
+        evidence,
+        tmp_path,
+        variants={"wrong": {"teacher": "big", "set": ["distillation.pkdd=6.0"]}},
+        tables={"t": ["wrong"]},
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "mine.yaml"])
+    with pytest.raises(SystemExit, match=r"(?s)EvidenceError: mine\.yaml, variant wrong: .*pkdd"):
+        evidence.main()
 
 
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "evidence").glob("*.yaml")), ids=lambda path: path.stem)

@@ -84,8 +84,13 @@ def test_extra_convolutions_are_taken_only_if_they_are_applied_to_the_same():
 
 
 def test_says_it_if_nothing_fits():
-    with pytest.raises(ValueError, match=r"model\.inherit \['head'\]: no weight of the teacher fits"):
+    with pytest.raises(ValueError, match=r"of the teacher's head fits this student\. .* head_channels 16 and 32, "):
         inherit(["head"], {"fpn_channels": 16, "head_channels": 16})
+
+
+def test_says_it_if_nothing_of_one_part_fits():
+    with pytest.raises(ValueError, match=r"of the teacher's head fits this student.*or leave head out of"):
+        inherit(["neck", "head"], {"head_channels": 16})
 
 
 RECIPE = {

@@ -105,6 +105,13 @@ def test_classes_of_which_none_is_shared_are_refused():
     assert "train the teacher on the student's data first" in problem
 
 
+def test_names_that_differ_in_case_are_pointed_out():
+    (problem,) = problems(model(labels=("Cat", "dog")), model(labels=("cat", "Emu")))
+    assert "some differ in upper and lower case only" in problem
+    (problem,) = problems(model(labels=("cat", "dog")), model(labels=("emu", "fox")))
+    assert "case" not in problem
+
+
 def test_levels_are_matched_by_stride():
     found = pair(model(strides=[8, 16, 32, 64]), model(strides=[8, 16, 32, 64, 128]))
     assert found.levels == ((0, 1, 2, 3), (0, 1, 2, 3))

@@ -250,6 +250,30 @@ def test_a_folder_of_something_else_is_not_written_to(recipe: Path) -> None:
         train.main([str(recipe), f"training.output_dir={recipe.parent / 'other'}"])
 
 
+def test_a_run_goes_on_with_its_teacher_only(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its weights: they may have been trained anew at the same path, and one path has several names."""
+    folder, run = recipe.parent / "teacher", recipe.parent / "run"
+    tiny_model().save_pretrained(folder)
+    monkeypatch.chdir(recipe.parent)
+    teacher = ["teacher.backbone=resnet18", "training.save_strategy=steps", "training.save_steps=1"]
+    train.main([str(recipe), f"teacher.checkpoint={folder}", *teacher])
+    (run / train.STATE_FILE).unlink()  # as if it had been killed at its end
+    train.main([str(recipe), "teacher.checkpoint=teacher", *teacher])
+    (run / train.STATE_FILE).unlink()
+    tiny_model(seed=7).save_pretrained(folder)
+    with pytest.raises(SystemExit, match="holds a run that learnt from other weights than its teacher has now"):
+        train.main([str(recipe), f"teacher.checkpoint={folder}", *teacher])
+
+
+def test_a_finished_runs_table_is_in_the_order_of_the_labels(tmp_path: Path) -> None:
+    metrics = {"eval_AP": 0.5, "eval_AP/ant": 0.1, "eval_AP/bee": 0.2, "eval_AP50": 0.6, "step": 1}
+    state, config = {"log_history": [metrics]}, {"id2label": {"10": "ant", "9": "bee"}}
+    (tmp_path / train.STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    found = train.final_metrics(tmp_path)
+    assert found == metrics and list(found)[-2:] == ["eval_AP/bee", "eval_AP/ant"]
+
+
 def test_a_run_goes_on_with_its_number_of_processes_only(tmp_path: Path) -> None:
     train.check_processes(tmp_path, 2)
     for step, ranks, whole in ((2, 2, True), (4, 1, False)):

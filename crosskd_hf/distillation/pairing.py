@@ -190,6 +190,8 @@ def _shared_labels(
     known = f"student {', '.join(mine[:5])}{', ...' if len(mine) > 5 else ''}; teacher {', '.join(theirs[:5])}"
     known += ", ..." if len(theirs) > 5 else ""
     if not shared:
+        if {name.lower() for name in mine} & {name.lower() for name in theirs}:
+            known += "; some differ in upper and lower case only"
         problems.append(
             f"label names, none of which both know ({known}): train the teacher on the student's data first, with "
             "model.checkpoint naming it, or give both the same names"
