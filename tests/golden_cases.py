@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -141,6 +142,11 @@ class GoldenCase:
         self.compare_steps()
         return self.result
 
+    @cached_property
+    def teacher_output(self):
+        """Of the case's only batch, by weights that never change."""
+        return teacher_forward(self.teacher, self.inputs, self.settings)
+
     def losses(self):
         """(loss terms by level, student output, teacher output and cross-head output)."""
         tap = {} if self.teacher is None else {"tap_index": self.settings.tap_index}
@@ -148,7 +154,7 @@ class GoldenCase:
         terms = dict(output.detection.terms)
         teacher_output = None
         if self.teacher is not None:
-            teacher_output = teacher_forward(self.teacher, self.inputs, self.settings)
+            teacher_output = self.teacher_output
             terms |= distillation_losses(self.student, output, self.teacher, teacher_output, self.settings)
         return terms, output, teacher_output
 
