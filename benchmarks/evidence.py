@@ -222,8 +222,7 @@ def make(run: Run, results: Path, threads: int, weights: bool = False) -> None:
 
 def note_start(folder: Path, threads: int) -> None:
     """Write down with what a run is begun or gone on with, unless it is finished."""
-    path = folder / STARTS_FILE
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    starts = read_starts(folder)
     now = {
         "commit": commit(),
         "torch": torch.__version__,
@@ -232,13 +231,18 @@ def note_start(folder: Path, threads: int) -> None:
     }
     if now not in starts and not is_finished(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps([*starts, now], indent=1) + "\n")
+        write_atomically(folder / STARTS_FILE, json.dumps([*starts, now], indent=1) + "\n")
+
+
+def read_starts(folder: Path) -> list[dict]:
+    """What `note_start` wrote of a run, if anything."""
+    path = folder / STARTS_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def provenance(folder: Path) -> dict[str, object]:
-    """What `note_start` wrote; of several starts that differ, all values."""
-    path = folder / STARTS_FILE
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    """With what a run was made; of several starts that differ, all values."""
+    starts = read_starts(folder)
     values = {key: list(dict.fromkeys(start[key] for start in starts)) for key in (starts[0] if starts else ())}
     return {key: found[0] if len(found) == 1 else found for key, found in values.items()}
 

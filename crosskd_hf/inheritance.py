@@ -78,6 +78,10 @@ def _foreign(student: DenseDetector, teacher: DenseDetector) -> set[str]:
 
 
 def _same_outputs(student: DenseDetector, teacher: DenseDetector) -> bool:
+    """Whether the last convolutions say the same of the same boxes, after as many blocks.
+
+    Not `pairing.same_format`, which also asks for the same assignment: weights don't depend on its thresholds.
+    """
     if type(student) is not type(teacher) or student.config.head_blocks != teacher.config.head_blocks:
         return False
     if getattr(student.config, "delta_scales", None) != getattr(teacher.config, "delta_scales", None):

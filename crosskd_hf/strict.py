@@ -159,13 +159,16 @@ def check_range(value: Any, metadata: typing.Mapping[str, Any]) -> None:
             raise ValueError(f"must be at most {high}")
 
 
+MOST_NAMES = 40  # of valid ones in a message: those of any section
+
+
 def nearest(name: str, valid: Sequence[str]) -> str:
     """A sentence with the valid names that are like a wrong one, or with the first of all."""
     close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
     if close:
         return f"Did you mean {', '.join(close)}?"
-    shown = ", ".join(list(valid)[:40])
-    return f"Valid: {shown}{', ...' if len(valid) > 40 else ''}." if valid else "None are installed."
+    shown = ", ".join(list(valid)[:MOST_NAMES])
+    return f"Valid: {shown}{', ...' if len(valid) > MOST_NAMES else ''}." if valid else "None are installed."
 
 
 def type_name(hint: Any) -> str:

@@ -213,10 +213,10 @@ def run(trainer: DetectionTrainer, recipe: Recipe) -> None:
     with claimed(output) if trainer.args.should_save else contextlib.nullcontext():
         if trainer.is_world_process_zero():
             recipe.save(output / RECIPE_FILE)
-            if isinstance(trainer, DistillationTrainer):
-                digest = {"sha256": weights_digest(trainer.teacher)}
-                write_atomically(output / TEACHER_FILE, json.dumps(digest) + "\n")
         checkpoint = last_complete_checkpoint(output)
+        if checkpoint is None and isinstance(trainer, DistillationTrainer) and trainer.is_world_process_zero():
+            digest = {"sha256": weights_digest(trainer.teacher)}
+            write_atomically(output / TEACHER_FILE, json.dumps(digest) + "\n")
         if checkpoint is not None:
             say(f"goes on from {checkpoint}")
         trainer.train(resume_from_checkpoint=checkpoint)
