@@ -1,4 +1,4 @@
-"""COCO detection metrics: fed image by image, merged over processes once, computed by pycocotools.
+"""COCO detection metrics: fed image by image, merged over processes once, computed by pycocotools or faster-coco-eval.
 
 Used like this:
 
@@ -12,21 +12,23 @@ Used like this:
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib.util
 import io
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 if TYPE_CHECKING:
+    from pycocotools.coco import COCO
+
     from .data.split import DetectionSplit
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ logger = logging.getLogger(__name__)
 # In the order of COCOeval.stats. ARn: at most n detections an image and class; s, m, l: area up to 32^2, between, from
 # 96^2 pixels.
 SUMMARY_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+BACKENDS = ("auto", "pycocotools", "faster")
 
 
 class ImageDetections(NamedTuple):
@@ -50,21 +54,52 @@ class ImageDetections(NamedTuple):
     boxes: np.ndarray
 
 
+class _CocoTools(NamedTuple):
+    """A package's version of COCO's two classes."""
+
+    name: str
+    annotations: type
+    evaluation: type
+
+    @classmethod
+    def of(cls, backend: str) -> _CocoTools:
+        """See `CocoEvaluator`. Imported when asked for, since one of the two isn't always there."""
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}; it must be one of {', '.join(BACKENDS)}")
+        if backend == "auto":
+            backend = "faster" if importlib.util.find_spec("faster_coco_eval") else "pycocotools"
+        if backend == "pycocotools":
+            from pycocotools.coco import COCO
+            from pycocotools.cocoeval import COCOeval
+
+            return cls("pycocotools", COCO, COCOeval)
+        try:
+            import faster_coco_eval
+        except ImportError as error:
+            raise ImportError('the backend "faster" needs faster-coco-eval: pip install "crosskd-hf[fast]"') from error
+        return cls("faster-coco-eval", faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster)
+
+
 class CocoEvaluator:
     """Collects the detections of a split and computes COCO's box metrics.
 
     The metrics are bit for bit those of pycocotools' COCOeval (Lin et al., "Microsoft COCO", 2014, and its evaluation
     server) on the annotation file, with one exception: an annotation with id 0 is matched like any other here, whereas
-    COCOeval takes a match with id 0 for no match. COCO's own files have no such id.
+    COCOeval takes a match with id 0 for no match. COCO's own files have no such id. faster-coco-eval gives the same
+    numbers in a fraction of the time, up to the last bit: a precision of 1 / 1 is 1 there, 1 - 2^-52 in pycocotools.
 
     Args:
         split: the images and ground truth to compare with; no image is decoded.
+        backend: what computes the metrics: "pycocotools", "faster" (faster-coco-eval, the extra `fast`), or "auto",
+            which is "faster" where that is installed.
 
     Raises:
-        ValueError: the split lists an image id or a category id twice.
+        ValueError: the split lists an image id or a category id twice, or there is no such backend.
+        ImportError: the backend isn't installed.
     """
 
-    def __init__(self, split: DetectionSplit) -> None:
+    def __init__(self, split: DetectionSplit, backend: str = "auto") -> None:
+        self._tools = _CocoTools.of(backend)
         self._split = split
         self._category_ids = [int(category_id) for category_id in split.category_ids]
         self._image_ids: list[int] = _column(split, "image_id")
@@ -128,7 +163,7 @@ class CocoEvaluator:
         """COCO's box metrics of the detections held by this process: call `gather` first.
 
         After `gather` every process would compute the same, so that one is enough: pycocotools takes up to a minute
-        and 3 GB for 5000 images with 100 detections each.
+        and 3 GB for 5000 images with 100 detections each. Which backend it is goes to the log.
 
         Args:
             image_ids: the images to evaluate on, by default all of the split. Each counts, in any order and once: one
@@ -146,8 +181,10 @@ class CocoEvaluator:
         unseen = len(wanted - self._detections.keys())
         if unseen:
             logger.warning("%d of %d images have no prediction and count as empty", unseen, len(wanted))
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress and a table
-            evaluation = COCOeval(self._ground_truth(wanted), self._predictions(wanted), iouType="bbox")
+        logger.info("COCO metrics of %d images by %s", len(wanted), self._tools.name)
+        # pycocotools prints its progress and a table.
+        with contextlib.redirect_stdout(io.StringIO()), _without_garbage_collection():
+            evaluation = self._tools.evaluation(self._ground_truth(wanted), self._predictions(wanted), iouType="bbox")
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
@@ -246,7 +283,7 @@ class CocoEvaluator:
         return self._coco(wanted, annotations)
 
     def _coco(self, image_ids: set[int], annotations: list[dict[str, Any]]) -> COCO:
-        coco = COCO()
+        coco = self._tools.annotations()
         coco.dataset = {
             "images": [{"id": image_id} for image_id in sorted(image_ids)],
             "categories": [{"id": category_id} for category_id in self._category_ids],
@@ -290,6 +327,18 @@ def format_metrics(metrics: Mapping[str, float]) -> str:
 def percent(value: float) -> str:
     """A metric of 0..1 in percent; -1, which no ground truth speaks for, as a dash."""
     return "-" if value == -1 else f"{100 * value:.1f}"
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Python would search a million new dictionaries for cycles, again and again; there are none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _column(split: DetectionSplit, name: str) -> list[Any]:

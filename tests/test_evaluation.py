@@ -1,9 +1,11 @@
 """crosskd_hf.evaluation against pycocotools on the annotation files, and against values computed by hand."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -154,7 +156,7 @@ def test_bit_equal_to_pycocotools_on_the_annotation_file(coco_mini: Path, tmp_pa
     split = load_coco(coco_mini, name, cache_dir=tmp_path)
     detections = synthetic(file, split)
     assert sum(annotation["iscrowd"] for annotation in read(file)["annotations"]) > 0
-    evaluator = CocoEvaluator(split)
+    evaluator = CocoEvaluator(split, backend="pycocotools")
     for image_id, detection in reversed(detections.items()):  # the order of arrival does not matter
         evaluator.update([image_id], [detection])
 
@@ -166,6 +168,93 @@ def test_bit_equal_to_pycocotools_on_the_annotation_file(coco_mini: Path, tmp_pa
     some = sorted(detections)[::3]
     assert evaluator.compute(some + some[:2]) == pycocotools_reference(file, split, detections, some)
     assert evaluator.compute() == metrics
+
+
+def random_case(seed: int) -> tuple[DetectionSplit, dict[int, dict[str, torch.Tensor]]]:
+    """Ground truth and detections with what evaluators disagree on: crowds, equal scores, images without either,
+    classes without ground truth, areas at the borders of the ranges, duplicates, boxes without a width, more than 100
+    detections of a class."""
+    rng = np.random.default_rng(seed)
+    count, ids = int(rng.integers(1, 40)), list(rng.permutation(1000))
+    names = tuple(f"class {label}" for label in range(rng.integers(1, 8)))
+    images: dict[int, Objects] = {}
+    for image_id in map(int, ids[:count]):
+        objects: Objects = []
+        for _ in range(rng.poisson(4) if rng.random() < 0.8 else 0):
+            bbox = [*rng.uniform(0, 400, 2), *np.exp(rng.uniform(0, 5.5, 2))]
+            more = {"iscrowd": bool(rng.random() < 0.15)}
+            if rng.random() < 0.3:
+                more["area"] = float(rng.choice([0, 32**2, 32**2 + 1e-5, 96**2, 96**2 + 1e-5, 1e5]))
+            # The last of several classes has no ground truth.
+            objects.append((int(rng.integers(max(len(names) - 1, 1))), [round(float(v), 2) for v in bbox], more))
+        images[image_id] = objects + objects[: int(rng.random() < 0.2)]
+    category_ids = tuple(map(int, rng.permutation(90)[: len(names)] + 1))
+    detections = {
+        image_id: random_detections(objects, len(names), rng)
+        for image_id, objects in images.items()
+        if rng.random() < 0.9
+    }
+    return make_split(images, names, category_ids), detections
+
+
+def random_detections(objects: Objects, labels: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    """Of one image: moved objects, equal ones too, and boxes anywhere."""
+    entries = []
+    for _ in range(rng.choice([0, 1, 10, 60, 300], p=[0.1, 0.2, 0.4, 0.25, 0.05])):
+        label, box = int(rng.integers(labels)), np.concatenate([rng.uniform(0, 400, 2), np.exp(rng.uniform(0, 5, 2))])
+        if objects and rng.random() < 0.7:
+            own, bbox, _ = objects[rng.integers(len(objects))]
+            label = own if rng.random() < 0.8 else label
+            box = np.array(bbox) + (rng.normal(0, 0.1, 4) * [*bbox[2:], *bbox[2:]] if rng.random() < 0.8 else 0)
+        width, height = box[2:].clip(0) * (rng.random(2) > 0.02)
+        score = rng.random() if rng.random() < 0.5 else rng.choice([0.0, 0.1, 0.5, 1.0])
+        entries.append((float(score), label, [box[0], box[1], box[0] + width, box[1] + height]))
+    return found(*entries)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_backends_give_the_same_numbers(seed: int) -> None:
+    pytest.importorskip("faster_coco_eval")
+    split, detections = random_case(seed)
+    metrics = []
+    for backend in ("pycocotools", "faster"):
+        evaluator = CocoEvaluator(split, backend)
+        evaluator.update(list(detections), list(detections.values()))
+        metrics.append(evaluator.compute())
+        if seed == 0:
+            metrics[-1] |= {f"half of the images: {k}": v for k, v in evaluator.compute(list(detections)[::2]).items()}
+    assert list(metrics[0]) == list(metrics[1])
+    assert metrics[1] == pytest.approx(metrics[0], rel=0, abs=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["pycocotools", "faster"])
+def test_backends_know_nothing_found_and_nothing_to_find(backend: str, caplog: pytest.LogCaptureFixture) -> None:
+    if backend == "faster":
+        pytest.importorskip("faster_coco_eval")
+    caplog.set_level("INFO", logger="crosskd_hf.evaluation")
+    truth = CocoEvaluator(make_split({1: [(0, [10, 10, 30, 30])], 2: []}), backend)
+    truth.update([1, 2], [found(), found()])
+    metrics = truth.compute()
+    assert (metrics["AP"], metrics["AP/cat"], metrics["AP/dog"], metrics["APl"]) == (0, 0, -1, -1)
+    assert ("faster-coco-eval" if backend == "faster" else "pycocotools") in caplog.text
+    empty = CocoEvaluator(make_split({1: [], 2: []}), backend)
+    empty.update([1], [found((0.9, 0, BOX))])
+    assert set(empty.compute().values()) == {-1.0}
+
+
+def test_faster_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="crosskd_hf.evaluation")
+    split = make_split({1: [(0, [10, 10, 30, 30])]})
+    if importlib.util.find_spec("faster_coco_eval"):
+        CocoEvaluator(split).compute()
+        assert "by faster-coco-eval" in caplog.text
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)  # as if it weren't
+    CocoEvaluator(split).compute()
+    assert "by pycocotools" in caplog.text
+    with pytest.raises(ImportError, match=r"crosskd-hf\[fast\]"):
+        CocoEvaluator(split, "faster")
+    with pytest.raises(ValueError, match="one of auto, pycocotools, faster"):
+        CocoEvaluator(split, "fast")
 
 
 def test_annotation_id_zero_is_matched(write_coco: Callable[..., Path], tmp_path: Path) -> None:
