@@ -1,6 +1,7 @@
 """Which prior learns which ground-truth box: pure tensor functions over whole batches, without a host sync.
 
-Ground truth comes padded: boxes (N, G, 4) xyxy pixels and a mask (N, G) that is True for real boxes.
+Ground truth comes padded: boxes (N, G, 4) xyxy pixels and a mask (N, G) that is True for real boxes. Very many boxes
+are gone through in chunks.
 """
 
 from dataclasses import dataclass
@@ -26,6 +27,23 @@ class Assignment:
     class_weights: Tensor
 
 
+MAX_PAIRS = 2**25  # (image, box, prior) triples that are looked at together: a tensor of them takes 128 MB
+
+
+def box_chunks(boxes: tuple[int, ...], priors: int) -> list[slice]:
+    """Which boxes to look at together, so that `MAX_PAIRS` is kept however many there are.
+
+    Args:
+        boxes: the shape (N, G, 4) of the padded boxes.
+        priors: number of priors.
+    """
+    batch, count = boxes[:2]
+    size = max(1, MAX_PAIRS // (batch * priors))
+    if count <= size:  # said apart: compiled, the loop would be made for one number of boxes
+        return [slice(0, count)]
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def gather_boxes(boxes: Tensor, index: Tensor) -> Tensor:
     """Boxes (N, G, 4) and an index (N, P) -> (N, P, 4). G may be 0: zeros then."""
     if boxes.shape[1] == 0:
@@ -40,7 +58,9 @@ def gather_labels(labels: Tensor, index: Tensor) -> Tensor:
     return labels.gather(1, index)
 
 
-def atss_assign(anchors: list[Tensor], valid: Tensor, boxes: Tensor, box_mask: Tensor, topk: int = 9) -> Assignment:
+def atss_assign(
+    anchors: Tensor, level_sizes: list[int], valid: Tensor, boxes: Tensor, box_mask: Tensor, topk: int = 9
+) -> Assignment:
     """Adaptive Training Sample Selection (Zhang et al., CVPR 2020, arXiv 1912.02424, algorithm 1).
 
     For each box the `topk` valid anchors of each level with the nearest centres are candidates. Those whose IoU
@@ -49,66 +69,77 @@ def atss_assign(anchors: list[Tensor], valid: Tensor, boxes: Tensor, box_mask: T
     box on a tie.
 
     Args:
-        anchors: (P_l, 4) xyxy a level.
+        anchors: (P, 4) xyxy, level by level.
+        level_sizes: anchors a level.
         valid: (N, P) bool, anchors that may be candidates.
         boxes: (N, G, 4) xyxy, padded.
         box_mask: (N, G) bool.
         topk: candidates a level and box.
     """
-    all_anchors = torch.cat(anchors)
     batch, num_boxes = box_mask.shape
-    num_anchors = len(all_anchors)
-    class_weights = valid.to(all_anchors.dtype)
+    class_weights = valid.to(anchors.dtype)
     if num_boxes == 0:
         empty = torch.zeros_like(valid)
         return Assignment(empty, empty.long(), class_weights)
-    candidates, is_candidate = _nearest_anchors(anchors, valid, boxes, topk)  # (N, G, K)
-    candidate_boxes = all_anchors[candidates]  # (N, G, K, 4)
-    ious = box_iou(candidate_boxes, boxes.unsqueeze(2))
-    threshold = _mean_plus_std(ious, is_candidate).unsqueeze(-1)
-    center = (candidate_boxes[..., :2] + candidate_boxes[..., 2:]) / 2
-    inside = torch.cat([center - boxes[..., None, :2], boxes[..., None, 2:] - center], dim=-1).amin(dim=-1) > 0.01
+    centers = _centers(anchors)
+    parts = [
+        _nearest_anchors(centers, level_sizes, valid, boxes[:, part], topk)
+        for part in box_chunks(boxes.shape, len(anchors))
+    ]
+    candidates, is_candidate = (
+        torch.cat(part, dim=1) if len(part) > 1 else part[0] for part in zip(*parts, strict=True)
+    )
+    each = boxes.unsqueeze(2)  # (N, G, 1, 4)
+    ious = box_iou(anchors[candidates], each)
+    threshold = _mean_plus_std(ious, is_candidate)
+    center = centers[candidates]  # (N, G, K, 2)
+    top_left, bottom_right = each.chunk(2, dim=-1)
+    inside = torch.minimum(center - top_left, bottom_right - center).amin(dim=-1) > 0.01
     claims = is_candidate & box_mask.unsqueeze(-1) & (ious >= threshold) & inside
 
     # One pass for the best IoU of each anchor, one for the first box that has it.
     flat_index = candidates.flatten(1)
-    claimed_iou = torch.where(claims, ious, -1.0).flatten(1)
-    best_iou = claimed_iou.new_full((batch, num_anchors), -1.0).scatter_reduce(1, flat_index, claimed_iou, "amax")
-    positive = best_iou > -1.0
+    claimed_iou = (ious * claims).flatten(1)  # above 0, as the centre of one lies in the other
+    best_iou = claimed_iou.new_zeros(batch, len(anchors)).scatter_reduce(1, flat_index, claimed_iou, "amax")
+    positive = best_iou > 0
     wins = claims.flatten(1) & (claimed_iou == best_iou.gather(1, flat_index))
-    box_number = torch.arange(num_boxes, device=boxes.device).repeat_interleave(candidates.shape[2]).expand(batch, -1)
-    box_number = torch.where(wins, box_number, num_boxes)
+    box_number = torch.arange(num_boxes, device=boxes.device).unsqueeze(1)
+    box_number = torch.where(wins.view_as(candidates), box_number, num_boxes).flatten(1)
     box_index = torch.full_like(positive, num_boxes, dtype=torch.long)
     box_index = box_index.scatter_reduce(1, flat_index, box_number, "amin")
-    return Assignment(positive, torch.where(positive, box_index, 0), class_weights)
+    return Assignment(positive, box_index * positive, class_weights)
 
 
-def _nearest_anchors(anchors: list[Tensor], valid: Tensor, boxes: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+def _nearest_anchors(
+    centers: Tensor, level_sizes: list[int], valid: Tensor, boxes: Tensor, topk: int
+) -> tuple[Tensor, Tensor]:
     """Indices (N, G, K) of the nearest valid anchors of every level, and which of them are real (a level may have
     fewer valid anchors than `topk`)."""
-    box_center = (boxes[..., :2] + boxes[..., 2:]) / 2
-    indices, real, start = [], [], 0
-    for level in anchors:
-        center = (level[:, :2] + level[:, 2:]) / 2
-        delta = box_center.unsqueeze(2) - center  # (N, G, P_l, 2)
-        distance = delta.pow(2).sum(dim=-1).sqrt()
-        usable = valid[:, start : start + len(level)].unsqueeze(1)
-        distance = distance.masked_fill(~usable, float("inf"))
-        nearest, index = distance.topk(min(topk, len(level)), dim=-1, largest=False)
-        indices.append(index + start)
-        real.append(nearest.isfinite())
-        start += len(level)
-    return torch.cat(indices, dim=-1), torch.cat(real, dim=-1)
+    delta = _centers(boxes).unsqueeze(2) - centers  # (N, G, P, 2)
+    distance = torch.linalg.vector_norm(delta, dim=-1)  # not squared: its rounding makes ties
+    distance = torch.where(valid.unsqueeze(1), distance, float("inf"))
+    nearest, index, start = [], [], 0
+    for level in distance.split(level_sizes, dim=-1):
+        found = level.topk(min(topk, level.shape[-1]), dim=-1, largest=False)
+        nearest.append(found.values)
+        index.append(found.indices + start)
+        start += level.shape[-1]
+    return torch.cat(index, dim=-1), torch.cat(nearest, dim=-1) < float("inf")
+
+
+def _centers(boxes: Tensor) -> Tensor:
+    top_left, bottom_right = boxes.chunk(2, dim=-1)
+    return (top_left + bottom_right) / 2
 
 
 def _mean_plus_std(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean plus unbiased standard deviation over the last dimension, of the entries in the mask.
+    """Mean plus unbiased standard deviation over the last dimension, which is kept, of the entries in the mask.
 
     A single candidate has no unbiased deviation (the reference gets NaN there and no positive): 0 here.
     """
-    count = mask.sum(dim=-1)
-    mean = torch.where(mask, values, 0.0).sum(dim=-1) / count.clamp(min=1)
-    squares = torch.where(mask, values - mean.unsqueeze(-1), 0.0).pow(2).sum(dim=-1)
+    count = mask.sum(dim=-1, keepdim=True)
+    mean = (values * mask).sum(dim=-1, keepdim=True) / count.clamp(min=1)
+    squares = ((values - mean) * mask).square().sum(dim=-1, keepdim=True)
     return mean + (squares / (count - 1).clamp(min=1)).sqrt()
 
 
@@ -132,16 +163,32 @@ def max_iou_assign(
     if boxes.shape[1] == 0:
         empty = torch.zeros_like(valid)
         return Assignment(empty, empty.long(), class_weights)
+    parts = (
+        _best_boxes(anchors, valid, boxes[:, part], box_mask[:, part], part.start)
+        for part in box_chunks(boxes.shape, len(anchors))
+    )
+    best_iou, box_index, forced = next(parts)
+    for iou, index, forces in parts:
+        better = iou > best_iou
+        best_iou, box_index = torch.where(better, iou, best_iou), torch.where(better, index, box_index)
+        forced = torch.maximum(forced, forces)
+    box_index = torch.where(forced >= 0, forced, box_index)
+    positive = (best_iou >= positive_iou) | (forced >= 0)
+    ignored = ~positive & (best_iou >= negative_iou)
+    return Assignment(positive, box_index * positive, class_weights * ~ignored)
+
+
+def _best_boxes(
+    anchors: Tensor, valid: Tensor, boxes: Tensor, box_mask: Tensor, first: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of boxes number `first` and on: each anchor's best IoU, its box, and the last box it is the best of, or -1."""
     usable = box_mask.unsqueeze(-1) & valid.unsqueeze(1)
     ious = torch.where(usable, box_iou(anchors, boxes.unsqueeze(2)), -1.0)  # (N, G, P)
     best_iou, box_index = ious.max(dim=1)
     box_best = ious.amax(dim=2, keepdim=True)
-    number = torch.arange(boxes.shape[1], device=boxes.device)[:, None]
+    number = torch.arange(first, first + boxes.shape[1], device=boxes.device)[:, None]
     forced = torch.where((ious == box_best) & (box_best > 0), number, -1).amax(dim=1)
-    box_index = torch.where(forced >= 0, forced, box_index)
-    positive = (best_iou >= positive_iou) | (forced >= 0)
-    ignored = ~positive & (best_iou >= negative_iou)
-    return Assignment(positive, torch.where(positive, box_index, 0), class_weights * ~ignored)
+    return best_iou, box_index + first if first else box_index, forced
 
 
 def point_assign(points: Tensor, lower: Tensor, upper: Tensor, boxes: Tensor, box_mask: Tensor) -> Assignment:
@@ -159,11 +206,26 @@ def point_assign(points: Tensor, lower: Tensor, upper: Tensor, boxes: Tensor, bo
     if num_boxes == 0:
         empty = torch.zeros(batch, len(points), dtype=torch.bool, device=boxes.device)
         return Assignment(empty, empty.long(), class_weights)
-    corners = boxes.unsqueeze(2)  # (N, G, 1, 4)
-    distances = torch.cat([points - corners[..., :2], corners[..., 2:] - points], dim=-1)  # (N, G, P, 4)
+    parts = (
+        _smallest_boxes(points, lower, upper, boxes[:, part], box_mask[:, part], part.start)
+        for part in box_chunks(boxes.shape, len(points))
+    )
+    smallest, box_index = next(parts)
+    for area, index in parts:
+        smaller = area < smallest
+        smallest, box_index = torch.where(smaller, area, smallest), torch.where(smaller, index, box_index)
+    positive = smallest < float("inf")
+    return Assignment(positive, box_index * positive, class_weights)
+
+
+def _smallest_boxes(
+    points: Tensor, lower: Tensor, upper: Tensor, boxes: Tensor, box_mask: Tensor, first: int
+) -> tuple[Tensor, Tensor]:
+    """Of boxes number `first` and on: the area of the smallest that suits each point, or infinity, and the box."""
+    top_left, bottom_right = boxes.unsqueeze(2).chunk(2, dim=-1)
+    distances = torch.cat([points - top_left, bottom_right - points], dim=-1)  # (N, G, P, 4)
     farthest = distances.amax(dim=-1)
     suits = (distances.amin(dim=-1) > 0) & (farthest >= lower) & (farthest <= upper) & box_mask.unsqueeze(-1)
-    areas = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
-    smallest, box_index = torch.where(suits, areas.unsqueeze(-1), float("inf")).min(dim=1)
-    positive = smallest.isfinite()
-    return Assignment(positive, torch.where(positive, box_index, 0), class_weights)
+    areas = (bottom_right - top_left).prod(dim=-1)
+    smallest, box_index = torch.where(suits, areas, float("inf")).min(dim=1)
+    return smallest, box_index + first if first else box_index

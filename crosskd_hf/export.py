@@ -458,9 +458,7 @@ class ExportableDetector(nn.Module):
     def _priors(self, head: HeadOutput) -> Priors:
         # The model's own method keeps them by size, which is a symbol here.
         sizes = [(level.shape[2], level.shape[3]) for level in head.logits]
-        levels = self.model.prior_levels(sizes, head.logits[0].device)
-        pairs = zip(levels, self.model.config.strides, strict=True)
-        return Priors(levels, torch.cat([level.new_full((level.shape[0], 1), stride) for level, stride in pairs]))
+        return self.model.build_priors(sizes, head.logits[0].device)
 
 
 def _rows(boxes: Tensor, index: Tensor) -> Tensor:

@@ -1,19 +1,124 @@
-"""Elementwise losses and box overlaps: pure tensor functions. Weighting, summing and normalising is the caller's."""
+"""Losses of priors and box overlaps: pure tensor functions. Weighting, summing and normalising is the caller's."""
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 EPS = 1e-6  # lower bound of unions, enclosing areas and of the IoU inside a logarithm
+TINY = 1e-30  # of a base that may have a negative exponent
+MAX_CLASS_SCORES = 5 * 2**19  # gone through at once: every intermediate takes 10 MB at most
 
 
 def quality_focal_loss(logits: Tensor, targets: Tensor, beta: float = 2.0) -> Tensor:
-    """|target - p|^beta * BCE(p, target) (GFL, arXiv 2006.04388, equation 4). Shapes all equal; targets in [0, 1].
+    """|target - p|^beta * BCE(p, target), summed over classes (GFL, arXiv 2006.04388, equation 4).
 
     The factor carries gradient too, as in the reference.
+
+    Args:
+        logits, targets: (..., classes), targets in [0, 1].
+        beta: positive.
     """
-    factor = (targets - logits.sigmoid()).abs().pow(beta)
-    return factor * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return _ScaledCrossEntropy.apply(logits, targets, beta, None, False, False)
+
+
+def focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """alpha_t * (1 - p_t)^gamma * -log(p_t), summed over classes (RetinaNet, arXiv 1708.02002, equation 5).
+
+    Args:
+        logits, targets: (..., classes), targets 0 or 1, so that 1 - p_t is |target - p|.
+        alpha: weight of targets of 1; the others have 1 - alpha.
+        gamma: positive.
+    """
+    return _ScaledCrossEntropy.apply(logits, targets, gamma, alpha, False, False)
+
+
+def binary_kd_loss(logits: Tensor, teacher_logits: Tensor, overwrite: bool = False) -> Tensor:
+    """|p - p_teacher| * BCE(p, p_teacher), summed over classes (CrossKD, arXiv 2306.11369, section 3.3).
+
+    It is the quality focal loss with beta 1; the factor carries gradient too.
+
+    Args:
+        logits, teacher_logits: (..., classes).
+        overwrite: the gradient takes the memory of `logits`, which nobody may read any more.
+    """
+    # What a compiler makes of it manages memory by itself.
+    overwrite = overwrite and not torch.compiler.is_compiling()
+    return _ScaledCrossEntropy.apply(logits, teacher_logits, 1.0, None, True, overwrite)
+
+
+class _ScaledCrossEntropy(torch.autograd.Function):
+    """|p - t|^exponent * BCE(p, t) of targets t, times `alpha` where t is 1 and 1 - `alpha` where it is 0, summed over
+    the last dimension.
+
+    By hand: autograd would keep half a dozen copies of the class map, the largest tensor of the losses, until the
+    backward pass. This keeps one, its gradient, and large maps are gone through in parts.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        logits: Tensor,
+        targets: Tensor,
+        exponent: float,
+        alpha: float | None,
+        targets_are_logits: bool,
+        overwrite: bool,
+    ) -> Tensor:
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            gradient = logits if overwrite else torch.empty_like(logits)
+        options = exponent, alpha, targets_are_logits
+        # A compiler needs no parts, and would make a program of one number of them.
+        if torch.compiler.is_compiling() or logits.numel() <= MAX_CLASS_SCORES:
+            loss = _scaled_cross_entropy(logits, targets, *options, gradient)
+        else:
+            loss = logits.new_empty(logits.shape[:-1])
+            size = max(1, MAX_CLASS_SCORES // (logits.numel() // logits.shape[-2]))
+            for start in range(0, logits.shape[-2], size):
+                part = slice(start, start + size)
+                of_part = None if gradient is None else gradient[..., part, :]
+                loss[..., part] = _scaled_cross_entropy(logits[..., part, :], targets[..., part, :], *options, of_part)
+        if gradient is not None:
+            ctx.save_for_backward(gradient.detach())
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.saved_tensors[0] * gradient.unsqueeze(-1), None, None, None, None, None
+
+
+def _scaled_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    exponent: float,
+    alpha: float | None,
+    targets_are_logits: bool,
+    gradient: Tensor | None,
+) -> Tensor:
+    """The loss. Writes its gradient into `gradient`, if given, which may be the memory of `logits`."""
+    targets = targets.sigmoid() if targets_are_logits else targets
+    probability = logits.sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    if gradient is not None:  # dBCE/dx is p - t, dp/dx is p - p^2
+        gradient.copy_(probability).addcmul_(probability, probability, value=-1).mul_(entropy)
+    error = probability.sub_(targets)
+    weights = None if alpha is None else (targets * (2 * alpha - 1)).add_(1 - alpha)
+    del targets  # their probabilities' memory serves the next line
+    factor = _signed_power(error, exponent - 1)  # d/dp |p - t|^exponent is exponent * factor
+    if weights is not None:
+        factor = weights.mul_(factor)
+    if gradient is not None:
+        gradient.mul_(exponent).addcmul_(error, error).mul_(factor)
+    return entropy.mul_(error).mul_(factor).sum(dim=-1)
+
+
+def _signed_power(values: Tensor, exponent: float) -> Tensor:
+    """sign(x) * |x|^exponent, 0 at 0."""
+    if exponent == 1:
+        return values
+    return values.sign() if exponent == 0 else values.sign().mul_(values.abs().clamp_(min=TINY).pow_(exponent))
 
 
 def distribution_focal_loss(bin_logits: Tensor, targets: Tensor) -> Tensor:
@@ -32,36 +137,66 @@ def distribution_focal_loss(bin_logits: Tensor, targets: Tensor) -> Tensor:
     return -(log_left * (1 - weight_right) + log_right * weight_right)
 
 
-def _intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    top_left = torch.maximum(a[..., :2], b[..., :2])
-    bottom_right = torch.minimum(a[..., 2:], b[..., 2:])
-    width_height = (bottom_right - top_left).clamp(min=0)
-    intersection = width_height[..., 0] * width_height[..., 1]
-    area_a = (a[..., 2] - a[..., 0]) * (a[..., 3] - a[..., 1])
-    area_b = (b[..., 2] - b[..., 0]) * (b[..., 3] - b[..., 1])
-    return intersection, (area_a + area_b - intersection).clamp(min=EPS)
+def _area(size: Tensor) -> Tensor:
+    width, height = size.unbind(-1)
+    return width * height
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU of boxes (..., 4) xyxy with boxes (..., 4) xyxy, element by element (broadcasting)."""
-    intersection, union = _intersection_and_union(a, b)
-    return intersection / union
+    (a_start, a_end), (b_start, b_end) = a.chunk(2, dim=-1), b.chunk(2, dim=-1)
+    intersection = _area((torch.minimum(a_end, b_end) - torch.maximum(a_start, b_start)).clamp(min=0))
+    union = _area(a_end - a_start) + _area(b_end - b_start) - intersection
+    return intersection / union.clamp(min=EPS)
 
 
-def giou_loss(a: Tensor, b: Tensor) -> Tensor:
-    """1 - GIoU of boxes (..., 4) xyxy, element by element (Rezatofighi et al., CVPR 2019, arXiv 1902.09630)."""
-    intersection, union = _intersection_and_union(a, b)
-    size = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0)
-    enclosing = (size[..., 0] * size[..., 1]).clamp(min=EPS)
-    return 1 - (intersection / union - (enclosing - union) / enclosing)
+def distance_overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and generalised IoU of boxes given as distances from one point, element by element.
 
+    From distances, one minimum and one sum say how far two boxes overlap along an axis, without a detour over image
+    coordinates. (GIoU: Rezatofighi et al., CVPR 2019, arXiv 1902.09630.)
 
-def binary_kd_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """|p - p_teacher| * BCE(p, p_teacher) (CrossKD, arXiv 2306.11369, section 3.3: quality focal loss with beta 1).
-
-    The factor carries gradient too. Shapes equal.
+    Args:
+        a, b: (..., 4) distances to the left, top, right and bottom sides, of equal shapes. Gradients go to `a` only.
     """
-    return quality_focal_loss(logits, teacher_logits.sigmoid(), beta=1.0)
+    return _DistanceOverlaps.apply(a, b)
+
+
+class _DistanceOverlaps(torch.autograd.Function):
+    """With overlap I, union U and enclosing area C: I / U and I / U - 1 + U / C. By hand: a third fewer launches."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        starts, ends = torch.stack([torch.minimum(a, b), a, b]).chunk(2, dim=-1)
+        overlap, a_size, b_size = (starts + ends).unbind()
+        # Along an axis, the enclosing side and the overlap make up the two sides.
+        sizes = torch.stack([overlap, a_size + b_size - overlap, a_size, b_size]).clamp_(min=0)
+        intersection, enclosing, a_area, b_area = _area(sizes).unbind()
+        divisors = torch.stack([a_area + b_area - intersection, enclosing]).clamp_(min=EPS)
+        ratios = torch.stack([intersection, divisors[0]]).div_(divisors)
+        ctx.save_for_backward(a, b, sizes, divisors, ratios)
+        iou, filled = ratios.unbind()
+        return iou.clone(), (iou + filled).sub_(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, of_iou: Tensor, of_giou: Tensor) -> tuple[Tensor, None]:
+        a, b, sizes, divisors, ratios = ctx.saved_tensors
+        # Both fractions x / y: d/dx is 1 / y, d/dy is -(x / y) / y. U is the one's divisor, the other's dividend.
+        of_dividends = torch.stack([of_iou + of_giou, of_giou]) / divisors
+        of_intersection, of_union = of_dividends.unbind()
+        minus_of_divisors, minus_of_enclosing = (of_dividends * ratios).unbind()
+        of_union = of_union - minus_of_divisors
+        # The area of a grows the union; the overlap grows itself, shrinks the union. A side's slope is the other side.
+        slopes = torch.stack([of_intersection - of_union, minus_of_enclosing, of_union]).unsqueeze(-1) * sizes[
+            :3
+        ].flip(-1)
+        of_overlap, minus_of_enclosing, of_size = slopes.unbind()
+        of_size = of_size - minus_of_enclosing
+        of_overlap = of_overlap * (sizes[0] > 0) + minus_of_enclosing
+        nearer = (b - a).sign_().add_(1).div_(2)  # 1 where a's side is the overlap's, half where both are
+        both = torch.stack([of_size, of_overlap]).repeat(*[1] * a.dim(), 2)
+        return torch.addcmul(both[0], both[1], nearer), None
 
 
 def bin_kl_loss(bin_logits: Tensor, teacher_bin_logits: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=str(Path(__file__).parent / "golden"),
         help="folder that holds the golden cases (default: tests/golden)",
     )
+    parser.addoption("--torch-compile", action="store_true", help="golden cases by compiled models and losses")
 
 
 def _folder(path: Path) -> Path:

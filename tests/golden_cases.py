@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file
@@ -86,7 +87,7 @@ def build_model(setup: dict, role: str, state: list, seed: int, synth):
 
 
 class GoldenCase:
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path, name: str, compiled: bool = False):
         self.record = json.loads((folder / f"{name}.json").read_text())
         self.tensors = load_file(folder / f"{name}.safetensors")
         self.name, self.synth = self.record["case"], load_synth(folder)
@@ -112,6 +113,7 @@ class GoldenCase:
                 pkd=self.setup["pkd_weight"],
             )
         self.inputs = self._inputs()
+        self.forward = torch.compile(self._forward, fullgraph=True) if compiled else self._forward
 
     def _inputs(self) -> dict:
         batch, sizes = self.record["batch"], self.record["image_shapes"]
@@ -148,13 +150,20 @@ class GoldenCase:
         return teacher_forward(self.teacher, self.inputs, self.settings)
 
     def losses(self):
-        """(loss terms by level, student output, teacher output and cross-head output)."""
+        """(loss terms by level, student output, teacher output)."""
+        given = self.teacher_output if self.teacher is not None and self.forward == self._forward else None
+        terms, output, own = self.forward(given)
+        sizes = output.priors.level_sizes
+        return {name: level_sums(term, sizes) for name, term in terms.items()}, output, own
+
+    def _forward(self, teacher_output=None):
+        """Terms (N, P), and the outputs."""
         tap = {} if self.teacher is None else {"tap_index": self.settings.tap_index}
         output = self.student(**self.inputs, output_distillation=True, **tap)
         terms = dict(output.detection.terms)
-        teacher_output = None
         if self.teacher is not None:
-            teacher_output = self.teacher_output
+            if teacher_output is None:
+                teacher_output = teacher_forward(self.teacher, self.inputs, self.settings)
             terms |= distillation_losses(self.student, output, self.teacher, teacher_output, self.settings)
         return terms, output, teacher_output
 
@@ -172,7 +181,7 @@ class GoldenCase:
             return
         model, inputs = self.student, self.inputs
         assignment = output.detection.assignment
-        priors = model.priors(output.head)
+        priors = output.priors
         sizes = priors.level_sizes
         truth = recorded_truth(inputs["labels"], assignment, model.config.num_labels, self.setup["detector"], priors)
         labels, values, prefix = truth
@@ -210,7 +219,7 @@ class GoldenCase:
             from crosskd_hf.distillation.crosskd import cross_pass
 
             maps |= probe_maps("teacher", teacher_output, False)
-            cross = cross_pass(self.teacher, output.head, teacher_output.head, self.settings.tap_index)
+            cross = cross_pass(self.teacher, output, teacher_output, self.settings.tap_index)
             maps |= head_maps("cross", cross)
         recorded = {key[len("probe.") :] for key in self.tensors if key.startswith("probe.")}
         assert recorded <= set(maps), sorted(recorded - set(maps))
@@ -292,6 +301,11 @@ class GoldenCase:
             self.result.add("step grad norms", f"{step}", 1, abs(ours_norm - norm) / norm, None)
 
 
+def level_sums(term: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """A loss of each prior (N, P), or of each level already -> (levels,)."""
+    return term if term.dim() == 1 else torch.stack([part.sum() for part in term.split(sizes, dim=1)])
+
+
 def recorded_truth(labels, assignment, num_labels, detector, priors):
     """Labels (N, P) with background = number of labels, targets (N, P, 4) of positives, and the record's name."""
     from crosskd_hf.assigners import gather_boxes, gather_labels
@@ -302,10 +316,11 @@ def recorded_truth(labels, assignment, num_labels, detector, priors):
     label = gather_labels(truth.labels, assignment.box_index)
     label = torch.where(assignment.positive, label, num_labels)
     boxes = gather_boxes(truth.boxes, assignment.box_index)
+    distances = box_coding.boxes_to_distances(priors.centers, boxes)
     if detector == "retinanet":
-        return label, box_coding.boxes_to_deltas(priors.all.expand_as(boxes), boxes), "boxes"
+        return label, box_coding.distances_to_deltas(distances, priors.extents), "boxes"
     if detector == "fcos":
-        return label, box_coding.boxes_to_distances(priors.all, boxes), "distances"
+        return label, distances, "distances"
     return label, boxes, "boxes"
 
 
@@ -320,12 +335,28 @@ def head_maps(role: str, head) -> dict[str, torch.Tensor]:
     return maps
 
 
+def unflattened(output) -> SimpleNamespace:
+    """Predictions (N, P, ...) as the maps (N, anchors * channels, H, W) that the head gave."""
+    sizes = [level.shape[-2:] for level in output.fpn_features]
+
+    def maps(values: torch.Tensor | None) -> list[torch.Tensor] | None:
+        if values is None:
+            return None
+        cells = sum(height * width for height, width in sizes)
+        values = values.reshape(len(values), cells, -1).transpose(1, 2)
+        parts = values.split([height * width for height, width in sizes], dim=2)
+        return [part.unflatten(2, size) for part, size in zip(parts, sizes, strict=True)]
+
+    found = output.predictions
+    return SimpleNamespace(logits=maps(found.logits), boxes=maps(found.boxes), centerness=maps(found.centerness))
+
+
 def probe_maps(role: str, output, taps: bool) -> dict[str, torch.Tensor]:
-    maps = head_maps(role, output.head)
+    maps = head_maps(role, unflattened(output))
     maps |= {f"{role}.fpn.{i}": level for i, level in enumerate(output.fpn_features)}
     if taps:
-        maps |= {f"{role}.cls_tap.{i}": level for i, level in enumerate(output.head.cls_taps)}
-        maps |= {f"{role}.reg_tap.{i}": level for i, level in enumerate(output.head.reg_taps)}
+        maps |= {f"{role}.cls_tap.{i}": level for i, level in enumerate(output.cls_taps)}
+        maps |= {f"{role}.reg_tap.{i}": level for i, level in enumerate(output.reg_taps)}
     return maps
 
 
@@ -339,15 +370,16 @@ def merge_levels(losses: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 def detections(model, output, index: int, image_size, scale) -> dict[str, torch.Tensor]:
-    return select_detections(
-        output.logits[index],
-        output.pred_boxes[index],
-        None if output.centerness is None else output.centerness[index],
-        model.priors(output.head).level_sizes if output.level_sizes is None else output.level_sizes[index].tolist(),
-        tuple(image_size),
-        scale,
+    (found,) = select_detections(
+        output.logits[index : index + 1],
+        output.pred_boxes[index : index + 1],
+        None if output.centerness is None else output.centerness[index : index + 1],
+        output.level_sizes[index].tolist(),
+        torch.tensor([image_size]),
+        [scale],
         nms_threshold=model.config.nms_threshold,
     )
+    return found
 
 
 def compare_detections(result: Comparison, name: str, ours: dict, reference: dict) -> None:

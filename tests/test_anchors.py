@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from crosskd_hf.models.anchors import cell_centers, grid_offsets, octave_anchors, square_anchors, valid_cells
+from crosskd_hf.models.anchors import (
+    cell_centers,
+    cell_corners,
+    grid_offsets,
+    octave_anchors,
+    square_anchors,
+    valid_cells,
+)
 
 CPU = torch.device("cpu")
 
@@ -67,9 +74,13 @@ def test_levels_and_strides_must_match_in_number():
 SIZES, STRIDES = [(40, 40), (20, 20), (10, 10), (5, 5), (3, 3)], [8, 16, 32, 64, 128]  # an input of 320 x 320 pixels
 
 
+def valid(sizes, strides, image_sizes: torch.Tensor, divisor: int = 32, anchors: int = 1) -> torch.Tensor:
+    return valid_cells(cell_corners(sizes, strides, anchors, CPU), image_sizes, divisor)
+
+
 def valid_rectangles(height: int, width: int, sizes=SIZES, strides=STRIDES) -> list[tuple[int, int]]:
     """Valid rows and columns of each level, which must be rectangles at the top left."""
-    mask = valid_cells(sizes, strides, torch.tensor([[height, width]]), 32, 1)[0]
+    mask = valid(sizes, strides, torch.tensor([[height, width]]))[0]
     rectangles = []
     for level, size in zip(mask.split([h * w for h, w in sizes]), sizes, strict=True):
         level = level.reshape(size)
@@ -86,7 +97,7 @@ def test_image_size_is_rounded_up_before_cells_are_counted():
 
 def test_image_in_its_own_padding_is_valid_everywhere():
     sizes = [(28, 36), (14, 18), (7, 9), (4, 5), (2, 3)]
-    assert valid_cells(sizes, STRIDES, torch.tensor([[200, 260]]), 32, 1).all()
+    assert valid(sizes, STRIDES, torch.tensor([[200, 260]])).all()
 
 
 @pytest.mark.parametrize(("side", "cells"), [(1, 4), (31, 4), (32, 4), (33, 8), (224, 28), (225, 32), (320, 40)])
@@ -101,7 +112,7 @@ def test_maps_of_one_cell_are_always_valid():
 
 def test_each_image_has_its_own_mask():
     sizes = torch.tensor([[320.0, 320.0], [32.0, 64.0]])
-    mask = valid_cells(SIZES, STRIDES, sizes, 32, 1)
+    mask = valid(SIZES, STRIDES, sizes)
     assert mask.shape == (2, 1600 + 400 + 100 + 25 + 9)
     assert mask[0].all()
     # 4 x 8, 2 x 4, 1 x 2, 1 x 1, 1 x 1.
@@ -110,12 +121,12 @@ def test_each_image_has_its_own_mask():
 
 def test_all_anchors_of_a_cell_share_its_validity():
     sizes = torch.tensor([[32, 64]])
-    one, nine = (valid_cells([(5, 12), (1, 3)], [8, 32], sizes, 32, n) for n in (1, 9))
+    one, nine = (valid([(5, 12), (1, 3)], [8, 32], sizes, anchors=n) for n in (1, 9))
     assert nine.shape == (1, (60 + 3) * 9)
     assert torch.equal(nine.reshape(1, -1, 9), one.unsqueeze(-1).expand(1, -1, 9))
 
 
 def test_another_divisor():
-    mask = valid_cells([(10, 10)], [8], torch.tensor([[33, 41]]), 1, 1).reshape(10, 10)
+    mask = valid([(10, 10)], [8], torch.tensor([[33, 41]]), divisor=1).reshape(10, 10)
     # 33 / 8 -> 5 rows, 41 / 8 -> 6 columns.
     assert mask.sum() == 30 and mask[:5, :6].all()

@@ -5,15 +5,15 @@ import math
 import pytest
 import torch
 
+from crosskd_hf import assigners
 from crosskd_hf.assigners import (
     Assignment,
-    atss_assign,
     gather_boxes,
     gather_labels,
     max_iou_assign,
     point_assign,
 )
-from crosskd_hf.models.anchors import cell_centers, octave_anchors, square_anchors, valid_cells
+from crosskd_hf.models.anchors import cell_centers, cell_corners, octave_anchors, square_anchors, valid_cells
 
 CPU = torch.device("cpu")
 SIZES, STRIDES = [(16, 20), (8, 10), (4, 5), (2, 3), (1, 2)], [8, 16, 32, 64, 128]
@@ -24,6 +24,14 @@ PRIORS = 320 + 80 + 20 + 6 + 2
 # is the .75 of the first two. Every centre lies at least 2 pixels inside.
 BOX = [0.0, 0.0, 8.0, 8.0]
 FIVE = [[0, 0, 8, 6], [0, 2, 8, 8], [0, 0, 4, 4], [4, 4, 8, 8], [0, 0, 8, 4]]
+
+
+def atss_assign(levels: list[torch.Tensor], *rest, **options) -> Assignment:
+    return assigners.atss_assign(torch.cat(levels), [len(level) for level in levels], *rest, **options)
+
+
+def valid_anchors(image_sizes: torch.Tensor, num_anchors: int = 1) -> torch.Tensor:
+    return valid_cells(cell_corners(SIZES, STRIDES, num_anchors, CPU), image_sizes, 32)
 
 
 def atss(anchors: list[list], boxes: list[list], valid=None, topk: int = 9) -> Assignment:
@@ -234,7 +242,7 @@ def test_atss_batch_equals_its_images():
     boxes, mask = random_truth(11, counts)
     anchors = grid(square_anchors, 8)
     sizes = torch.tensor([[128, 160], [60, 160], [90, 100], [128, 33]])
-    valid = valid_cells(SIZES, STRIDES, sizes, 32, 1)
+    valid = valid_anchors(sizes)
     batch = atss_assign(anchors, valid, boxes, mask)
     for i, count in enumerate(counts):
         alone = atss_assign(anchors, valid[i : i + 1], boxes[i : i + 1, :count], mask[i : i + 1, :count])
@@ -286,7 +294,7 @@ def test_atss_equals_a_slow_loop(seed):
     counts = [seed * 3, 10, 1]
     boxes, mask = random_truth(seed, counts)
     sizes = torch.tensor([[128, 160], [70, 130], [128, 60]])
-    anchors, valid = grid(square_anchors, 8), valid_cells(SIZES, STRIDES, sizes, 32, 1)
+    anchors, valid = grid(square_anchors, 8), valid_anchors(sizes)
     topk = (9, 9, 3)[seed % 3]
     assignment = atss_assign(anchors, valid, boxes, mask, topk)
     levels = [level.tolist() for level in anchors]
@@ -294,6 +302,39 @@ def test_atss_equals_a_slow_loop(seed):
         expected = slow_atss(levels, valid[i].tolist(), boxes[i, :count].tolist(), topk)
         assert {p: int(assignment.box_index[i, p]) for p in positives(assignment, i)} == expected
         assert expected or count < 10
+
+
+def test_chunks_keep_the_stated_size_and_miss_no_box():
+    chunks = assigners.box_chunks((8, 500, 4), 200_000)
+    assert all((part.stop - part.start) * 8 * 200_000 <= assigners.MAX_PAIRS for part in chunks)
+    assert [i for part in chunks for i in range(part.start, part.stop)] == list(range(500))
+    assert assigners.box_chunks((2, 40, 4), 22_000) == [slice(0, 40)], "ordinary batches aren't cut"
+    assert len(assigners.box_chunks((2, 3, 4), 10**9)) == 3, "one box at a time at least"
+
+
+@pytest.mark.parametrize("pairs", [1, 2 * PRIORS * 9, 2 * PRIORS * 9 * 4])
+def test_boxes_in_chunks_are_assigned_as_together(pairs, monkeypatch):
+    boxes, mask = random_truth(5, [3, 11])
+    boxes = torch.cat([boxes, boxes[:, :4]], dim=1)  # ties between chunks
+    mask = torch.cat([mask, mask[:, :4]], dim=1)
+    valid = valid_anchors(torch.tensor([[128, 160], [60, 160]]))
+    anchors = grid(square_anchors, 8)
+    octaves = torch.cat(octave_anchors(SIZES, STRIDES, 4, [0.5, 1.0, 2.0], 3, CPU)).double()
+    points = torch.cat(cell_centers(SIZES, STRIDES, CPU)).double()
+    lower, upper = torch.zeros(PRIORS).double(), torch.full((PRIORS,), 80.0).double()
+
+    def assignments() -> list[Assignment]:
+        return [
+            atss_assign(anchors, valid, boxes, mask),
+            max_iou_assign(octaves, valid.repeat_interleave(9, dim=1), boxes, mask, 0.5, 0.4),
+            point_assign(points, lower, upper, boxes, mask),
+        ]
+
+    together = assignments()
+    monkeypatch.setattr(assigners, "MAX_PAIRS", pairs)
+    for chunked, whole in zip(assignments(), together, strict=True):
+        assert whole.positive.any()
+        assert_same(chunked, whole)
 
 
 # Highest IoU --------------------------------------------------------------------------------------------------------
@@ -389,7 +430,7 @@ def test_max_iou_equals_a_slow_loop(seed):
     boxes, mask = random_truth(seed, counts)
     anchors = torch.cat(octave_anchors(SIZES[1:], STRIDES[1:], 4, [0.5, 1.0, 2.0], 3, CPU)).double()
     sizes = torch.tensor([[128, 160], [70, 130], [128, 60]])
-    valid = valid_cells(SIZES[1:], STRIDES[1:], sizes, 32, 9)
+    valid = valid_cells(cell_corners(SIZES[1:], STRIDES[1:], 9, CPU), sizes, 32)
     assignment = max_iou_assign(anchors, valid, boxes, mask, 0.5, 0.4)
     some_ignored = False
     for i, count in enumerate(counts):

@@ -3,11 +3,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from crosskd_hf.data.coco import load_coco
-from crosskd_hf.data.collator import DetectionCollator
+from crosskd_hf.data.collator import DetectionCollator, padded_number
 from crosskd_hf.data.dataset import DetectionDataset
 from crosskd_hf.data.sampler import OrientationBatchSampler
 from crosskd_hf.data.split import keep_for_training
-from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor
+from crosskd_hf.models.image_processing_dense import BGR_CAFFE, DenseDetectorImageProcessor
 
 
 def item(image_id, height, width, boxes=None):
@@ -33,16 +33,30 @@ def test_training_batch(collator):
     assert batch["pixel_values"].shape == (2, 3, 64, 64) and batch["pixel_values"].dtype == torch.float32
     assert batch["pixel_values"][0, 0].sum() == 7 * 20 * 40 and batch["pixel_values"][1, 2, :34, :6].eq(9).all()
     assert batch["pixel_mask"].flatten(1).sum(1).tolist() == [800, 204]
-    first, second = batch["labels"]
-    assert {name: value.tolist() for name, value in first.items()} == {
-        "class_labels": [0, 1],
-        "boxes": [[1, 2, 3, 4], [5, 6, 7, 8]],
-        "image_id": 7,
-        "size": [20, 40],
-        "orig_size": [10, 20],
+    padding = [[0, 0, 0, 0]]
+    assert {name: value.tolist() for name, value in batch["labels"].items()} == {
+        "class_labels": [[0, 1] + 6 * [0], 8 * [0]],
+        "boxes": [[[1, 2, 3, 4], [5, 6, 7, 8], *6 * padding], 8 * padding],
+        "mask": [2 * [True] + 6 * [False], 8 * [False]],
+        "image_id": [7, 9],
+        "size": [[20, 40], [34, 6]],
+        "orig_size": [[10, 20], [17, 3]],
     }
-    assert {value.dtype for name, value in first.items() if name != "boxes"} == {torch.int64}
-    assert second["boxes"].shape == (0, 4) and second["class_labels"].dtype == torch.int64
+    types = {name: value.dtype for name, value in batch["labels"].items()}
+    assert (types.pop("boxes"), types.pop("mask")) == (torch.float32, torch.bool)
+    assert set(types.values()) == {torch.int64}
+
+
+@pytest.mark.parametrize(
+    ("boxes", "length"), [(0, 8), (1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (100, 128), (500, 512), (513, 1024)]
+)
+def test_boxes_are_padded_to_few_lengths(collator, boxes, length):
+    assert padded_number(boxes) == length
+    labels = collator([item(1, 4, 4, []), item(2, 4, 4, [[0, 0, 1, 1]] * boxes)])["labels"]
+    assert labels["boxes"].shape == (2, length, 4)
+    assert labels["mask"].sum(1).tolist() == [0, boxes] and labels["class_labels"][1, :boxes].tolist() == list(
+        range(boxes)
+    )
 
 
 def test_evaluation_batch(collator):
@@ -58,6 +72,20 @@ def test_refused_batches(collator, items):
         collator(items)
 
 
+@pytest.mark.parametrize("settings", [{}, BGR_CAFFE, {"pad_size": {"height": 96, "width": 128}}, {"size_divisor": 1}])
+@pytest.mark.parametrize("boxes", [None, [[1, 2, 3, 4]]])
+def test_finishing_on_the_device_gives_the_same_batch(settings, boxes):
+    processor = DenseDetectorImageProcessor(**settings)
+    items = [item(7, 20, 40, boxes), item(9, 34, 6, boxes)]
+    raw = DetectionCollator(processor, normalize=False)
+    light = raw(items)
+    assert light["pixel_values"].shape == (2, 3, 34, 40) and light["pixel_values"].dtype == torch.uint8
+    done, expected = raw.finish(light), DetectionCollator(processor)(items)
+    assert set(done) == set(expected)
+    done, expected = ({**b.pop("labels", {}), **b} for b in (done, expected))
+    assert all(torch.equal(done[name], expected[name]) for name in expected)
+
+
 def test_from_files_to_batches(coco_mini, tmp_path):
     split = keep_for_training(load_coco(coco_mini, "train2017", cache_dir=tmp_path))
     dataset = DetectionDataset(split, train=True, short_side=96, long_side=160)
@@ -69,8 +97,8 @@ def test_from_files_to_batches(coco_mini, tmp_path):
     )
     batches = list(loader)
     assert len(batches) == len(loader) == 10
-    seen = [int(label["image_id"]) for batch in batches for label in batch["labels"]]
+    seen = [image_id for batch in batches for image_id in batch["labels"]["image_id"].tolist()]
     assert sorted(seen) == sorted(split.dataset["image_id"][:])
     for batch in batches:
         sizes = [(int(mask.any(1).sum()), int(mask.any(0).sum())) for mask in batch["pixel_mask"]]
-        assert sizes == [tuple(label["size"].tolist()) for label in batch["labels"]]
+        assert sizes == [tuple(size) for size in batch["labels"]["size"].tolist()]

@@ -1,7 +1,6 @@
-"""The cross pass: alignment by hand, whose gradient goes where, masks and normalisers of every kind of pair."""
+"""The cross pass: whose gradient goes where, masks and normalisers of every kind of pair."""
 
 import itertools
-import math
 from functools import cache
 from types import SimpleNamespace
 
@@ -11,14 +10,8 @@ from tiny import tiny_batch, tiny_model
 from torch.nn import functional as F
 
 from crosskd_hf.assigners import Assignment
-from crosskd_hf.distillation.crosskd import (
-    align,
-    channel_statistics,
-    cross_pass,
-    crosskd_losses,
-    kd_targets,
-    standardise,
-)
+from crosskd_hf.distillation.alignment import align
+from crosskd_hf.distillation.crosskd import cross_pass, crosskd_losses, kd_targets
 from crosskd_hf.distillation.objective import teacher_forward
 from crosskd_hf.distillation.settings import resolve_settings
 from crosskd_hf.models import CONFIGS, MODELS
@@ -65,94 +58,6 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# Statistics ---------------------------------------------------------------------------------------------------------
-
-
-def test_statistics_are_a_channels_over_batch_and_space():
-    # Channel 0: 0 and 2, mean 1, unbiased std sqrt(2). Channel 1: 5 and 11, mean 8, std 3 sqrt(2).
-    mean, std = channel_statistics(torch.tensor([[0.0, 5.0], [2.0, 11.0]]).reshape(2, 2, 1, 1))
-    assert mean.shape == std.shape == (1, 2, 1, 1)
-    assert mean.flatten().tolist() == [1, 8]
-    assert std.flatten().tolist() == pytest.approx([math.sqrt(2), 3 * math.sqrt(2)])
-
-
-def test_standardises_with_the_unbiased_deviation():
-    # 0 1 2: mean 1, std 1 (the biased one would be .816).
-    values = standardise(torch.tensor([0.0, 1.0, 2.0]).reshape(1, 1, 1, 3))
-    assert values.flatten().tolist() == pytest.approx([-1, 0, 1], abs=2e-6)
-
-
-def test_small_deviations_are_damped_by_a_millionth():
-    # Mean 0, std sqrt(2) * 1e-6: -+1e-6 / (sqrt(2) * 1e-6 + 1e-6).
-    values = standardise(torch.tensor([-1e-6, 1e-6], dtype=torch.float64).reshape(2, 1, 1, 1))
-    assert values.flatten().tolist() == pytest.approx([-1 / (1 + math.sqrt(2)), 1 / (1 + math.sqrt(2))])
-
-
-def test_gradient_flows_through_mean_and_deviation():
-    features = torch.randn(2, 3, 4, 5, generator=generator(), dtype=torch.float64, requires_grad=True)
-    # Shifting or scaling a channel changes nothing that is standardised: its gradient is orthogonal to both.
-    weights = torch.randn(2, 3, 4, 5, generator=generator(1), dtype=torch.float64)
-    (standardise(features) * weights).sum().backward()
-    assert features.grad.abs().max() > 0.1
-    assert features.grad.sum(dim=(0, 2, 3)).abs().max() < 1e-9
-    assert (features.grad * features.detach()).sum(dim=(0, 2, 3)).abs().max() < 1e-4
-    small = torch.randn(2, 2, 2, 2, generator=generator(), dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(standardise, (small,))
-
-
-def test_alignment_gives_the_teachers_mean_and_deviation():
-    student = torch.randn(2, 3, 4, 5, generator=generator()) * 7 - 3
-    teacher = torch.randn(2, 3, 4, 5, generator=generator(1)) * torch.tensor([0.1, 1.0, 30.0]).view(1, 3, 1, 1) + 5
-    aligned = align(student, teacher)
-    torch.testing.assert_close(aligned.mean(dim=(0, 2, 3)), teacher.mean(dim=(0, 2, 3)))
-    torch.testing.assert_close(aligned.std(dim=(0, 2, 3)), teacher.std(dim=(0, 2, 3)))
-
-
-def test_alignment_by_hand():
-    # 0 1 2 -> -1 0 1 -> times 6, plus 10; the teacher's 4 10 16 has mean 10 and std 6.
-    row = lambda *values: torch.tensor(values, dtype=torch.float32).reshape(1, 1, 1, 3)  # noqa: E731
-    assert align(row(0, 1, 2), row(16, 10, 4)).flatten().tolist() == pytest.approx([4, 10, 16], abs=1e-4)
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_maps_of_one_cell_are_finite(batch):
-    student = torch.randn(batch, 3, 1, 1, generator=generator(), requires_grad=True)
-    teacher = torch.randn(batch, 3, 1, 1, generator=generator(1))
-    aligned = align(student, teacher)
-    (aligned * torch.randn(batch, 3, 1, 1, generator=generator(2))).sum().backward()
-    assert aligned.isfinite().all() and student.grad.isfinite().all()
-    if batch == 1:  # a single value: nothing but the teacher's mean is left
-        assert torch.equal(aligned, teacher) and not student.grad.any()
-    else:  # two values: those of the teacher, maybe swapped
-        torch.testing.assert_close(aligned.sort(dim=0).values, teacher.sort(dim=0).values, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("value", [0.0, 0.1, -3.7, 1e4])
-def test_constant_channels_are_finite(value):
-    student = torch.full((2, 3, 4, 5), value, requires_grad=True)
-    teacher = torch.randn(2, 3, 4, 5, generator=generator())
-    aligned = align(student, teacher)
-    (aligned * torch.randn(2, 3, 4, 5, generator=generator(1))).sum().backward()
-    assert aligned.isfinite().all() and student.grad.isfinite().all()
-    if value == 0:
-        torch.testing.assert_close(aligned, teacher.mean(dim=(0, 2, 3), keepdim=True).expand_as(teacher))
-
-
-def test_dead_channels_of_a_tower_get_no_gradient():
-    raw = torch.randn(2, 2, 4, 5, generator=generator())
-    raw[:, 0] = -raw[:, 0].abs()
-    raw.requires_grad_()
-    align(F.relu(raw), torch.randn(2, 2, 4, 5, generator=generator(1))).square().sum().backward()
-    assert not raw.grad[:, 0].any() and raw.grad[:, 1].isfinite().all()
-
-
-def test_constant_channels_of_the_teacher_make_the_student_constant():
-    student = torch.randn(2, 3, 4, 5, generator=generator(), requires_grad=True)
-    aligned = align(student, torch.full((2, 3, 4, 5), 2.0))
-    aligned.sum().backward()
-    assert (aligned == 2).all() and not student.grad.any()
-
-
 # Cross pass ---------------------------------------------------------------------------------------------------------
 
 
@@ -172,7 +77,7 @@ def test_teachers_head_gets_aligned_taps_rectified_unless_they_are_pyramid_level
     assert start_block == k
     for given, mine, theirs in ((cls, student.cls_taps, own.cls_taps), (reg, student.reg_taps, own.reg_taps)):
         for level, tap, reference in zip(given, mine, theirs, strict=True):
-            aligned = align(tap, reference)
+            (aligned,) = align([tap], [reference])
             assert torch.equal(level, F.relu(aligned) if k else aligned)
     assert (cls[0] < 0).any() == (k == 0)
 
@@ -273,7 +178,10 @@ def student_output(name: str, class_normalizer: float = 7.0, box_normalizer: flo
 
 @cache
 def teacher_output(teacher, k: int = 3) -> DenseDetectorOutput:
-    return DenseDetectorOutput(head=teacher.head(maps(9), tap_index=k), image_sizes=IMAGE_SIZES)
+    head = teacher.head(maps(9), tap_index=k)
+    return DenseDetectorOutput(
+        predictions=teacher.flatten(head), priors=teacher.priors(head), cls_taps=head.cls_taps, reg_taps=head.reg_taps
+    )
 
 
 @pytest.mark.parametrize("name", DETECTORS)
@@ -335,11 +243,11 @@ def test_same_taps_mask_and_normaliser_give_the_same_loss_whatever_the_student(n
     teacher = detector(name)
     settings = resolve_settings(DistillationSection(), teacher)
     own = teacher_output(teacher, settings.tap_index)
-    valid = teacher.class_weights(teacher.valid_priors(own.head, IMAGE_SIZES))
+    valid = teacher.class_weights(teacher.valid_priors(own.priors, IMAGE_SIZES))
     results = []
     for student in DETECTORS:
         lent = student_output(student, 7.0, 7.0)
-        lent.head = taps(maps(5), maps(6))
+        lent.cls_taps, lent.reg_taps = maps(5), maps(6)
         if student == name:
             assignment = Assignment(valid > 0, torch.zeros_like(valid, dtype=torch.long), valid)
             lent.detection = DetectionLosses({}, assignment, torch.tensor(7.0), torch.tensor(7.0))
@@ -347,14 +255,14 @@ def test_same_taps_mask_and_normaliser_give_the_same_loss_whatever_the_student(n
         assert ("kd_centerness" in results[-1]) == (student == name == "atss")
     for result in results:
         for term in ("kd_cls", "kd_box"):
-            assert result[term].shape == (5,) and result[term].sum() > 0
+            assert result[term].shape == valid.shape and result[term].sum() > 0
             assert torch.equal(result[term], results[0][term])
 
 
 def test_settings_multiply_the_terms():
     teacher = detector("atss")
     own, lent = teacher_output(teacher), student_output("atss")
-    lent.head = taps(maps(5), maps(6))
+    lent.cls_taps, lent.reg_taps = maps(5), maps(6)
 
     def losses(**section):
         settings = resolve_settings(DistillationSection(**section), teacher)

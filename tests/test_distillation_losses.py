@@ -1,4 +1,4 @@
-"""Losses between cross-head predictions and the teacher's: weights, masks, levels and normalisers by hand."""
+"""Losses between cross-head predictions and the teacher's: weights, masks and normalisers by hand."""
 
 import math
 from functools import cache
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from crosskd_hf.distillation.losses import KDTargets, box_kd_loss, centerness_kd_loss, classification_kd_loss
-from crosskd_hf.losses import giou_loss
+from crosskd_hf.losses import distance_overlaps
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.modeling_dense import Predictions, Priors
 
@@ -20,8 +20,10 @@ def targets(weights: list, sizes: tuple[int, ...], positive: list | None = None,
     """One image; every prior is an anchor of 10 pixels and stride 8."""
     count = sum(sizes)
     return KDTargets(
-        priors=Priors(
-            [torch.tensor([[0.0, 0, 10, 10]]).repeat(size, 1) for size in sizes], torch.full((count, 1), 8.0)
+        priors=Priors.of(
+            [torch.tensor([[0.0, 0, 10, 10]]).repeat(size, 1) for size in sizes],
+            [8] * len(sizes),
+            torch.zeros(count, 2),
         ),
         class_weights=torch.tensor([weights], dtype=torch.float32),
         normalizer=torch.tensor(normalizer),
@@ -47,34 +49,36 @@ def detector(name: str):
 # kd_cls -------------------------------------------------------------------------------------------------------------
 
 
-def test_class_loss_sums_classes_of_unmasked_priors_a_level():
+def test_class_loss_sums_classes_of_unmasked_priors():
     # Cross 0 against teacher logit ln 4: |.5 - .8| ln 2 a class; equal logits: 0.
     cross = predictions([[0.0, 0.0], [0.0, LN4], [0.0, 0.0]])
     teacher = predictions([[LN4, LN4], [LN4, LN4], [LN4, LN4]])
     unit = 0.3 * LN2
     loss = classification_kd_loss(cross, teacher, targets([1, 1, 1], (2, 1)))
-    assert loss.tolist() == pytest.approx([3 * unit, 2 * unit])
+    assert loss[0].tolist() == pytest.approx([2 * unit, unit, 2 * unit])
     loss = classification_kd_loss(cross, teacher, targets([1, 0, 1], (2, 1), normalizer=4.0))
-    assert loss.tolist() == pytest.approx([2 * unit / 4, 2 * unit / 4])
+    assert loss[0].tolist() == pytest.approx([2 * unit / 4, 0, 2 * unit / 4])
+    loss = classification_kd_loss(cross, teacher, targets([1, 0, 1], (2, 1), normalizer=4.0), weight=3.0)
+    assert loss[0].tolist() == pytest.approx([6 * unit / 4, 0, 6 * unit / 4])
 
 
 def test_class_loss_does_not_look_at_positives():
     cross, teacher = predictions([[0.0], [0.0]]), predictions([[LN4], [LN4]])
     loss = classification_kd_loss(cross, teacher, targets([1, 1], (2,), positive=[True, False]))
-    assert loss.tolist() == pytest.approx([0.6 * LN2])
+    assert loss[0].tolist() == pytest.approx([0.3 * LN2, 0.3 * LN2])
 
 
 # kd_box -------------------------------------------------------------------------------------------------------------
 
 
 def shifted(ious: list[float]) -> list[list[float]]:
-    """Boxes inside (0, 0, 10, 10) whose IoU with it, and GIoU, are the given."""
-    return [[0.0, 0.0, 10.0, 10 * iou] for iou in ious]
+    """Distances from (5, 5) to the sides of boxes in (0, 0, 10, 10) whose IoU with it, and GIoU, are the given."""
+    return [[5.0, 5.0, 5.0, 10 * iou - 5] for iou in ious]
 
 
 def box_detector(kind: str) -> SimpleNamespace:
-    """A detector that predicts corners."""
-    return SimpleNamespace(distillation=SimpleNamespace(box_loss=kind), decode=lambda boxes, priors: boxes)
+    """A detector that predicts distances."""
+    return SimpleNamespace(distillation=SimpleNamespace(box_loss=kind), distances=lambda boxes, priors: boxes)
 
 
 @pytest.mark.parametrize(("kind", "losses"), [("giou", [0.5, 0.75]), ("log_iou", [LN2, 2 * LN2])])
@@ -83,12 +87,14 @@ def test_decoded_boxes_are_weighted_by_the_teachers_best_class(kind, losses):
     teacher = predictions([[LN4, 0.0], [-9.0, 0.0], [0.0, LN4], [0.0, 0.0]], shifted([1, 1, 1, 1]))
     cross = predictions([[50.0, 50.0]] * 4, shifted([0.5, 0.25, 1, 0.25]))
     loss = box_kd_loss(box_detector(kind), cross, teacher, targets([1, 1, 1, 0], (1, 3), normalizer=2.0))
-    assert loss.tolist() == pytest.approx([0.8 * losses[0] / 2, 0.5 * losses[1] / 2])
+    assert loss[0].tolist() == pytest.approx([0.8 * losses[0] / 2, 0.5 * losses[1] / 2, 0, 0])
+    loss = box_kd_loss(box_detector(kind), cross, teacher, targets([1, 1, 1, 0], (1, 3), normalizer=2.0), 4.0)
+    assert loss[0].tolist() == pytest.approx([1.6 * losses[0], losses[1], 0, 0])
 
 
 def test_boxes_apart_have_a_bounded_logarithm():
-    teacher = predictions([[0.0]], [[0.0, 0, 10, 10]])
-    cross = predictions([[0.0]], [[20.0, 20, 30, 30]])
+    teacher = predictions([[0.0]], [[5.0, 5, 5, 5]])
+    cross = predictions([[0.0]], [[-15.0, -15, 25, 25]])
     cross.boxes.requires_grad_()
     loss = box_kd_loss(box_detector("log_iou"), cross, teacher, targets([1], (1,)))
     loss.sum().backward()
@@ -104,10 +110,10 @@ def test_bins_are_compared_by_kl_over_the_sum_of_weights():
     kl = (0.8 * math.log(1.6) + 0.2 * math.log(0.4)) / 4
     # Weights .5: three of them sum to 1.5. The normaliser of 100 has no part in it.
     loss = box_kd_loss(box_detector("bin_kl"), cross, teacher, targets([1, 1, 1, 0], (2, 2), normalizer=100.0))
-    assert loss.tolist() == pytest.approx([0.5 * kl / 1.5, 0], rel=1e-5)
+    assert loss[0].tolist() == pytest.approx([0.5 * kl / 1.5, 0, 0, 0], rel=1e-5)
     # One weight of .5 is clamped at 1.
     loss = box_kd_loss(box_detector("bin_kl"), cross, teacher, targets([1, 0, 0, 0], (2, 2), normalizer=100.0))
-    assert loss.tolist() == pytest.approx([0.5 * kl, 0], rel=1e-5)
+    assert loss[0].tolist() == pytest.approx([0.5 * kl, 0, 0, 0], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["retinanet", "atss"])
@@ -121,9 +127,8 @@ def test_deltas_are_decoded_on_the_teachers_anchors(name):
 
 def test_fcos_distances_are_pixels_from_the_point():
     goal = targets([1], (1,))
-    goal = KDTargets(
-        Priors([torch.tensor([[4.0, 4.0]])], torch.tensor([[8.0]])), goal.class_weights, goal.normalizer, None, None
-    )
+    priors = Priors.of([torch.tensor([[4.0, 4.0]])], [8], torch.zeros(1, 2))
+    goal = KDTargets(priors, goal.class_weights, goal.normalizer, None, None)
     teacher, cross = predictions([[0.0]], [[4.0, 4, 4, 4]]), predictions([[0.0]], [[4.0, 4, 4, 0]])
     assert box_kd_loss(detector("fcos"), cross, teacher, goal).item() == pytest.approx(0.5 * LN2, rel=1e-5)
 
@@ -140,7 +145,7 @@ def test_gfl_sides_have_seventeen_bins():
 
 @pytest.mark.parametrize("kind", ["giou", "log_iou", "bin_kl"])
 def test_equal_boxes_cost_nothing(kind):
-    same = predictions([[0.0], [LN4]], [[0.0, 0, 10, 10], [2, 3, 9, 8]])
+    same = predictions([[0.0], [LN4]], [[5.0, 5, 5, 5], [3, 2, 4, 3]])
     if kind == "bin_kl":
         same = predictions([[0.0], [LN4]], torch.randn(2, 68, generator=torch.Generator().manual_seed(0)))
     loss = box_kd_loss(box_detector(kind), same, same, targets([1, 1], (1, 1)))
@@ -148,12 +153,10 @@ def test_equal_boxes_cost_nothing(kind):
 
 
 def test_box_loss_matches_the_elementwise_one():
-    generator = torch.Generator().manual_seed(0)
-    corner, size = torch.rand(2, 6, 2, generator=generator) * 10
-    boxes = torch.cat([corner, corner + size + 1], dim=-1)
+    boxes = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)) * 10 + 1
     teacher, cross = predictions([[0.0]] * 6, boxes), predictions([[0.0]] * 6, boxes + 2)
     loss = box_kd_loss(box_detector("giou"), cross, teacher, targets([1] * 6, (6,)))
-    torch.testing.assert_close(loss, 0.5 * giou_loss(boxes + 2, boxes).sum()[None])
+    torch.testing.assert_close(loss[0], 0.5 * (1 - distance_overlaps(boxes + 2, boxes)[1]))
 
 
 # kd_centerness ------------------------------------------------------------------------------------------------------
@@ -165,4 +168,6 @@ def test_centerness_loss_is_at_positives_over_the_class_normaliser():
     teacher = predictions([[0.0]] * 4, centerness=[2.0, 0.0, -3.0, -1.0])
     goal = targets([1, 1, 1, 1], (3, 1), positive=[True, True, False, True], normalizer=100.0)
     second = -0.5 * math.log(0.8) - 0.5 * math.log(0.2)
-    assert centerness_kd_loss(cross, teacher, goal).tolist() == pytest.approx([(LN2 + second) / 5, LN2 / 5])
+    expected = [LN2 / 5, second / 5, 0, LN2 / 5]
+    assert centerness_kd_loss(cross, teacher, goal)[0].tolist() == pytest.approx(expected)
+    assert centerness_kd_loss(cross, teacher, goal, 2.0).sum().item() == pytest.approx(2 * sum(expected))

@@ -32,8 +32,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", names)
 
 
-def test_case(case: str, golden: Path, golden_report: dict[str, str]) -> None:
-    result = GoldenCase(golden, case).run()
+def test_case(case: str, golden: Path, golden_report: dict[str, str], request: pytest.FixtureRequest) -> None:
+    torch._dynamo.reset()
+    result = GoldenCase(golden, case, compiled=request.config.getoption("--torch-compile")).run()
     golden_report[case] = result.summary()
     assert not result.failures, "\n".join(result.failures[:20])
 

@@ -51,7 +51,7 @@ def test_training_and_inference_pixels_are_equal():
     image = noise(37, 53)
     tensor = torch.from_numpy(image).permute(2, 0, 1)
     processor = DenseDetectorImageProcessor(size={"shortest_edge": 61, "longest_edge": 90})
-    training = processor.normalize_and_pad([ResizeToFit(61, 90)(tensor)])
+    training = processor.normalize_and_pad([ResizeToFit(61, 90)({"image": tensor})["image"]])
     for given in (Image.fromarray(image), image, tensor, tensor.contiguous(), tensor.float()):
         inference = processor(images=given, return_tensors="pt")
         assert torch.equal(inference["pixel_values"], training["pixel_values"])

@@ -5,16 +5,19 @@ import math
 import pytest
 import torch
 from tiny import tiny_model
+from torchvision.ops import sigmoid_focal_loss
 
 from crosskd_hf.assigners import Assignment
 from crosskd_hf.losses import (
     bin_kl_loss,
     binary_kd_loss,
     box_iou,
+    distance_overlaps,
     distribution_focal_loss,
-    giou_loss,
+    focal_loss,
     quality_focal_loss,
 )
+from crosskd_hf.models.box_coding import boxes_to_distances
 from crosskd_hf.models.modeling_dense import GroundTruth, Predictions, Priors
 
 LN2 = math.log(2)
@@ -40,7 +43,7 @@ def scalar(value: float) -> torch.Tensor:
     ],
 )
 def test_quality_focal_loss_by_hand(logit, target, beta, expected):
-    loss = quality_focal_loss(scalar(logit), scalar(target).detach(), beta)
+    loss = quality_focal_loss(scalar(logit)[None], scalar(target).detach()[None], beta)
     assert loss.item() == pytest.approx(expected, abs=1e-12)
 
 
@@ -48,19 +51,44 @@ def test_quality_focal_loss_gradient_flows_through_the_factor():
     # L = (1 - p)^2 * -ln p, p' = p(1 - p) = .25: dL/dx = -2(1 - p) p' * -ln p + (1 - p)^2 (p - 1)
     #   = -.25 ln 2 - .125. A detached factor would give -.125.
     logit = scalar(0.0)
-    quality_focal_loss(logit, torch.tensor(1.0, dtype=torch.float64)).backward()
+    quality_focal_loss(logit[None], torch.tensor([1.0], dtype=torch.float64)).backward()
     assert logit.grad.item() == pytest.approx(-0.25 * LN2 - 0.125)
 
 
-def test_quality_focal_loss_keeps_its_shape_and_is_finite_everywhere():
-    logits = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4]]).repeat(3, 1).requires_grad_()
-    targets = torch.tensor([[0.0], [0.5], [1.0]]).expand(3, 5)
-    for beta in (1.0, 2.0):
+def test_scaled_cross_entropy_by_finite_differences():
+    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    targets = torch.rand(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for beta in (1.0, 1.5, 2.0, 3.0):
+        assert torch.autograd.gradcheck(lambda x, b=beta: quality_focal_loss(x, targets, b), logits)
+    for gamma in (0.5, 1.0, 2.0):
+        assert torch.autograd.gradcheck(lambda x, g=gamma: focal_loss(x, targets.round(), 0.25, g), logits)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 2.0, 2.5])
+def test_focal_loss_is_torchvisions(gamma):
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(50, 7, generator=generator) * 4).requires_grad_()
+    targets = (torch.rand(50, 7, generator=generator) < 0.2).float()
+    ours, theirs = (
+        focal_loss(logits, targets, 0.25, gamma),
+        sigmoid_focal_loss(logits, targets, 0.25, gamma).sum(dim=-1),
+    )
+    torch.testing.assert_close(ours, theirs)
+    gradients = [torch.autograd.grad(loss.sum(), logits)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_quality_focal_loss_sums_classes_and_is_finite_everywhere():
+    logits = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4]]).repeat(3, 1).unsqueeze(-1).requires_grad_()
+    targets = torch.tensor([[0.0], [0.5], [1.0]]).expand(3, 5).unsqueeze(-1)
+    for beta in (1.0, 1.5, 2.0):
         logits.grad = None
         loss = quality_focal_loss(logits, targets, beta)
         loss.sum().backward()
         assert loss.shape == (3, 5) and loss.isfinite().all() and logits.grad.isfinite().all()
         assert loss[0, 0] == 0 and loss[2, 4] == 0
+    both = quality_focal_loss(torch.zeros(2, 2), torch.tensor([[0.0, 1], [0, 0]]))
+    assert both.tolist() == pytest.approx([0.5 * LN2, 0.5 * LN2])
 
 
 # Distribution focal loss --------------------------------------------------------------------------------------------
@@ -104,7 +132,7 @@ def gfl_dfl_loss(box: list[float]) -> float:
     """loss_dfl of a GFL with one positive prior: the anchor centre (0, 0) at stride 8, a class probability of .5 and
     bin i's logit i / 4."""
     model = tiny_model("gfl")
-    priors = Priors([torch.tensor([[-32.0, -32.0, 32.0, 32.0]])], torch.tensor([[8.0]]))
+    priors = Priors.of([torch.tensor([[-32.0, -32.0, 32.0, 32.0]])], [8], torch.zeros(1, 2))
     bins = (torch.arange(17.0) / 4).repeat(4)
     predictions = Predictions(torch.tensor([[[0.0, -9.0]]]), bins.reshape(1, 1, 68), None)
     truth = GroundTruth(torch.tensor([[box]]), torch.tensor([[0]]), torch.tensor([[True]]))
@@ -136,6 +164,16 @@ def pair(a: list[float], b: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
 
 
+def overlaps(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of boxes xyxy, as distances from a point that lies in neither."""
+    point = torch.tensor([-0.5, 7.25], dtype=a.dtype)
+    return distance_overlaps(boxes_to_distances(point, a), boxes_to_distances(point, b))
+
+
+def giou_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return 1 - overlaps(a, b)[1]
+
+
 @pytest.mark.parametrize(
     ("a", "b", "iou", "giou"),
     [
@@ -151,7 +189,8 @@ def pair(a: list[float], b: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
 def test_iou_and_giou_by_hand(a, b, iou, giou):
     for first, second in ((a, b), (b, a)):
         assert box_iou(*pair(first, second)).item() == pytest.approx(iou, abs=1e-12)
-        assert giou_loss(*pair(first, second)).item() == pytest.approx(1 - giou, abs=1e-12)
+        found = [value.item() for value in overlaps(*pair(first, second))]
+        assert found == pytest.approx([iou, giou], abs=1e-12)
 
 
 def test_iou_broadcasts():
@@ -184,19 +223,52 @@ def test_giou_of_two_points_apart():
 def test_overlaps_of_degenerate_boxes_have_finite_gradients():
     boxes = torch.tensor([[0.0, 0, 0, 0], [5, 5, 5, 9], [4, 4, 2, 2], [0, 0, 2, 2]], requires_grad=True)
     targets = torch.tensor([[0.0, 0, 0, 0], [5, 5, 5, 9], [1, 1, 3, 3], [7, 7, 7, 7]])
-    losses = torch.stack([giou_loss(boxes, targets), -box_iou(boxes, targets).clamp(min=1e-6).log()])
+    iou, giou = overlaps(boxes, targets)
+    losses = torch.stack([1 - giou, -iou.clamp(min=1e-6).log()])
     losses.sum().backward()
     assert losses.isfinite().all() and boxes.grad.isfinite().all()
 
 
 def test_giou_gradient_pulls_separate_boxes_together():
-    # GIoU = -(enclosing - 2) / enclosing with enclosing = 3 - (shift of b to the left): moving b left lowers the loss.
-    a, b = pair([0, 0, 1, 1], [2, 0, 3, 1])
-    b.requires_grad_()
+    # GIoU = -(enclosing - 2) / enclosing with enclosing = 3 - (shift of a to the left): moving a left lowers the loss.
+    a, b = pair([2, 0, 3, 1], [0, 0, 1, 1])
+    a.requires_grad_()
     giou_loss(a, b).backward()
-    # Union = 1 + w_b, enclosing = x2: GIoU = U / E - 1, dL/dx1 = 1 / E = 1/3, dL/dx2 = -1 / E + U / E^2 = -1/3 + 2/9.
-    assert b.grad[0].item() == pytest.approx(1 / 3)
-    assert b.grad[2].item() == pytest.approx(-1 / 3 + 2 / 9)
+    # Union = 1 + w_a, enclosing = x2: GIoU = U / E - 1, dL/dx1 = 1 / E = 1/3, dL/dx2 = -1 / E + U / E^2 = -1/3 + 2/9.
+    assert a.grad[0].item() == pytest.approx(1 / 3)
+    assert a.grad[2].item() == pytest.approx(-1 / 3 + 2 / 9)
+
+
+def autograd_overlaps(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formulas over image coordinates, differentiated by autograd."""
+    (a_start, a_end), (b_start, b_end) = ((-d[..., :2], d[..., 2:]) for d in (a, b))
+    inter = (torch.minimum(a_end, b_end) - torch.maximum(a_start, b_start)).clamp(min=0).prod(-1)
+    outer = (torch.maximum(a_end, b_end) - torch.minimum(a_start, b_start)).prod(-1)
+    union = (a_end - a_start).prod(-1) + (b_end - b_start).prod(-1) - inter
+    return inter / union, inter / union - (outer - union) / outer
+
+
+@pytest.mark.parametrize("case", ["around the point", "beside the point", "apart", "equal"])
+def test_overlap_gradients_are_autograds_own(case):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(3, 40, 4, generator=generator, dtype=torch.float64) * 4 + 0.1 for _ in range(2))
+    if case == "beside the point":
+        a = a + torch.tensor([-3.0, 0, 3, 0])
+    elif case == "apart":
+        a[..., :2] += 5
+        a[..., 2:] = 0.5 - a[..., :2]
+    elif case == "equal":  # both of each pair of sides are the nearest: half the slope each, as autograd has it
+        a = b.clone()
+    a.requires_grad_()
+    weights = torch.rand(2, 3, 40, generator=generator, dtype=torch.float64)
+    results = []
+    for function in (distance_overlaps, autograd_overlaps):
+        iou, giou = function(a, b)
+        loss = (weights[0] * iou + weights[1] * giou).sum()
+        results.append((iou.detach(), giou.detach(), torch.autograd.grad(loss, a)[0]))
+    torch.testing.assert_close(*results, atol=1e-12, rtol=1e-12)
+    if case != "equal":
+        assert torch.autograd.gradcheck(lambda x: distance_overlaps(x, b), a)
 
 
 # Distillation -------------------------------------------------------------------------------------------------------
@@ -204,18 +276,35 @@ def test_giou_gradient_pulls_separate_boxes_together():
 
 def test_binary_kd_loss_by_hand():
     # p = .5, teacher .8: |.3| * ln 2.
-    assert binary_kd_loss(scalar(0.0), scalar(math.log(4))).item() == pytest.approx(0.3 * LN2)
+    assert binary_kd_loss(scalar(0.0)[None], scalar(math.log(4))[None]).item() == pytest.approx(0.3 * LN2)
     # p = .8, teacher .5: .3 * (-.5 ln .8 - .5 ln .2).
     expected = 0.3 * (-0.5 * math.log(0.8) - 0.5 * math.log(0.2))
-    assert binary_kd_loss(scalar(math.log(4)), scalar(0.0)).item() == pytest.approx(expected)
-    assert binary_kd_loss(scalar(1.3), scalar(1.3)).item() == 0
+    assert binary_kd_loss(scalar(math.log(4))[None], scalar(0.0)[None]).item() == pytest.approx(expected)
+    assert binary_kd_loss(scalar(1.3)[None], scalar(1.3)[None]).item() == 0
 
 
 def test_binary_kd_loss_gradient_flows_through_the_factor():
     # L = (t - p) * BCE, t = .8, p = .5: dL/dx = -p' ln 2 + (t - p)(p - t) = -.25 ln 2 - .09.
     logit = scalar(0.0)
-    binary_kd_loss(logit, torch.tensor(math.log(4), dtype=torch.float64)).backward()
+    binary_kd_loss(logit[None], torch.tensor([math.log(4)], dtype=torch.float64)).backward()
     assert logit.grad.item() == pytest.approx(-0.25 * LN2 - 0.09)
+
+
+def test_binary_kd_loss_may_write_its_gradient_over_the_logits():
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher, factor = (torch.randn(2, 30, 5, generator=generator) for _ in range(3))
+    found = {}
+    for overwrite in (False, True):
+        leaf = logits.clone().requires_grad_()
+        copied = leaf * 1  # whose memory is written to
+        loss = binary_kd_loss(copied, teacher, overwrite)
+        (loss * factor[..., 0]).sum().backward()
+        found[overwrite] = loss.detach(), leaf.grad
+        assert torch.equal(copied.detach(), logits) != overwrite
+    assert all(torch.equal(a, b) for a, b in zip(found[False], found[True], strict=True))
+    without = logits.clone()
+    assert torch.equal(binary_kd_loss(without, teacher, overwrite=True), found[False][0])
+    assert torch.equal(without, logits), "no gradient is asked for"
 
 
 def test_bin_kl_loss_by_hand_and_in_this_direction():

@@ -25,20 +25,20 @@ def test_the_value_does_not_depend_on_the_students_class(teacher_name: str) -> N
     inputs = tiny_batch()
     own = teacher_forward(teacher, inputs, settings)
     generator = torch.Generator().manual_seed(1)
-    taps = [torch.randn(tap.shape, generator=generator).relu() for tap in own.head.cls_taps]
-    priors = teacher.priors(own.head)
-    valid = teacher.class_weights(teacher.valid_priors(own.head, own.image_sizes))
+    taps = [torch.randn(tap.shape, generator=generator).relu() for tap in own.cls_taps]
+    priors = own.priors
+    valid = teacher.class_weights(teacher.valid_priors(priors, torch.tensor([[64.0, 96.0]] * 2)))
     one = torch.tensor(3.0)
     targets = KDTargets(priors=priors, class_weights=valid, normalizer=one, positive=None, class_normalizer=one)
     values = []
     for name in DETECTORS:
         head = tiny_model(name).head(own.fpn_features, tap_index=settings.tap_index)
         head.cls_taps = head.reg_taps = taps
-        cross = teacher.flatten(cross_pass(teacher, head, own.head, settings.tap_index))
-        terms = prediction_kd_losses(teacher, cross, teacher.flatten(own.head), targets, settings)
+        cross = teacher.flatten(cross_pass(teacher, head, own, settings.tap_index))
+        terms = prediction_kd_losses(teacher, cross, own.predictions, targets, settings)
         values.append({key: term.tolist() for key, term in terms.items()})
     assert all(value == values[0] for value in values)
-    assert sum(values[0]["cls"]) > 0
+    assert torch.tensor(values[0]["cls"]).sum() > 0
 
 
 @pytest.mark.parametrize("student_name", DETECTORS)
@@ -57,15 +57,15 @@ def test_normalisers_and_mask_of_every_pair(student_name: str, teacher_name: str
     if same:
         weights = detection.assignment.class_weights
     normalizer = detection.box_normalizer if same and student_name == "fcos" else detection.class_normalizer
-    cross = teacher.flatten(cross_pass(teacher, output.head, own.head, settings.tap_index))
+    cross = teacher.flatten(cross_pass(teacher, output, own, settings.tap_index))
     targets = KDTargets(
-        priors=teacher.priors(own.head),
+        priors=own.priors,
         class_weights=weights,
         normalizer=normalizer.clamp(min=1),
         positive=detection.assignment.positive if same else None,
         class_normalizer=detection.class_normalizer,
     )
-    expected = prediction_kd_losses(teacher, cross, teacher.flatten(own.head), targets, settings)
+    expected = prediction_kd_losses(teacher, cross, own.predictions, targets, settings)
     assert set(terms) == {f"kd_{name}" for name in expected}
     assert ("kd_centerness" in terms) == (same and student_name == "atss")
     for name, term in expected.items():

@@ -99,11 +99,30 @@ def test_mask_beyond_an_image_rounded_up_to_32() -> None:
     labels = [{"boxes": torch.tensor([[4.0, 4, 30, 30]]), "class_labels": torch.tensor([0])}]
     output = model(pixels, mask, labels, output_distillation=True)
     assert output.image_sizes.tolist() == [[40, 70]]
-    sizes = model.priors(output.head).level_sizes
+    sizes = output.priors.level_sizes
     weights = output.detection.assignment.class_weights.split(sizes, dim=1)
     assert weights[0].reshape(12, 16).sum(0).tolist() == [8.0] * 12 + [0.0] * 4
     assert weights[0].reshape(12, 16).sum(1).tolist() == [12.0] * 8 + [0.0] * 4
     assert weights[4].tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_padded_labels_give_the_losses_of_a_list(name: str) -> None:
+    """Whatever the padding holds."""
+    model, batch = tiny_model(name).eval(), tiny_batch(images=3)
+    listed = model(**batch).loss_dict
+    boxes, classes = torch.full((3, 8, 4), 7.0), torch.ones(3, 8, dtype=torch.long)
+    mask = torch.zeros(3, 8, dtype=torch.bool)
+    for i, label in enumerate(batch["labels"]):
+        count = len(label["boxes"])
+        boxes[i, :count], classes[i, :count], mask[i, :count] = label["boxes"], label["class_labels"], True
+    labels = {"boxes": boxes, "class_labels": classes, "mask": mask}
+    padded = model(batch["pixel_values"], labels=labels).loss_dict
+    torch.testing.assert_close(padded, listed)
+    with pytest.raises(ValueError, match="padded labels need boxes, class_labels and mask; mask missing"):
+        model(batch["pixel_values"], labels={"boxes": boxes, "class_labels": classes})
+    with pytest.raises(ValueError, match="3 labels were given for 2 images"):
+        model(batch["pixel_values"][:2], labels=labels)
 
 
 def test_wrong_numbers_of_labels_are_named() -> None:

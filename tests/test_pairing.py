@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
+from torchvision.ops import generalized_box_iou
 from transformers import AutoModelForObjectDetection
 
 from crosskd_hf.distillation.adapters import ADAPTERS_FILE, ATTRIBUTE, Adapters
@@ -293,12 +294,15 @@ def test_distils_at_the_shared_strides(detector, fewer):
     if hasattr(cut.head, "scales"):
         cut.head.scales.load_state_dict({str(i): torch.tensor(1 + i / 10) for i in range(4)})
     found = terms(*pair_of_models)
-    assert all(term.shape == (4,) for term in found.values())
+    # Without P7's single cell; the feature loss has a value a level.
+    anchors = 9 if detector == "retinanet" else 1
+    shapes = {"kd_feature": (4,), "kd_cls": (2, 128 * anchors), "kd_box": (2, 128 * anchors)}
+    assert {name: tuple(term.shape) for name, term in found.items() if name != "kd_centerness"} == shapes
     # The feature loss knows neither mask nor normaliser: equal level by level.
     expected = terms(student, teacher)
     torch.testing.assert_close(found["kd_feature"], expected["kd_feature"][:4])
-    assert all(term.isfinite().all() and term[:3].gt(0).all() for name, term in found.items() if name != "kd_box")
-    assert found["kd_box"].isfinite().all()
+    assert all(term.isfinite().all() and term.sum() > 0 for term in found.values())
+    assert found["kd_feature"].gt(0).all()
 
 
 def test_scales_of_a_level_are_its_own():
@@ -349,10 +353,11 @@ def test_mimicking_another_kind_of_detector_compares_scores_and_boxes():
     output, own = student_forward(student, inputs, settings), teacher_forward(teacher, inputs, settings)
     terms = distillation_losses(student, output, teacher, own, settings)
     assert set(terms) == {"mimic_cls", "mimic_box"}
-    from crosskd_hf.losses import giou_loss
-
     weights = own.logits.sigmoid().amax(-1)
-    expected = (giou_loss(output.pred_boxes, own.pred_boxes) * weights).sum() / output.detection.class_normalizer
+    pairs = ((student, output), (teacher, own))
+    boxes = [m.decode(out.predictions.boxes, out.priors).flatten(0, 1) for m, out in pairs]
+    giou = generalized_box_iou(*boxes).diagonal().view_as(weights)
+    expected = ((1 - giou) * weights).sum() / output.detection.class_normalizer
     torch.testing.assert_close(terms["mimic_box"].sum(), expected)
 
 

@@ -21,13 +21,17 @@ def tiles(count: int) -> torch.Tensor:
     return torch.cat([corner, corner + 10], dim=1)
 
 
-def select(probabilities, boxes, centerness=None, level_sizes=None, image_size=IMAGE, **options) -> dict:
-    """`probabilities` (P, labels) instead of logits, `centerness` (P,) too."""
+def select(
+    probabilities, boxes, centerness=None, level_sizes=None, image_size=IMAGE, scale=(1.0, 1.0), **options
+) -> dict:
+    """Of one image: `probabilities` (P, labels) instead of logits, `centerness` (P,) too."""
     logits = torch.tensor(probabilities, dtype=torch.float32).logit()
     boxes = torch.as_tensor(boxes, dtype=torch.float32)
     if centerness is not None:
-        centerness = torch.tensor(centerness).logit()
-    return select_detections(logits, boxes, centerness, level_sizes or [len(boxes)], image_size, **options)
+        centerness = torch.tensor(centerness).logit()[None]
+    sizes, level_sizes = torch.tensor([image_size]), level_sizes or [len(boxes)]
+    (found,) = select_detections(logits[None], boxes[None], centerness, level_sizes, sizes, [scale], **options)
+    return found
 
 
 def scores(found: dict) -> list[float]:
@@ -40,7 +44,7 @@ def scores(found: dict) -> list[float]:
 def test_score_is_strictly_above_the_threshold():
     # A logit of 0 is a probability of exactly .5.
     logits = torch.tensor([[0.0], [1e-3], [-1e-3]])
-    found = select_detections(logits, tiles(3), None, [3], IMAGE, score_threshold=0.5)
+    found = select_detections(logits[None], tiles(3)[None], None, [3], torch.tensor([IMAGE]), score_threshold=0.5)[0]
     assert found["boxes"].tolist() == tiles(3)[1:2].tolist()
 
 
@@ -207,3 +211,135 @@ def test_nothing_found_is_empty(centerness):
     assert found["scores"].shape == (0,)
     assert found["labels"].shape == (0,) and found["labels"].dtype == torch.int64
     assert found["boxes"].shape == (0, 4)
+
+
+# Batches, and against a plain implementation ------------------------------------------------------------------------
+
+
+def plain_nms(boxes: torch.Tensor, score: torch.Tensor, label: torch.Tensor, threshold: float) -> list[int]:
+    """Box by box in double precision."""
+    boxes, kept = boxes.double(), []
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+    for i in score.argsort(descending=True, stable=True).tolist():
+        rivals = [j for j in kept if label[j] == label[i]]
+        sides = torch.minimum(boxes[rivals, 2:], boxes[i, 2:]) - torch.maximum(boxes[rivals, :2], boxes[i, :2])
+        overlap = sides.clamp(min=0).prod(dim=1)
+        if not (overlap / (areas[rivals] + areas[i] - overlap) > threshold).any():
+            kept.append(i)
+    return kept
+
+
+def plain_select(logits, boxes, centerness, level_sizes, image_size, scale, count, detections) -> dict:
+    """One image, level by level and pair by pair; of equal scores, the first."""
+    candidates = []
+    for start, size in zip([0, *torch.tensor(level_sizes).cumsum(0).tolist()], level_sizes, strict=False):
+        flat = logits[start : start + size].sigmoid().flatten()
+        best = flat.argsort(descending=True, stable=True)[:count]
+        candidates += [(start + i // logits.shape[1], i % logits.shape[1]) for i in best[flat[best] > 0.05].tolist()]
+    prior, label = torch.tensor(candidates, dtype=torch.long).reshape(-1, 2).unbind(1)
+    score = logits[prior, label].sigmoid()
+    score = score if centerness is None else score * centerness[prior].sigmoid()
+    height, width = scale
+    moved = clip_boxes(boxes[prior], image_size) / torch.tensor([width, height, width, height])
+    real = (moved[:, 2] > moved[:, 0]) & (moved[:, 3] > moved[:, 1])
+    moved, score, label = moved[real], score[real], label[real]
+    keep = plain_nms(moved, score, label, 0.6)[:detections]
+    return {"scores": score[keep], "labels": label[keep], "boxes": moved[keep]}
+
+
+@pytest.mark.parametrize(("mean", "labels"), [(-6.0, 80), (-2.5, 80), (0.0, 3), (-1.0, 1)])
+@pytest.mark.parametrize("with_centerness", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_batch_equals_a_plain_implementation(mean, labels, with_centerness, tied):
+    torch.manual_seed(0)
+    level_sizes, sizes, scales = (
+        [200, 50, 12, 3, 1],
+        [(300, 400), (250, 310), (1, 1)],
+        [(0.5, 0.7), (2.0, 2.0), (1, 1)],
+    )
+    logits = torch.randn(3, 266, labels) * 1.5 + mean
+    if tied:
+        logits = logits.round()
+    corner = torch.rand(3, 266, 2) * 350 - 10
+    boxes = torch.cat([corner, corner + torch.rand(3, 266, 2) * 150 - 5], dim=-1)
+    centerness = torch.randn(3, 266) if with_centerness else None
+    found = select_detections(
+        logits, boxes, centerness, level_sizes, torch.tensor(sizes), scales, max_candidates=40, max_detections=25
+    )
+    for i, own in enumerate(found):
+        own_centerness = None if centerness is None else centerness[i]
+        expected = plain_select(logits[i], boxes[i], own_centerness, level_sizes, sizes[i], scales[i], 40, 25)
+        # A sigmoid's last bit depends on the tensor's shape.
+        torch.testing.assert_close(own["scores"], expected["scores"], rtol=1e-6, atol=0)
+        assert own["labels"].tolist() == expected["labels"].tolist()
+        assert own["boxes"].tolist() == expected["boxes"].tolist()
+
+
+def test_an_image_without_detections_among_others():
+    logits = torch.tensor([[0.9, 0.01], [0.02, 0.8]]).logit().repeat(3, 1, 1)
+    logits[1] = -9
+    found = select_detections(logits, tiles(2).repeat(3, 1, 1), None, [1, 1], torch.tensor([IMAGE] * 3))
+    assert [own["labels"].tolist() for own in found] == [[0, 1], [], [0, 1]]
+    assert found[1]["boxes"].shape == (0, 4) and found[1]["labels"].dtype == torch.int64
+
+
+def test_images_of_a_batch_have_their_own_size_and_scale():
+    boxes = torch.tensor([[[0.0, 0, 50, 50]]]).repeat(2, 1, 1)
+    sizes, scales = torch.tensor([(40, 30), (100, 100)]), [(2.0, 0.5), (1.0, 1.0)]
+    found = select_detections(torch.ones(2, 1, 1), boxes, None, [1], sizes, scales)
+    assert [own["boxes"].tolist() for own in found] == [[[0, 0, 60, 20]], [[0, 0, 50, 50]]]
+    found = select_detections(torch.ones(2, 1, 1), boxes, None, [1], sizes)
+    assert [own["boxes"].tolist() for own in found] == [[[0, 0, 30, 40]], [[0, 0, 50, 50]]]
+
+
+def test_images_of_a_batch_do_not_suppress_each_other():
+    found = select_detections(
+        torch.tensor([[[2.0]], [[1.0]]]), tiles(1).repeat(2, 1, 1), None, [1], torch.tensor([IMAGE] * 2)
+    )
+    assert [len(own["scores"]) for own in found] == [1, 1]
+
+
+def test_equal_scores_keep_the_order_of_levels_and_priors():
+    # Eight equal pairs a level and three wanted: those of the first priors, their classes in order.
+    found = select([[0.5, 0.5]] * 8, tiles(8), level_sizes=[4, 4], max_candidates=3)
+    assert found["boxes"].tolist() == tiles(8)[[0, 0, 1, 4, 4, 5]].tolist()
+    assert found["labels"].tolist() == [0, 1, 0, 0, 1, 0]
+
+
+def test_a_class_is_suppressed_over_levels():
+    box = [0.0, 0, 10, 10]
+    found = select([[0.01, 0.9], [0.01, 0.8], [0.7, 0.01]], [box] * 3, level_sizes=[1, 1, 1])
+    assert scores(found) == [0.9, 0.7]
+
+
+def test_a_prior_with_many_classes_counts_as_many_pairs():
+    # 30 classes of the first prior are the best 30 pairs; the other priors' are below them.
+    probabilities = [[0.9 - 0.01 * label for label in range(30)], [0.5] * 30, [0.4] * 30]
+    found = select(probabilities, tiles(3), max_candidates=31)
+    assert found["labels"].tolist() == [*range(30), 0]
+    assert found["boxes"][:30].unique(dim=0).tolist() == tiles(1).tolist()
+
+
+@pytest.mark.parametrize("label", [0, 79, 1202])
+def test_classes_far_apart_are_not_rounded(label):
+    # IoU .5991 and .6012 of small boxes far from the origin; single precision has steps of 1/4 pixel there.
+    probabilities = torch.full((4, label + 1), 0.01)
+    probabilities[:, label] = torch.tensor([0.9, 0.8, 0.7, 0.6])
+    x = 3990.0
+    boxes = [[x, 0, x + 8, 8], [x, 0, x + 8, 4.793], [x, 50, x + 8, 58], [x, 50, x + 8, 54.81]]
+    assert scores(select(probabilities.tolist(), boxes, image_size=(4000, 4000))) == [0.9, 0.8, 0.7]
+
+
+def test_few_of_many_candidates_are_left():
+    # All of the best 1000 candidates are one object; the others are found behind them.
+    probabilities = torch.cat([torch.linspace(0.9, 0.5, 1500), torch.linspace(0.4, 0.3, 50)])[:, None].tolist()
+    boxes = torch.cat([torch.tensor([[500.0, 900, 600, 1000]]).repeat(1500, 1), tiles(50)])
+    found = select(probabilities, boxes, max_candidates=5000)
+    assert len(found["scores"]) == 51
+    assert found["boxes"][1:].tolist() == tiles(50).tolist()
+
+
+def test_outputs_with_gradients_are_selected_as_others():
+    logits = torch.tensor([[[2.0], [1.0]]], requires_grad=True)
+    found = select_detections(logits, tiles(2)[None].requires_grad_(), None, [2], torch.tensor([IMAGE]))
+    assert len(found[0]["scores"]) == 2

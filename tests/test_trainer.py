@@ -193,10 +193,11 @@ def test_boxes_keep_their_precision_under_autocast(detector: str) -> None:
     model, batch = tiny_model(detector), tiny_batch(height=256, width=256)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(**batch, output_distillation=True)
-        assert output.head.logits[0].dtype == torch.bfloat16
-    predictions, priors = model.flatten(output.head), model.priors(output.head)
-    assert output.pred_boxes.dtype == torch.float32
-    assert torch.equal(output.pred_boxes, model.decode(predictions.boxes, priors))
+        head = model.head(output.fpn_features)
+        assert head.logits[0].dtype == torch.bfloat16
+    predictions, decoded = model.flatten(head), model.decode(output.predictions.boxes, output.priors)
+    assert torch.equal(output.predictions.boxes, predictions.boxes)
+    assert predictions.boxes.dtype == decoded.dtype == torch.float32
     assert all(term.dtype == torch.float32 for term in output.loss_dict.values())
 
 

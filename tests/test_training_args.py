@@ -53,6 +53,8 @@ def test_own_fields_only_add_to_transformers():
         "group_by_orientation",
         "ema_decay",
         "evaluation_pictures",
+        "channels_last",
+        "fold_teacher_batchnorm",
     }
 
 

@@ -85,6 +85,21 @@ def test_flip():
     assert out["image"][0, 0].tolist() == [0, 1, 2, 3] and out["boxes"].tolist() == [[0, 1, 1, 3]]
 
 
+def test_flipping_before_resizing_gives_the_pixels_of_flipping_after():
+    image = torch.randint(0, 256, (3, 37, 53), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    straight, flipped = (
+        build_transform(train=True, short_side=90, long_side=200, flip_probability=p)(sample(37, 53, image=image))
+        for p in (0, 1)
+    )
+    assert torch.equal(flipped["image"], straight["image"].flip(-1))
+
+
+@pytest.mark.parametrize("probability", [-0.1, 1.1])
+def test_a_flip_probability_must_be_one(probability):
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        build_transform(train=True, flip_probability=probability)
+
+
 def short_sides(transform, draws=400):
     torch.manual_seed(0)
     return Counter(min(transform(sample(4, 4))["image"].shape[1:]) for _ in range(draws))

@@ -119,9 +119,8 @@ def test_three_layouts_of_one_data_set_train_and_evaluate_alike(layouts, tmp_pat
         other, other_metrics, other_predictions, other_images = found[name]
         assert other_images == images
         assert torch.equal(other["pixel_values"], batch["pixel_values"]), name
-        for mine, theirs in zip(other["labels"], batch["labels"], strict=True):
-            assert mine.keys() == theirs.keys()
-            assert all(torch.equal(mine[key], theirs[key]) for key in mine), name
+        mine, theirs = other["labels"], batch["labels"]
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine), name
         assert other_metrics == metrics, name
         # The category ids differ: COCO's file has its own, the others count from 0.
         keys = ("image_id", "bbox", "score")

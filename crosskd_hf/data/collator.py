@@ -12,38 +12,83 @@ if TYPE_CHECKING:
     from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor
 
 
+MIN_PADDED_BOXES = 8
+
+
 @dataclass(frozen=True)
 class DetectionCollator:
     """Makes a batch from the items of a `DetectionDataset`.
 
     Gives `pixel_values` (N, 3, H, W) float32, `pixel_mask` (N, H, W) bool, and
-    - for training items `labels`, a list of N dicts: `class_labels` (G,) int64, `boxes` (G, 4) float32 xyxy in pixels
-      of the resized image, `image_id` () int64, `size` and `orig_size` (2,) int64, both (height, width);
+    - for training items `labels`, a dict of the whole batch, padded: `class_labels` (N, G) int64, `boxes` (N, G, 4)
+      float32 xyxy in pixels of the resized image, `mask` (N, G) bool, True for real boxes, and to know the images by
+      `image_id` (N,) int64, `size` and `orig_size` (N, 2) int64, both (height, width);
     - for evaluation items `image_ids` (N,) int64 and `original_sizes` (N, 2) int64, (height, width).
+
+    Padded here, in the loader's workers, and to few different lengths, the boxes cost the model nothing that grows
+    with the images of a batch, and a compiled model needn't be compiled again for every number of boxes.
 
     Args:
         processor: whose `normalize_and_pad` makes the pixels.
+        normalize: False leaves that to `finish`, on the device that trains. Then `pixel_values` are (N, 3, H, W) uint8
+            with H and W the largest of the batch, and instead of the mask there are `pixel_sizes` (N, 2), (height,
+            width): a sixth of the bytes for a worker to write and send.
     """
 
     processor: DenseDetectorImageProcessor
+    normalize: bool = True
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate. Raises ValueError for no items, or for a mixture of training and evaluation items."""
         if len({"boxes" in item for item in items}) != 1:
             raise ValueError("a batch needs at least one item, and training items only or evaluation items only")
-        batch = dict(self.processor.normalize_and_pad([item["image"] for item in items]))
+        images = [item["image"] for item in items]
+        batch = dict(self.processor.normalize_and_pad(images)) if self.normalize else _stack(images)
         if "boxes" in items[0]:
-            return {**batch, "labels": [_label(item) for item in items]}
+            return {**batch, "labels": _labels(items)}
         image_ids = torch.tensor([item["image_id"] for item in items], dtype=torch.int64)
         original_sizes = torch.tensor([item["original_size"] for item in items], dtype=torch.int64)
         return {**batch, "image_ids": image_ids, "original_sizes": original_sizes}
 
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch made with `normalize=False` as it is with True, on the batch's device and without waiting for it."""
+        stacked, sizes = batch["pixel_values"], batch["pixel_sizes"]
+        height, width = stacked.shape[-2:]
+        rows, columns = (torch.arange(n, device=stacked.device) for n in (height, width))
+        inside = (rows < sizes[:, :1])[:, :, None] & (columns < sizes[:, 1:])[:, None]
+        made = self.processor.normalize_and_pad(list(stacked))
+        made["pixel_values"][..., :height, :width].masked_fill_(~inside[:, None], 0)
+        made["pixel_mask"][:, :height, :width] = inside
+        return {**made, **{name: value for name, value in batch.items() if not name.startswith("pixel_")}}
 
-def _label(item: dict[str, Any]) -> dict[str, torch.Tensor]:
+
+def _stack(images: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    sizes = torch.tensor([image.shape[-2:] for image in images])
+    height, width = sizes.amax(0).tolist()
+    # Channels last, as images are decoded and resized: copied row by row.
+    stacked = torch.zeros((len(images), height, width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    for image, target in zip(images, stacked, strict=True):
+        target[:, : image.shape[1], : image.shape[2]] = image
+    return {"pixel_values": stacked, "pixel_sizes": sizes}
+
+
+def padded_number(boxes: int) -> int:
+    """The next power of two, at least `MIN_PADDED_BOXES`."""
+    return max(MIN_PADDED_BOXES, 1 << max(boxes - 1, 0).bit_length())
+
+
+def _labels(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    counts = torch.tensor([len(item["boxes"]) for item in items])
+    length = padded_number(int(counts.max()))
+    boxes, classes = torch.zeros(len(items), length, 4), torch.zeros(len(items), length, dtype=torch.int64)
+    for i, item in enumerate(items):
+        boxes[i, : counts[i]] = item["boxes"]
+        classes[i, : counts[i]] = item["class_labels"]
     return {
-        "class_labels": item["class_labels"],
-        "boxes": item["boxes"],
-        "image_id": torch.tensor(item["image_id"]),
-        "size": torch.tensor(item["image"].shape[-2:]),
-        "orig_size": torch.tensor(item["original_size"]),
+        "class_labels": classes,
+        "boxes": boxes,
+        "mask": torch.arange(length) < counts[:, None],
+        "image_id": torch.tensor([item["image_id"] for item in items]),
+        "size": torch.tensor([item["image"].shape[-2:] for item in items]),
+        "orig_size": torch.tensor([item["original_size"] for item in items]),
     }

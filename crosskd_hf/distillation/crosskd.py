@@ -7,47 +7,26 @@ format, its classes - so no line depends on the student's detector.
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..models.head import HeadOutput
 from ..models.modeling_dense import DenseDetector, DenseDetectorOutput
+from .alignment import align
 from .losses import KDTargets, prediction_kd_losses
 from .pairing import SAME, STUDENT, TEACHER, Pairing
 from .settings import DistillationSettings
 
-
-def channel_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation per channel of (N, C, H, W) over batch and space: (1, C, 1, 1) each.
-
-    A single value (one image, 1x1 level) has no unbiased deviation: 0, so that it standardises to 0.
-    """
-    mean = features.mean(dim=(0, 2, 3), keepdim=True)
-    if features.shape[0] * features.shape[2] * features.shape[3] == 1:
-        return mean, torch.zeros_like(mean)
-    return mean, features.std(dim=(0, 2, 3), keepdim=True)
-
-
-def standardise(features: Tensor) -> Tensor:
-    """(N, C, H, W) with zero mean and unit deviation per channel; gradients flow through both statistics."""
-    mean, std = channel_statistics(features)
-    return (features - mean) / (std + 1e-6)
-
-
-def align(student: Tensor, teacher: Tensor) -> Tensor:
-    """Give the student's features (N, C, H, W) the teacher's mean and deviation per channel."""
-    mean, std = channel_statistics(teacher)
-    return standardise(student) * std + mean
+Taps = HeadOutput | DenseDetectorOutput  # both have cls_taps and reg_taps
 
 
 def cross_pass(
-    teacher: DenseDetector, student: HeadOutput, own: HeadOutput, tap_index: int, pairing: Pairing = SAME
+    teacher: DenseDetector, student: Taps, own: Taps, tap_index: int, pairing: Pairing = SAME
 ) -> HeadOutput:
     """Cross-head predictions: the student's taps through the teacher's blocks `tap_index` and later.
 
     Args:
         teacher: frozen; gradients flow through its layers into the student (and adapters), not into it.
-        student: the student's head output with taps.
-        own: the teacher's head output with taps.
+        student: the student's output, or its head's, with taps.
+        own: the teacher's.
         tap_index: blocks of the teacher that are not run. At 0 it takes FPN levels, which have no ReLU.
         pairing: which levels both have, and what gives the student's taps the teacher's width.
 
@@ -55,16 +34,21 @@ def cross_pass(
         the predictions at the shared levels.
     """
 
-    def aligned(place: str, taps: list[Tensor] | None, references: list[Tensor] | None) -> list[Tensor]:
-        if taps is None or references is None:
+    taps: list[list[Tensor]] = []
+    references: list[Tensor] = []
+    for place, mine, theirs in (
+        ("cls", student.cls_taps, own.cls_taps),
+        ("reg", student.reg_taps, own.reg_taps),
+    ):
+        if mine is None or theirs is None:
             raise ValueError("the cross pass needs taps of both heads: give both forwards tap_index")
-        taps = pairing.adapters.adapt(place, pairing.shared_levels(taps, STUDENT))
-        pairs = zip(taps, pairing.shared_levels(references, TEACHER), strict=True)
-        features = [align(tap.float(), reference.float()) for tap, reference in pairs]
-        return [F.relu(feature) for feature in features] if tap_index > 0 else features
-
-    cls_features = aligned("cls", student.cls_taps, own.cls_taps)
-    reg_features = aligned("reg", student.reg_taps, own.reg_taps)
+        taps.append(pairing.adapters.adapt(place, pairing.shared_levels(mine, STUDENT)))
+        references += pairing.shared_levels(theirs, TEACHER)
+    cls_taps, reg_taps = taps
+    if all(a is b for a, b in zip(cls_taps, reg_taps, strict=True)):  # FPN levels: both towers start from them
+        reg_taps, references = [], references[: len(cls_taps)]
+    features = align([t.float() for t in cls_taps + reg_taps], [r.float() for r in references], tap_index > 0)
+    cls_features, reg_features = features[: len(cls_taps)], features[-len(cls_taps) :]
     levels = None if pairing.levels is None else pairing.levels[TEACHER]
     return teacher.head(cls_features, reg_features, start_block=tap_index, levels=levels)
 
@@ -77,7 +61,7 @@ def crosskd_losses(
     settings: DistillationSettings,
     pairing: Pairing = SAME,
 ) -> dict[str, Tensor]:
-    """The CrossKD terms, a (shared levels,) tensor each, weighted and normalised.
+    """The CrossKD terms, a (N, P) tensor each, weighted and normalised.
 
     Args:
         student: unwrapped; only its matching rule is looked at.
@@ -87,16 +71,17 @@ def crosskd_losses(
         settings: weights and taps.
         pairing: of the two (`pair_up`).
     """
-    if student_output.head is None or student_output.detection is None or teacher_output.head is None:
+    if student_output.detection is None or teacher_output.predictions is None:
         raise ValueError("CrossKD needs both models' forward(output_distillation=True), the student's with labels")
-    cross_head = cross_pass(teacher, student_output.head, teacher_output.head, settings.tap_index, pairing)
     targets = kd_targets(student, student_output, teacher, teacher_output, pairing)
-    cross, own = teacher.flatten(cross_head), teacher.flatten(pairing.shared_head(teacher_output.head, TEACHER))
+    # Not kept in a variable: the maps of nine anchors' classes are large.
+    cross = teacher.flatten(cross_pass(teacher, student_output, teacher_output, settings.tap_index, pairing))
+    own = pairing.shared_predictions(teacher_output, TEACHER)
     # Both are in the teacher's classes.
     cross, own = (pairing.shared_classes(predictions, TEACHER) for predictions in (cross, own))
     with torch.autocast(cross.logits.device.type, enabled=False):
-        terms = prediction_kd_losses(teacher, cross, own, targets, settings)
-    return {f"kd_{name}": settings.crosskd * term for name, term in terms.items()}
+        terms = prediction_kd_losses(teacher, cross, own, targets, settings, scale=settings.crosskd, overwrite=True)
+    return {f"kd_{name}": term for name, term in terms.items()}
 
 
 def kd_targets(
@@ -112,19 +97,18 @@ def kd_targets(
     RetinaNet's ignored band), its positives and the teacher's kind of normaliser. Any other student only lends its
     class normaliser, and the mask is the validity of the teacher's priors.
     """
-    detection, head = student_output.detection, teacher_output.head
-    priors = teacher.priors(head)
+    detection, priors = student_output.detection, teacher_output.priors
+    class_normalizer = detection.class_normalizer.clamp(min=1)
     if student.matching_rule() == teacher.matching_rule():  # the same strides too: all levels are shared
         by_box = teacher.distillation.normalizer == "box"
         return KDTargets(
             priors=priors,
             class_weights=detection.assignment.class_weights,
-            normalizer=(detection.box_normalizer if by_box else detection.class_normalizer).clamp(min=1),
+            normalizer=detection.box_normalizer.clamp(min=1) if by_box else class_normalizer,
             positive=detection.assignment.positive,
-            class_normalizer=detection.class_normalizer.clamp(min=1),
+            class_normalizer=class_normalizer,
         )
-    class_normalizer = detection.class_normalizer.clamp(min=1)
-    class_weights = teacher.class_weights(teacher.valid_priors(head, teacher_output.image_sizes))
+    class_weights = teacher.class_weights(teacher.valid_priors(priors, student_output.image_sizes))
     return KDTargets(
         priors=pairing.shared_priors(priors, TEACHER),
         class_weights=pairing.shared_rows(class_weights, priors.level_sizes, TEACHER),

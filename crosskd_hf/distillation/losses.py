@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..losses import EPS, bin_kl_loss, binary_kd_loss, box_iou, giou_loss
-from ..models.modeling_dense import DenseDetector, Predictions, Priors, level_sums
+from ..losses import EPS, bin_kl_loss, binary_kd_loss, distance_overlaps
+from ..models.modeling_dense import DenseDetector, Predictions, Priors
 from .settings import DistillationSettings
 
 
@@ -29,10 +29,15 @@ class KDTargets:
     class_normalizer: Tensor
 
 
-def classification_kd_loss(cross: Predictions, teacher: Predictions, targets: KDTargets) -> Tensor:
-    """kd_cls: |p - p_teacher| * BCE, over all (shared) classes, a (levels,) tensor (equation 6)."""
-    loss = binary_kd_loss(cross.logits, teacher.logits).sum(dim=-1) * targets.class_weights
-    return level_sums(loss, targets.priors.level_sizes) / targets.normalizer
+def classification_kd_loss(
+    cross: Predictions, teacher: Predictions, targets: KDTargets, weight: float = 1.0, overwrite: bool = False
+) -> Tensor:
+    """kd_cls: |p - p_teacher| * BCE, over all (shared) classes, a (N, P) tensor (equation 6).
+
+    `overwrite` spoils the cross-head logits, see `binary_kd_loss`.
+    """
+    loss = binary_kd_loss(cross.logits, teacher.logits, overwrite)
+    return loss * (targets.class_weights / (targets.normalizer / weight))
 
 
 def box_kd_loss(
@@ -40,35 +45,33 @@ def box_kd_loss(
     cross: Predictions,
     teacher: Predictions,
     targets: KDTargets,
-    decoded: Tensor | None = None,
+    weight: float = 1.0,
+    distances: Tensor | None = None,
 ) -> Tensor:
-    """kd_box, weighted by the teacher's highest probability of a shared class, a (levels,) tensor.
+    """kd_box, weighted by the teacher's highest probability of a shared class, a (N, P) tensor.
 
     Distance distributions are compared by their KL divergence, over the sum of those weights on this rank. (The
     reference doesn't bound that sum from below; 1 here, so that a batch without confidence can't blow up.)
-    Other detectors compare decoded boxes, by GIoU or -log IoU, over the normaliser; so does GFL, by GIoU, with boxes
-    `decoded` (N, P, 4) of a detector that has no such distributions.
+    Other detectors compare boxes, by GIoU or -log IoU, over the normaliser; so does GFL, by GIoU, with those of a
+    detector that has no such distributions, given as `distances` (N, P, 4) from the priors' centres.
     """
-    weights = teacher.logits.sigmoid().amax(dim=-1) * targets.class_weights
+    weights = teacher.logits.amax(dim=-1).sigmoid() * targets.class_weights
     normalizer = targets.normalizer
     kind = detector.distillation.box_loss
-    if kind == "bin_kl" and decoded is None:
+    if kind == "bin_kl" and distances is None:
         loss = bin_kl_loss(cross.boxes.unflatten(-1, (4, -1)), teacher.boxes.unflatten(-1, (4, -1))).mean(dim=-1)
         normalizer = weights.sum().clamp(min=1)
     else:
-        boxes = detector.decode(cross.boxes, targets.priors) if decoded is None else decoded
-        teacher_boxes = detector.decode(teacher.boxes, targets.priors)
-        if kind == "log_iou":
-            loss = -box_iou(boxes, teacher_boxes).clamp(min=EPS).log()
-        else:
-            loss = giou_loss(boxes, teacher_boxes)
-    return level_sums(loss * weights, targets.priors.level_sizes) / normalizer
+        mine = detector.distances(cross.boxes, targets.priors) if distances is None else distances
+        iou, giou = distance_overlaps(mine, detector.distances(teacher.boxes, targets.priors))
+        loss = -iou.clamp(min=EPS).log() if kind == "log_iou" else 1 - giou
+    return loss * (weights / (normalizer / weight))
 
 
-def centerness_kd_loss(cross: Predictions, teacher: Predictions, targets: KDTargets) -> Tensor:
-    """kd_centerness: BCE with the teacher's centerness at the student's positives, a (levels,) tensor."""
+def centerness_kd_loss(cross: Predictions, teacher: Predictions, targets: KDTargets, weight: float = 1.0) -> Tensor:
+    """kd_centerness: BCE with the teacher's centerness at the student's positives, a (N, P) tensor."""
     loss = F.binary_cross_entropy_with_logits(cross.centerness, teacher.centerness.sigmoid(), reduction="none")
-    return level_sums(loss * targets.positive, targets.priors.level_sizes) / targets.class_normalizer
+    return loss * (targets.positive / (targets.class_normalizer / weight))
 
 
 def prediction_kd_losses(
@@ -77,7 +80,9 @@ def prediction_kd_losses(
     own: Predictions,
     targets: KDTargets,
     settings: DistillationSettings,
-    decoded: Tensor | None = None,
+    scale: float = 1.0,
+    distances: Tensor | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Tensor]:
     """All terms by which predictions in the teacher's format mimic the teacher's own.
 
@@ -87,15 +92,18 @@ def prediction_kd_losses(
         own: the teacher's.
         targets: mask and normalisers.
         settings: weights of the terms.
-        decoded: (N, P, 4) xyxy boxes of predictions that are not in the teacher's box format.
+        scale: of all of them.
+        distances: (N, P, 4) from the priors' centres to the sides of boxes that are not in the teacher's format.
+        overwrite: the logits of `predictions` aren't read any more, so that their memory may be used.
 
     Returns:
-        `cls`, `box` and, for a teacher with centerness that is mimicked, `centerness`: (levels,) tensors.
+        `cls`, `box` and, for a teacher with centerness that is mimicked, `centerness`: (N, P) tensors.
     """
     terms = {
-        "cls": settings.cls_weight * classification_kd_loss(predictions, own, targets),
-        "box": settings.box_weight * box_kd_loss(teacher, predictions, own, targets, decoded),
+        "cls": classification_kd_loss(predictions, own, targets, scale * settings.cls_weight, overwrite),
+        "box": box_kd_loss(teacher, predictions, own, targets, scale * settings.box_weight, distances),
     }
     if teacher.distillation.centerness and targets.positive is not None:
-        terms["centerness"] = settings.centerness_weight * centerness_kd_loss(predictions, own, targets)
+        weight = scale * settings.centerness_weight
+        terms["centerness"] = centerness_kd_loss(predictions, own, targets, weight)
     return terms

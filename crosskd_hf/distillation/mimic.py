@@ -6,6 +6,7 @@ The paper's counter-example (CrossKD, arXiv 2306.11369, section 3.1): ground tru
 import torch
 from torch import Tensor
 
+from ..models.box_coding import boxes_to_distances
 from ..models.modeling_dense import DenseDetector, DenseDetectorOutput
 from .crosskd import kd_targets
 from .losses import prediction_kd_losses
@@ -21,9 +22,9 @@ def mimic_losses(
     settings: DistillationSettings,
     pairing: Pairing = SAME,
 ) -> dict[str, Tensor]:
-    """`mimic_cls`, `mimic_box`, `mimic_centerness`: CrossKD's losses without the cross pass, a (levels,) tensor each.
+    """`mimic_cls`, `mimic_box`, `mimic_centerness`: CrossKD's losses without the cross pass, a (N, P) tensor each.
 
-    Detectors of different kinds are compared by their class scores and decoded boxes.
+    Detectors of different kinds are compared by their class scores and boxes.
 
     Args:
         student, teacher: a pair with as many priors a cell (`pair_up` sees to it).
@@ -32,13 +33,13 @@ def mimic_losses(
         pairing: of the two.
     """
     targets = kd_targets(student, student_output, teacher, teacher_output, pairing)
-    mine = student.flatten(pairing.shared_head(student_output.head, STUDENT))
-    own = teacher.flatten(pairing.shared_head(teacher_output.head, TEACHER))
+    mine = pairing.shared_predictions(student_output, STUDENT)
+    own = pairing.shared_predictions(teacher_output, TEACHER)
     mine, own = pairing.shared_classes(mine, STUDENT), pairing.shared_classes(own, TEACHER)
     with torch.autocast(mine.logits.device.type, enabled=False):
-        decoded = None
+        distances = None
         if not same_format(student, teacher):
-            priors = pairing.shared_priors(student.priors(student_output.head), STUDENT)
-            decoded = student.decode(mine.boxes, priors)
-        terms = prediction_kd_losses(teacher, mine, own, targets, settings, decoded)
-    return {f"mimic_{name}": settings.mimic * term for name, term in terms.items()}
+            priors = pairing.shared_priors(student_output.priors, STUDENT)
+            distances = boxes_to_distances(targets.priors.centers, student.decode(mine.boxes, priors))
+        terms = prediction_kd_losses(teacher, mine, own, targets, settings, settings.mimic, distances)
+    return {f"mimic_{name}": term for name, term in terms.items()}

@@ -1,8 +1,11 @@
 """All distillation terms of a pair of models, as the recipe composes them."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
+from ..models.folding import fold_batchnorms
 from ..models.modeling_dense import DenseDetector, DenseDetectorOutput
 from .crosskd import crosskd_losses
 from .mimic import mimic_losses
@@ -11,10 +14,28 @@ from .pkd import pkd_loss
 from .settings import DistillationSettings
 
 
+def prepare_teacher(teacher: DenseDetector, fold_batchnorm: bool = True) -> DenseDetector:
+    """A teacher that shares everything with the given one but the backbone, which is a copy without BatchNorms.
+
+    The given one's weights stay as they are, to be compared and saved.
+    """
+    if not fold_batchnorm:
+        return teacher
+    prepared = copy.copy(teacher)
+    prepared._modules = dict(teacher._modules) | {"backbone": fold_batchnorms(teacher.backbone)}
+    return prepared
+
+
 def student_forward(student: nn.Module, inputs: dict, settings: DistillationSettings) -> DenseDetectorOutput:
     """The student's predictions, losses and taps. It may be wrapped, by DDP or `torch.compile`."""
     tap_index = settings.student_tap_index if settings.crosskd > 0 else None
-    return student(**inputs, output_distillation=True, tap_index=tap_index, raw_taps=settings.raw_taps)
+    return student(
+        **inputs,
+        output_distillation=True,
+        output_predictions=settings.mimic > 0,  # the cross pass has its own
+        tap_index=tap_index,
+        raw_taps=settings.raw_taps,
+    )
 
 
 def teacher_forward(
@@ -40,7 +61,7 @@ def distillation_losses(
     settings: DistillationSettings,
     pairing: Pairing = SAME,
 ) -> dict[str, Tensor]:
-    """The terms `kd_* mimic_*` that the settings turn on, a weighted (shared levels,) tensor each."""
+    """The terms `kd_* mimic_*` that the settings turn on, a weighted tensor each, to be summed."""
     pair = (student, student_output, teacher, teacher_output, settings, pairing)
     terms: dict[str, Tensor] = {}
     if settings.crosskd > 0:

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from ..models.configuration_dense import DenseDetectorConfig
-from ..models.head import HeadOutput
 from ..models.image_processing_dense import DenseDetectorImageProcessor, pixel_style
-from ..models.modeling_dense import DenseDetector, Predictions, Priors
+from ..models.modeling_dense import DenseDetector, DenseDetectorOutput, Predictions, Priors
 from .adapters import Adapters
 from .settings import DistillationSettings
 
@@ -83,20 +82,25 @@ class Pairing:
         """Maps of all levels -> those of the shared ones."""
         return maps if self.levels is None else [maps[level] for level in self.levels[whose]]
 
-    def shared_head(self, head: HeadOutput, whose: int) -> HeadOutput:
-        """A head's output at the shared levels."""
+    def shared_predictions(self, output: DenseDetectorOutput, whose: int) -> Predictions:
+        """A model's own predictions at the shared levels."""
         if self.levels is None:
-            return head
-        fields = ("logits", "boxes", "centerness", "cls_taps", "reg_taps")
-        maps = {name: getattr(head, name) for name in fields}
-        return HeadOutput(**{k: None if m is None else self.shared_levels(m, whose) for k, m in maps.items()})
+            return output.predictions
+        sizes = output.priors.level_sizes
+        found = output.predictions
+        rows = (
+            v if v is None else self.shared_rows(v, sizes, whose)
+            for v in (found.logits, found.boxes, found.centerness)
+        )
+        return Predictions(*rows)
 
     def shared_priors(self, priors: Priors, whose: int) -> Priors:
         """Priors of the shared levels."""
         if self.levels is None:
             return priors
-        strides = self.shared_rows(priors.strides, priors.level_sizes, whose, dim=0)
-        return Priors([priors.levels[level] for level in self.levels[whose]], strides)
+        kept = self.levels[whose]
+        corners = self.shared_rows(priors.corners, priors.level_sizes, whose, dim=0)
+        return Priors.of([priors.levels[i] for i in kept], [priors.level_strides[i] for i in kept], corners)
 
     def shared_rows(self, values: Tensor, level_sizes: list[int], whose: int, dim: int = 1) -> Tensor:
         """Values of all priors, along `dim` -> those of the shared levels."""

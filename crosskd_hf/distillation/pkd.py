@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .crosskd import standardise
+from .alignment import standardise
 
 
 def pkd_loss(student_features: list[Tensor], teacher_features: list[Tensor]) -> Tensor:
@@ -15,8 +16,6 @@ def pkd_loss(student_features: list[Tensor], teacher_features: list[Tensor]) -> 
     Returns:
         (levels,) tensor.
     """
-    differences = [
-        standardise(student.float()) - standardise(teacher.float())
-        for student, teacher in zip(student_features, teacher_features, strict=True)
-    ]
-    return torch.stack([0.5 * difference.pow(2).mean() for difference in differences])
+    mine = standardise([student.float() for student in student_features])
+    theirs = standardise([teacher.float() for teacher in teacher_features])
+    return torch.stack([0.5 * F.mse_loss(a, b) for a, b in zip(mine, theirs, strict=True)])

@@ -63,27 +63,21 @@ def cell_centers(sizes: list[tuple[int, int]], strides: list[int], device: torch
     return [grid + stride / 2 for grid, stride in zip(grid_offsets(sizes, strides, device), strides, strict=True)]
 
 
-def valid_cells(
-    sizes: list[tuple[int, int]], strides: list[int], image_sizes: Tensor, size_divisor: int, num_anchors: int
-) -> Tensor:
+def cell_corners(sizes: list[tuple[int, int]], strides: list[int], num_anchors: int, device: torch.device) -> Tensor:
+    """(P, 2) xy pixel of the top left corner of each prior's cell, over all levels."""
+    return torch.cat(grid_offsets(sizes, strides, device)).repeat_interleave(num_anchors, dim=0)
+
+
+def valid_cells(corners: Tensor, image_sizes: Tensor, size_divisor: int) -> Tensor:
     """Which priors lie on an image's own area.
 
     Args:
-        sizes: (height, width) of each level.
-        strides: pixels a cell, a level.
+        corners: (P, 2) xy pixel of the top left corner of each prior's cell.
         image_sizes: (N, 2) height and width in pixels, without the batch's padding.
         size_divisor: an image's own size is rounded up to this.
-        num_anchors: priors a cell.
 
     Returns:
         (N, P) bool: False for priors of cells beyond the rounded image.
     """
     padded = torch.ceil(image_sizes / size_divisor) * size_divisor
-    masks = []
-    for (height, width), stride in zip(sizes, strides, strict=True):
-        cells = torch.ceil(padded / stride)
-        rows = torch.arange(height, device=image_sizes.device) < cells[:, 0, None]
-        columns = torch.arange(width, device=image_sizes.device) < cells[:, 1, None]
-        mask = rows[:, :, None] & columns[:, None, :]
-        masks.append(mask.flatten(1).repeat_interleave(num_anchors, dim=1))
-    return torch.cat(masks, dim=1)
+    return (corners < padded.flip(1).unsqueeze(1)).all(dim=-1)

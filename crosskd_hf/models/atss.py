@@ -3,13 +3,12 @@
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import sigmoid_focal_loss
 
 from ..assigners import Assignment, atss_assign
 from ..distributed import mean_over_ranks
-from ..losses import giou_loss
+from ..losses import distance_overlaps, focal_loss
 from .anchors import square_anchors
-from .box_coding import box_centers, centerness, deltas_to_boxes
+from .box_coding import centerness, deltas_to_distances
 from .configuration_dense import ATSSConfig
 from .head import HeadSpec
 from .modeling_dense import (
@@ -20,8 +19,7 @@ from .modeling_dense import (
     Predictions,
     Priors,
     class_targets,
-    level_sums,
-    matched_boxes,
+    matched_distances,
     positives_per_image,
 )
 
@@ -41,11 +39,11 @@ class ATSSForObjectDetection(DenseDetector):
     def prior_levels(self, sizes: list[tuple[int, int]], device: torch.device) -> list[Tensor]:
         return square_anchors(sizes, self.config.strides, self.config.anchor_scale, device)
 
-    def decode(self, boxes: Tensor, priors: Priors) -> Tensor:
-        return deltas_to_boxes(priors.all, boxes, tuple(self.config.delta_scales))
+    def distances(self, boxes: Tensor, priors: Priors) -> Tensor:
+        return deltas_to_distances(boxes, priors.extents, tuple(self.config.delta_scales))
 
     def assign(self, priors: Priors, valid: Tensor, truth: GroundTruth) -> Assignment:
-        return atss_assign(priors.levels, valid, truth.boxes, truth.mask, self.config.assigner_topk)
+        return atss_assign(priors.all, priors.level_sizes, valid, truth.boxes, truth.mask, self.config.assigner_topk)
 
     def matching_rule(self) -> tuple:
         config = self.config
@@ -55,24 +53,22 @@ class ATSSForObjectDetection(DenseDetector):
         self, predictions: Predictions, priors: Priors, assignment: Assignment, truth: GroundTruth
     ) -> DetectionLosses:
         config, positive = self.config, assignment.positive
-        boxes = matched_boxes(truth, assignment, stand_in=priors.all)
-        target = centerness(box_centers(priors.all), boxes)
+        targets = matched_distances(truth, assignment, priors)
+        target = centerness(targets)
         weights = target * positive
         class_normalizer = mean_over_ranks(positives_per_image(positive))
         box_normalizer = mean_over_ranks(weights.sum()).clamp(min=1)
 
-        labels = class_targets(truth, assignment, config.num_labels)
-        cls_loss = sigmoid_focal_loss(predictions.logits, labels, config.focal_alpha, config.focal_gamma)
-        cls_loss = cls_loss.sum(dim=-1) * assignment.class_weights
-        box_loss = giou_loss(self.decode(predictions.boxes, priors), boxes) * weights
+        labels = class_targets(truth, assignment, predictions.logits)
+        cls_loss = focal_loss(predictions.logits, labels, config.focal_alpha, config.focal_gamma)
+        _, giou = distance_overlaps(self.distances(predictions.boxes, priors), targets)
         centerness_loss = F.binary_cross_entropy_with_logits(predictions.centerness, target, reduction="none")
 
-        sizes = priors.level_sizes
         return DetectionLosses(
             terms={
-                "loss_cls": level_sums(cls_loss, sizes) / class_normalizer,
-                "loss_box": level_sums(box_loss, sizes) / box_normalizer * config.box_loss_weight,
-                "loss_centerness": level_sums(centerness_loss * positive, sizes) / class_normalizer,
+                "loss_cls": cls_loss * (assignment.class_weights / class_normalizer),
+                "loss_box": (1 - giou) * (weights * (config.box_loss_weight / box_normalizer)),
+                "loss_centerness": centerness_loss * (positive / class_normalizer),
             },
             assignment=assignment,
             class_normalizer=class_normalizer,

@@ -3,13 +3,12 @@
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import sigmoid_focal_loss
 
 from ..assigners import Assignment, point_assign
 from ..distributed import mean_over_ranks
-from ..losses import EPS, box_iou
+from ..losses import EPS, distance_overlaps, focal_loss
 from .anchors import cell_centers
-from .box_coding import centerness, distances_to_boxes
+from .box_coding import centerness
 from .configuration_dense import FCOSConfig
 from .head import HeadSpec
 from .modeling_dense import (
@@ -20,8 +19,7 @@ from .modeling_dense import (
     Predictions,
     Priors,
     class_targets,
-    level_sums,
-    matched_boxes,
+    matched_distances,
 )
 
 
@@ -38,8 +36,8 @@ class FCOSForObjectDetection(DenseDetector):
     def prior_levels(self, sizes: list[tuple[int, int]], device: torch.device) -> list[Tensor]:
         return cell_centers(sizes, self.config.strides, device)
 
-    def decode(self, boxes: Tensor, priors: Priors) -> Tensor:
-        return distances_to_boxes(priors.all, boxes)
+    def distances(self, boxes: Tensor, priors: Priors) -> Tensor:
+        return boxes
 
     def assign(self, priors: Priors, valid: Tensor, truth: GroundTruth) -> Assignment:
         # FCOS doesn't look at validity: points on padding are background like any other.
@@ -58,25 +56,23 @@ class FCOSForObjectDetection(DenseDetector):
     def detection_losses(
         self, predictions: Predictions, priors: Priors, assignment: Assignment, truth: GroundTruth
     ) -> DetectionLosses:
-        config, positive, points = self.config, assignment.positive, priors.all
-        around = torch.cat([points - priors.strides, points + priors.strides], dim=-1)
-        boxes = matched_boxes(truth, assignment, stand_in=around)
-        target = centerness(points, boxes)
+        config, positive = self.config, assignment.positive
+        targets = matched_distances(truth, assignment, priors)
+        target = centerness(targets)
         weights = target * positive
         class_normalizer = mean_over_ranks(positive.sum().float()).clamp(min=1)
         box_normalizer = mean_over_ranks(weights.sum()).clamp(min=EPS)
 
-        labels = class_targets(truth, assignment, config.num_labels)
-        cls_loss = sigmoid_focal_loss(predictions.logits, labels, config.focal_alpha, config.focal_gamma).sum(dim=-1)
-        box_loss = -box_iou(self.decode(predictions.boxes, priors), boxes).clamp(min=EPS).log() * weights
+        labels = class_targets(truth, assignment, predictions.logits)
+        cls_loss = focal_loss(predictions.logits, labels, config.focal_alpha, config.focal_gamma)
+        iou, _ = distance_overlaps(predictions.boxes, targets)
         centerness_loss = F.binary_cross_entropy_with_logits(predictions.centerness, target, reduction="none")
 
-        sizes = priors.level_sizes
         return DetectionLosses(
             terms={
-                "loss_cls": level_sums(cls_loss, sizes) / class_normalizer,
-                "loss_box": level_sums(box_loss, sizes) / box_normalizer,
-                "loss_centerness": level_sums(centerness_loss * positive, sizes) / class_normalizer,
+                "loss_cls": cls_loss / class_normalizer,
+                "loss_box": -iou.clamp(min=EPS).log() * (weights / box_normalizer),
+                "loss_centerness": centerness_loss * (positive / class_normalizer),
             },
             assignment=assignment,
             class_normalizer=class_normalizer,

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..assigners import Assignment, atss_assign
 from ..distributed import mean_over_ranks
-from ..losses import box_iou, distribution_focal_loss, giou_loss, quality_focal_loss
+from ..losses import distance_overlaps, distribution_focal_loss, quality_focal_loss
 from .anchors import square_anchors
-from .box_coding import box_centers, boxes_to_distances, distances_to_boxes, expected_bins
+from .box_coding import expected_bins
 from .configuration_dense import GFLConfig
 from .head import HeadSpec
 from .modeling_dense import (
@@ -22,8 +22,7 @@ from .modeling_dense import (
     Predictions,
     Priors,
     class_targets,
-    level_sums,
-    matched_boxes,
+    matched_distances,
     positives_per_image,
 )
 
@@ -41,11 +40,11 @@ class GFLForObjectDetection(DenseDetector):
     def prior_levels(self, sizes: list[tuple[int, int]], device: torch.device) -> list[Tensor]:
         return square_anchors(sizes, self.config.strides, self.config.anchor_scale, device)
 
-    def decode(self, boxes: Tensor, priors: Priors) -> Tensor:
-        return distances_to_boxes(box_centers(priors.all), expected_bins(boxes) * priors.strides)
+    def distances(self, boxes: Tensor, priors: Priors) -> Tensor:
+        return expected_bins(boxes) * priors.strides
 
     def assign(self, priors: Priors, valid: Tensor, truth: GroundTruth) -> Assignment:
-        return atss_assign(priors.levels, valid, truth.boxes, truth.mask, self.config.assigner_topk)
+        return atss_assign(priors.all, priors.level_sizes, valid, truth.boxes, truth.mask, self.config.assigner_topk)
 
     def matching_rule(self) -> tuple:
         config = self.config
@@ -55,29 +54,23 @@ class GFLForObjectDetection(DenseDetector):
         self, predictions: Predictions, priors: Priors, assignment: Assignment, truth: GroundTruth
     ) -> DetectionLosses:
         config, positive = self.config, assignment.positive
-        centers = box_centers(priors.all)
-        boxes = self.decode(predictions.boxes, priors)
-        targets = matched_boxes(truth, assignment, stand_in=priors.all)
+        targets = matched_distances(truth, assignment, priors)
+        iou, giou = distance_overlaps(self.distances(predictions.boxes, priors), targets)
         class_normalizer = mean_over_ranks(positives_per_image(positive))
         # Boxes count as much as the detector already believes in them.
-        weights = predictions.logits.detach().sigmoid().amax(dim=-1) * positive
-        box_normalizer = mean_over_ranks(weights.sum()).clamp(min=1)
+        confidence = predictions.logits.detach().amax(dim=-1).sigmoid() * positive
+        box_normalizer = mean_over_ranks(confidence.sum()).clamp(min=1)
+        weights = confidence / box_normalizer
 
-        quality = box_iou(boxes.detach(), targets).unsqueeze(-1)
-        quality = quality * class_targets(truth, assignment, config.num_labels)
+        quality = class_targets(truth, assignment, predictions.logits, iou.detach())
         cls_loss = quality_focal_loss(predictions.logits, quality, config.quality_focal_beta)
-        cls_loss = cls_loss.sum(dim=-1) * assignment.class_weights
-
-        bins = (boxes_to_distances(centers, targets) / priors.strides).clamp(min=0, max=config.reg_max - 0.1)
-        dfl_loss = distribution_focal_loss(predictions.boxes.unflatten(-1, (4, -1)), bins).mean(dim=-1) * weights
-        box_loss = giou_loss(boxes, targets) * weights
-
-        sizes = priors.level_sizes
+        bins = (targets / priors.strides).clamp(min=0, max=config.reg_max - 0.1)
+        dfl_loss = distribution_focal_loss(predictions.boxes.unflatten(-1, (4, -1)), bins).mean(dim=-1)
         return DetectionLosses(
             terms={
-                "loss_cls": level_sums(cls_loss, sizes) / class_normalizer,
-                "loss_box": level_sums(box_loss, sizes) / box_normalizer * config.box_loss_weight,
-                "loss_dfl": level_sums(dfl_loss, sizes) / box_normalizer * config.dfl_loss_weight,
+                "loss_cls": cls_loss * (assignment.class_weights / class_normalizer),
+                "loss_box": (1 - giou) * (weights * config.box_loss_weight),
+                "loss_dfl": dfl_loss * (weights * config.dfl_loss_weight),
             },
             assignment=assignment,
             class_normalizer=class_normalizer,

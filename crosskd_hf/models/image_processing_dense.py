@@ -257,27 +257,22 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
             ValueError: if `target_sizes` doesn't have an entry an image.
         """
         sizes = outputs["image_sizes"].tolist()
-        centerness = outputs.get("centerness")  # the pipeline leaves out what is None
         targets = sizes if target_sizes is None else [tuple(map(float, size)) for size in target_sizes]
         if len(targets) != len(sizes):
             raise ValueError(f"target_sizes has {len(targets)} entries for {len(sizes)} images")
-        results = []
-        for i, ((height, width), (target_height, target_width)) in enumerate(zip(sizes, targets, strict=True)):
-            found = select_detections(
-                outputs["logits"][i],
-                outputs["pred_boxes"][i],
-                None if centerness is None else centerness[i],
-                outputs["level_sizes"][i].tolist(),
-                image_size=(height, width),
-                scale=(height / target_height, width / target_width),
-                score_threshold=self.score_threshold,
-                max_candidates=self.max_candidates,
-                nms_threshold=self.nms_threshold,
-                max_detections=self.max_detections,
-            )
-            keep = found["scores"] > threshold
-            results.append({name: value[keep] for name, value in found.items()})
-        return results
+        found = select_detections(
+            outputs["logits"],
+            outputs["pred_boxes"],
+            outputs.get("centerness"),  # the pipeline leaves out what is None
+            outputs["level_sizes"][0].tolist(),
+            image_sizes=outputs["image_sizes"],
+            scales=[(h / target_h, w / target_w) for (h, w), (target_h, target_w) in zip(sizes, targets, strict=True)],
+            score_threshold=self.score_threshold,
+            max_candidates=self.max_candidates,
+            nms_threshold=self.nms_threshold,
+            max_detections=self.max_detections,
+        )
+        return [{name: value[own["scores"] > threshold] for name, value in own.items()} for own in found]
 
 
 def _channels_can_only_be_last(shape: Sequence[int]) -> bool:

@@ -1,6 +1,7 @@
 """The dense detector every architecture is made of: backbone -> FPN -> head -> losses or predictions."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,9 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from ..assigners import Assignment, gather_boxes, gather_labels
-from .anchors import valid_cells
+from .anchors import cell_corners, valid_cells
 from .backbone import Backbone
+from .box_coding import box_centers, boxes_to_distances, distances_to_boxes
 from .configuration_dense import DenseDetectorConfig
 from .fpn import FPN, FPNConv
 from .head import ClassPredictor, DenseHead, HeadConv, HeadOutput, HeadSpec, LevelScales, flatten_levels
@@ -43,20 +45,42 @@ class DistillationSpec:
 
 @dataclass(frozen=True)
 class Priors:
-    """A batch's priors.
+    """A batch's priors. Made by `Priors.of`.
 
     Attributes:
         levels: a (P_l, 4) xyxy anchor tensor, or (P_l, 2) point tensor, a level.
-        strides: (P, 1) stride of each prior's level.
+        all: (P, 4) or (P, 2), those of all levels.
+        level_strides: pixels a cell, a level.
+        strides: (P, 1) the same of each prior.
+        centers: (P, 2) xy, the points themselves where priors are points.
+        extents: (P, 4) from the centre to the prior's own left, top, right, bottom sides; 0 of points.
+        corners: (P, 2) xy pixel of the top left corner of each prior's cell.
     """
 
     levels: list[Tensor]
+    all: Tensor
+    level_strides: tuple[int, ...]
     strides: Tensor
+    centers: Tensor
+    extents: Tensor
+    corners: Tensor
 
-    @property
-    def all(self) -> Tensor:
-        """(P, 4) or (P, 2)."""
-        return torch.cat(self.levels)
+    @classmethod
+    def of(cls, levels: list[Tensor], level_strides: Sequence[int], corners: Tensor) -> "Priors":
+        """Priors and stride of each level, and the cells of all."""
+        pairs = zip(levels, level_strides, strict=True)
+        everything = torch.cat(levels)
+        boxes = everything if everything.shape[1] == 4 else everything.repeat(1, 2)
+        centers = box_centers(boxes)
+        return cls(
+            levels=levels,
+            all=everything,
+            level_strides=tuple(level_strides),
+            strides=torch.cat([level.new_full((level.shape[0], 1), stride) for level, stride in pairs]),
+            centers=centers,
+            extents=boxes_to_distances(centers, boxes),
+            corners=corners,
+        )
 
     @property
     def level_sizes(self) -> list[int]:
@@ -93,7 +117,7 @@ class DetectionLosses:
     """A detector's own losses and what distillation takes from them.
 
     Attributes:
-        terms: loss name -> (levels,) tensor, weighted and normalised; their sum is the loss.
+        terms: loss name -> (N, P) tensor, weighted and normalised; the sum of all is the loss.
         assignment: which prior learnt which box.
         class_normalizer, box_normalizer: scalars, without gradient.
     """
@@ -111,15 +135,18 @@ class DenseDetectorOutput(ModelOutput):
     Attributes:
         loss: scalar, with labels only.
         loss_dict: name -> scalar, with labels only.
-        logits: (N, P, labels).
-        pred_boxes: (N, P, 4) decoded boxes, xyxy pixels of `pixel_values`.
-        centerness: (N, P) logits, of detectors that have it.
-        image_sizes: (N, 2) height and width of each image without padding.
+        logits: (N, P, labels), if `output_predictions`.
+        pred_boxes: (N, P, 4) decoded boxes, xyxy pixels of `pixel_values`; not when `output_distillation`.
+        centerness: (N, P) logits, of detectors that have it, if `output_predictions`.
+        image_sizes: (N, 2) height and width of each image without padding; not of a teacher, that is with
+            `output_distillation` and without labels.
         level_sizes: (N, levels) priors a level, the same for every image; not when `output_distillation`.
         hidden_states: when `output_hidden_states`: the backbone's maps C3, C4, C5, then the FPN's levels P3 to P7,
             each (N, C, H, W).
         fpn_features: (N, C, H, W) a level, when `output_distillation`.
-        head: the head's output with its taps, when `output_distillation`.
+        predictions: those of the head, flattened over levels, when `output_distillation` and `output_predictions`.
+        cls_taps, reg_taps: (N, C, H, W) a level, when `output_distillation` and a `tap_index`.
+        priors: what `predictions` are of, when `output_distillation`.
         detection: the detector's losses by level and its assignment, when `output_distillation` and labels.
     """
 
@@ -132,7 +159,10 @@ class DenseDetectorOutput(ModelOutput):
     level_sizes: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     fpn_features: list[Tensor] | None = None
-    head: HeadOutput | None = None
+    predictions: Predictions | None = None
+    cls_taps: list[Tensor] | None = None
+    reg_taps: list[Tensor] | None = None
+    priors: Priors | None = None
     detection: DetectionLosses | None = None
 
 
@@ -171,8 +201,8 @@ class DenseDetector(PreTrainedModel):
         """Anchors (P_l, 4) or points (P_l, 2) of each level, given its (height, width)."""
         raise NotImplementedError
 
-    def decode(self, boxes: Tensor, priors: Priors) -> Tensor:
-        """Box outputs (N, P, box_channels) -> boxes (N, P, 4) xyxy pixels, not clipped."""
+    def distances(self, boxes: Tensor, priors: Priors) -> Tensor:
+        """Box outputs (N, P, box_channels) -> pixels (N, P, 4) from a prior's centre to left, top, right, bottom."""
         raise NotImplementedError
 
     def assign(self, priors: Priors, valid: Tensor, truth: GroundTruth) -> Assignment:
@@ -195,8 +225,9 @@ class DenseDetector(PreTrainedModel):
         self,
         pixel_values: Tensor,
         pixel_mask: Tensor | None = None,
-        labels: list[dict[str, Tensor]] | None = None,
+        labels: list[dict[str, Tensor]] | dict[str, Tensor] | None = None,
         output_distillation: bool = False,
+        output_predictions: bool = True,
         tap_index: int | None = None,
         raw_taps: bool = False,
         output_hidden_states: bool | None = None,
@@ -207,8 +238,11 @@ class DenseDetector(PreTrainedModel):
         Args:
             pixel_values: (N, 3, H, W) normalised images, padded at the bottom and right.
             pixel_mask: (N, H, W), 1 on the image, 0 on padding; None means no padding.
-            labels: a dict an image with `class_labels` (G,) int64 and `boxes` (G, 4) xyxy pixels of `pixel_values`.
-            output_distillation: also give FPN levels, the head's maps and taps, and the losses by level.
+            labels: a dict an image with `class_labels` (G,) int64 and `boxes` (G, 4) xyxy pixels of `pixel_values`; or
+                one of the whole batch, padded, with `class_labels` (N, G), `boxes` (N, G, 4) and `mask` (N, G) bool.
+            output_distillation: also give what a distillation needs: FPN levels, taps, raw predictions, targets.
+            output_predictions: False, with `output_distillation`, keeps no predictions longer than the losses need
+                them: a class map is large.
             tap_index, raw_taps: which output of the towers to tap, see `DenseHead.forward`.
             output_hidden_states: also give the maps of backbone and FPN; None takes the configuration's value.
             return_dict: False gives a tuple of what isn't None; None takes the configuration's value.
@@ -219,13 +253,16 @@ class DenseDetector(PreTrainedModel):
         maps = self.backbone(pixel_values.to(self.dtype))
         features = self.fpn(maps)
         head = self.head(features, tap_index=tap_index, raw_taps=raw_taps)
-        image_sizes = unpadded_sizes(pixel_values, pixel_mask)
+        # A teacher in training needs no sizes: its images are the student's.
+        needs_sizes = labels is not None or not output_distillation
+        image_sizes = unpadded_sizes(pixel_values, pixel_mask) if needs_sizes else None
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states = (*maps, *features) if output_hidden_states else None
         # Only the networks run in half precision: a pixel of a large box is more than bfloat16 resolves.
         with torch.autocast(pixel_values.device.type, enabled=False):
-            output = self._output(head, features, hidden_states, image_sizes, labels, output_distillation)
+            keeps = output_predictions or not output_distillation
+            output = self._output(head, features, hidden_states, image_sizes, labels, output_distillation, keeps)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
@@ -234,18 +271,20 @@ class DenseDetector(PreTrainedModel):
         head: HeadOutput,
         features: list[Tensor],
         hidden_states: tuple[Tensor, ...] | None,
-        image_sizes: Tensor,
-        labels: list[dict[str, Tensor]] | None,
+        image_sizes: Tensor | None,
+        labels: list[dict[str, Tensor]] | dict[str, Tensor] | None,
         output_distillation: bool,
+        output_predictions: bool,
     ) -> DenseDetectorOutput:
         predictions, priors = self.flatten(head), self.priors(head)
         loss = loss_dict = losses = level_sizes = None
         if labels is not None:
             truth = pad_ground_truth(labels, len(image_sizes))
-            assignment = self.assign(priors, self.valid_priors(head, image_sizes), truth)
+            assignment = self.assign(priors, self.valid_priors(priors, image_sizes), truth)
             losses = self.detection_losses(predictions, priors, assignment, truth)
             loss_dict = {name: term.sum() for name, term in losses.terms.items()}
-            loss = torch.stack(list(loss_dict.values())).sum()
+            first, *others = loss_dict.values()
+            loss = sum(others, first)
         if not output_distillation:  # what post-processing needs; copying it to a GPU makes the host wait
             sizes = torch.tensor(priors.level_sizes, device=image_sizes.device)
             level_sizes = sizes.expand(len(image_sizes), -1)
@@ -253,16 +292,23 @@ class DenseDetector(PreTrainedModel):
         return DenseDetectorOutput(
             loss=loss,
             loss_dict=loss_dict,
-            logits=predictions.logits,
-            pred_boxes=self.decode(predictions.boxes, priors),
-            centerness=predictions.centerness,
+            logits=predictions.logits if output_predictions else None,
+            pred_boxes=None if output_distillation else self.decode(predictions.boxes, priors),
+            centerness=predictions.centerness if output_predictions else None,
             image_sizes=image_sizes,
             level_sizes=level_sizes,
             hidden_states=hidden_states,
             fpn_features=features if output_distillation else None,
-            head=head if output_distillation else None,
+            predictions=predictions if output_distillation and output_predictions else None,
+            cls_taps=head.cls_taps if output_distillation else None,
+            reg_taps=head.reg_taps if output_distillation else None,
+            priors=priors if output_distillation else None,
             detection=losses if output_distillation else None,
         )
+
+    def decode(self, boxes: Tensor, priors: Priors) -> Tensor:
+        """Box outputs (N, P, box_channels) -> boxes (N, P, 4) xyxy pixels, not clipped."""
+        return distances_to_boxes(priors.centers, self.distances(boxes, priors))
 
     def flatten(self, head: HeadOutput) -> Predictions:
         """The head's maps as (N, P, ...) tensors in fp32."""
@@ -277,25 +323,27 @@ class DenseDetector(PreTrainedModel):
         )
 
     def priors(self, head: HeadOutput) -> Priors:
-        """Priors of the head's maps. Those of the last few sizes are kept."""
+        """Priors of the head's maps. Those of the last few sizes are kept; compiled, they are made of any size."""
         sizes, device = _map_sizes(head), head.logits[0].device
+        if torch.compiler.is_compiling():
+            return self.build_priors(sizes, device)
         key = (tuple(sizes), device)
         if key not in self._priors:
             if len(self._priors) >= KEPT_PRIORS:
                 self._priors.pop(next(iter(self._priors)))
             with torch.inference_mode(False):  # training may need them later
-                levels = self.prior_levels(sizes, device)
-                pairs = zip(levels, self.config.strides, strict=True)
-                strides = torch.cat([level.new_full((len(level), 1), stride) for level, stride in pairs])
-            self._priors[key] = Priors(levels, strides)
+                self._priors[key] = self.build_priors(sizes, device)
         return self._priors[key]
 
-    def valid_priors(self, head: HeadOutput, image_sizes: Tensor) -> Tensor:
+    def build_priors(self, sizes: list[tuple[int, int]], device: torch.device) -> Priors:
+        """Priors of levels of (height, width)."""
+        strides = self.config.strides
+        corners = cell_corners(sizes, strides, self.head.spec.num_anchors, device)
+        return Priors.of(self.prior_levels(sizes, device), strides, corners)
+
+    def valid_priors(self, priors: Priors, image_sizes: Tensor) -> Tensor:
         """(N, P) bool: False for priors beyond an image's own size rounded up to `size_divisor`."""
-        config = self.config
-        return valid_cells(
-            _map_sizes(head), config.strides, image_sizes, config.size_divisor, self.head.spec.num_anchors
-        )
+        return valid_cells(priors.corners, image_sizes, self.config.size_divisor)
 
     def class_weights(self, valid: Tensor) -> Tensor:
         """(N, P) validity of the priors -> their class weights before any assignment."""
@@ -355,41 +403,46 @@ def unpadded_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
     if pixel_mask is None:
         batch, _, height, width = pixel_values.shape
         return torch.tensor([height, width], dtype=torch.float32, device=pixel_values.device).expand(batch, 2)
-    mask = pixel_mask.bool()
-    return torch.stack([mask.any(dim=2).sum(dim=1), mask.any(dim=1).sum(dim=1)], dim=1).float()
+    # Padding is at the bottom and right only, so that the first column and row tell.
+    return torch.stack([pixel_mask.select(2, 0).sum(dim=1), pixel_mask.select(1, 0).sum(dim=1)], dim=1).float()
 
 
-def pad_ground_truth(labels: list[dict[str, Tensor]], batch: int) -> GroundTruth:
-    """Labels of each image -> one padded batch.
+def pad_ground_truth(labels: list[dict[str, Tensor]] | dict[str, Tensor], batch: int) -> GroundTruth:
+    """Labels of each image, or padded ones of the whole batch -> one padded batch.
 
     Raises:
-        ValueError: if there are not as many labels as images.
+        ValueError: if there are not as many labels as images, or padded ones come without a mask.
     """
-    if len(labels) != batch:
-        raise ValueError(f"{len(labels)} labels were given for {batch} images; labels is a list with a dict an image.")
+    if isinstance(labels, Mapping):
+        if missing := {"boxes", "class_labels", "mask"} - set(labels):
+            raise ValueError(f"padded labels need boxes, class_labels and mask; {', '.join(sorted(missing))} missing")
+        truth = GroundTruth(labels["boxes"].float(), labels["class_labels"], labels["mask"])
+        given = len(truth.mask)
+    else:
+        truth, given = None, len(labels)
+    if given != batch:
+        raise ValueError(f"{given} labels were given for {batch} images; labels is a list with a dict an image.")
+    if truth is not None:
+        return truth
     boxes = pad_sequence([label["boxes"].reshape(-1, 4).float() for label in labels], batch_first=True)
     classes = pad_sequence([label["class_labels"] for label in labels], batch_first=True)
     mask = pad_sequence([torch.ones_like(label["class_labels"], dtype=torch.bool) for label in labels], True)
     return GroundTruth(boxes, classes, mask)
 
 
-def matched_boxes(truth: GroundTruth, assignment: Assignment, stand_in: Tensor) -> Tensor:
-    """(N, P, 4) the box of each positive prior; elsewhere `stand_in` (P, 4), so that every term computed from it is
-    finite before it is weighted by 0."""
-    boxes = gather_boxes(truth.boxes, assignment.box_index)
-    return torch.where(assignment.positive.unsqueeze(-1), boxes, stand_in)
+def matched_distances(truth: GroundTruth, assignment: Assignment, priors: Priors) -> Tensor:
+    """(N, P, 4) pixels from a positive prior's centre to the sides of its box; elsewhere a stride each, so that every
+    term computed from it is finite before it is weighted by 0."""
+    distances = boxes_to_distances(priors.centers, gather_boxes(truth.boxes, assignment.box_index))
+    return torch.where(assignment.positive.unsqueeze(-1), distances, priors.strides)
 
 
-def class_targets(truth: GroundTruth, assignment: Assignment, num_labels: int) -> Tensor:
-    """(N, P, labels) 1 at the label of a positive prior, 0 elsewhere."""
+def class_targets(truth: GroundTruth, assignment: Assignment, logits: Tensor, values: Tensor | None = None) -> Tensor:
+    """(N, P, labels), laid out as `logits` are: at the label of a positive prior 1, or its one of `values` (N, P); 0
+    elsewhere."""
     labels = gather_labels(truth.labels, assignment.box_index).unsqueeze(-1)
-    positive = assignment.positive.unsqueeze(-1).to(truth.boxes.dtype)
-    return positive.new_zeros(*assignment.positive.shape, num_labels).scatter(-1, labels, positive)
-
-
-def level_sums(values: Tensor, level_sizes: list[int]) -> Tensor:
-    """(N, P) -> (levels,): sum over images and a level's priors."""
-    return torch.stack([part.sum() for part in values.split(level_sizes, dim=1)])
+    values = assignment.positive.float() if values is None else values * assignment.positive
+    return torch.zeros_like(logits).scatter_(-1, labels, values.unsqueeze(-1))
 
 
 def positives_per_image(positive: Tensor) -> Tensor:

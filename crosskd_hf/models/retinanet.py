@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor
-from torchvision.ops import sigmoid_focal_loss
 
 from ..assigners import Assignment, max_iou_assign
+from ..losses import focal_loss
 from .anchors import octave_anchors
-from .box_coding import boxes_to_deltas, deltas_to_boxes
+from .box_coding import deltas_to_distances, distances_to_deltas
 from .configuration_dense import RetinaNetConfig
 from .head import HeadSpec
 from .modeling_dense import (
@@ -17,8 +17,7 @@ from .modeling_dense import (
     Predictions,
     Priors,
     class_targets,
-    level_sums,
-    matched_boxes,
+    matched_distances,
     positives_per_image,
 )
 
@@ -45,8 +44,8 @@ class RetinaNetForObjectDetection(DenseDetector):
             device,
         )
 
-    def decode(self, boxes: Tensor, priors: Priors) -> Tensor:
-        return deltas_to_boxes(priors.all, boxes)
+    def distances(self, boxes: Tensor, priors: Priors) -> Tensor:
+        return deltas_to_distances(boxes, priors.extents)
 
     def assign(self, priors: Priors, valid: Tensor, truth: GroundTruth) -> Assignment:
         config = self.config
@@ -61,18 +60,16 @@ class RetinaNetForObjectDetection(DenseDetector):
         self, predictions: Predictions, priors: Priors, assignment: Assignment, truth: GroundTruth
     ) -> DetectionLosses:
         config = self.config
-        targets = class_targets(truth, assignment, config.num_labels)
-        cls_loss = sigmoid_focal_loss(predictions.logits, targets, config.focal_alpha, config.focal_gamma)
-        cls_loss = cls_loss.sum(dim=-1) * assignment.class_weights
-        deltas = boxes_to_deltas(priors.all, matched_boxes(truth, assignment, stand_in=priors.all))
-        box_loss = (predictions.boxes - deltas).abs().sum(dim=-1) * assignment.positive
+        targets = class_targets(truth, assignment, predictions.logits)
+        cls_loss = focal_loss(predictions.logits, targets, config.focal_alpha, config.focal_gamma)
+        deltas = distances_to_deltas(matched_distances(truth, assignment, priors), priors.extents)
+        box_loss = (predictions.boxes - deltas).abs().sum(dim=-1)
         # Of this rank only: the reference doesn't average RetinaNet's normaliser over ranks.
         normalizer = positives_per_image(assignment.positive)
-        sizes = priors.level_sizes
         return DetectionLosses(
             terms={
-                "loss_cls": level_sums(cls_loss, sizes) / normalizer,
-                "loss_box": level_sums(box_loss, sizes) / normalizer,
+                "loss_cls": cls_loss * (assignment.class_weights / normalizer),
+                "loss_box": box_loss * (assignment.positive / normalizer),
             },
             assignment=assignment,
             class_normalizer=normalizer,

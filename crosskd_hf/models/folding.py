@@ -1,0 +1,74 @@
+"""BatchNorms of a frozen backbone as part of the convolutions before them."""
+
+import copy
+
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from .backbone import Backbone, batchnorms
+
+PROBE_SIDE = 64  # pixels
+TOLERANCE = 1e-3  # of a map's largest value; rounding alone stays far below
+
+
+@torch.no_grad()
+def fold_batchnorms(backbone: Backbone) -> Backbone:
+    """A copy of a backbone without the BatchNorms that follow a convolution: one map less to compute and to hold each.
+
+    Their statistics and weights must not change any more. Maps are the same up to rounding. Which convolution a
+    BatchNorm follows is found by a look at what runs; a backbone that isn't what it looks like there, such as one that
+    uses a convolution's output elsewhere too, is given back as it is.
+
+    Args:
+        backbone: in evaluation mode. It is left as it is.
+    """
+    weight = next(backbone.parameters())
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(1, 3, PROBE_SIDE, PROBE_SIDE, generator=generator).to(weight)
+    expected = backbone(pixels)
+    folded = copy.deepcopy(backbone)
+    names = {module: name for name, module in folded.named_modules()}
+    for norm, convolution in _pairs(folded, pixels).items():
+        convolution.weight, convolution.bias = fuse_conv_bn_weights(
+            convolution.weight,
+            convolution.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            norm.weight,
+            norm.bias,
+        )
+        rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+        folded.set_submodule(names[norm], rest)
+    same = all(_close(ours, theirs) for ours, theirs in zip(folded(pixels), expected, strict=True))
+    return folded.requires_grad_(False).eval() if same else backbone
+
+
+def _pairs(backbone: Backbone, pixels: Tensor) -> dict[nn.Module, nn.Conv2d]:
+    """BatchNorm -> the convolution whose output it is given, of those that run once."""
+    outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # kept, so that no other tensor takes the place in memory
+    found: list[tuple[nn.Module, nn.Conv2d]] = []
+
+    def saw_convolution(module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+        outputs[id(output)] = (module, output)
+
+    def saw_norm(module: nn.Module, inputs: tuple) -> None:
+        if id(inputs[0]) in outputs:
+            found.append((module, outputs[id(inputs[0])][0]))
+
+    # Not subclasses: some standardise their weights as they run.
+    convolutions = [module for module in backbone.modules() if type(module) is nn.Conv2d]
+    norms = [norm for norm in batchnorms(backbone) if norm.running_mean is not None and norm.weight is not None]
+    handles = [module.register_forward_hook(saw_convolution) for module in convolutions]
+    handles += [module.register_forward_pre_hook(saw_norm) for module in norms]
+    backbone(pixels)
+    for handle in handles:
+        handle.remove()
+    runs = [module for pair in found for module in pair]
+    return {norm: conv for norm, conv in found if runs.count(norm) == runs.count(conv) == 1}
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= TOLERANCE * b.abs().max().clamp(min=1e-12))

@@ -1,0 +1,83 @@
+"""What a step dispatches beyond its convolutions: few operators, no host sync, whatever the batch holds.
+
+The counts are exact and the same on every machine: a change that adds an operator shows here.
+"""
+
+import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+DETECTORS = ["gfl", "retinanet", "fcos", "atss"]
+MOST = 500  # operators beyond the floor, of any detector (reference: 684 to 2782, more with every image and box)
+SMALL = {"size": (64, 96), "backbones": ("resnet18", "resnet18"), "num_labels": 5}
+
+
+@cache
+def benchmark():
+    """benchmarks/step.py as a module."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        spec = importlib.util.spec_from_file_location("step", BENCHMARKS / "step.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["step"] = module
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return module
+
+
+@cache
+def beyond(detector: str, images: int, boxes: int) -> tuple[int, int]:
+    """Operators beyond the floor, and syncs."""
+    module = benchmark()
+    step = module.Step.build(detector, images, boxes, **SMALL)
+    full, floor = module.count(step, step.full), module.count(step, step.folded_floor)
+    return full.total - floor.total, full.syncs
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_few_operators_and_no_sync(detector):
+    operators, syncs = beyond(detector, 2, 8)
+    assert operators <= MOST and syncs == 0
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize(("images", "boxes"), [(5, 8), (2, 40), (1, 1)])
+def test_as_many_whatever_the_batch_holds(detector, images, boxes):
+    assert beyond(detector, images, boxes) == beyond(detector, 2, 8)
+
+
+def test_syncs_are_seen():
+    module = benchmark()
+    with module.Counts() as counts:
+        values = torch.arange(4.0)
+        values[values > 1].sum().item()  # a mask's nonzero, and the item
+    assert counts.syncs == 2
+
+
+def test_memory_is_what_is_held_at_once():
+    module = benchmark()
+    with module.Counts() as counts:
+        first = torch.zeros(1000)  # 4000 bytes
+        second = first + 1
+        del first
+        third = second + 1
+        view = third.view(10, 100)  # no memory of its own
+        del second, third, view
+    assert (counts.peak, counts.bytes) == (8000, 0)
+
+
+def test_medians_have_intervals_and_comparisons_ratios():
+    benchmark()
+    reporting = sys.modules["reporting"]
+    found = reporting.median_with_interval([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert found["median"] == 3 and 1 <= found["low"] < 3 < found["high"] <= 100 and found["count"] == 5
+    rows = [{"name": "a", "ops": 300, "time": found}, {"name": "b", "ops": 1}]
+    old = [{"name": "a", "ops": 400, "time": {"median": 6.0, "low": 5.0, "high": 7.0}}]
+    text = reporting.comparison(rows, old, ("name",))
+    assert "| a | 0.750 | 0.500 |" in text and "| b |" in text and "new" in text
