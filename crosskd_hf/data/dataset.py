@@ -5,17 +5,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as F
 
 from crosskd_hf.data.boxes import MIN_SIDE
-from crosskd_hf.data.images import ImageError, load_rgb
+from crosskd_hf.data.images import ImageError, load_tensor
 from crosskd_hf.data.problems import DataError
 from crosskd_hf.data.sampler import SampleKey, stable_seed
 from crosskd_hf.data.split import DetectionSplit
-from crosskd_hf.data.transforms import Multiscale, build_transform
+from crosskd_hf.data.transforms import Multiscale, Sample, build_transform
+
+ROWS_AT_ONCE = 1000
 
 
 class DetectionDataset(Dataset[dict[str, Any]]):
@@ -64,7 +66,7 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         )
         columns = ["image_id", "image", "file_name", "width", "height"]
         rows = split.dataset.select_columns([*columns, "objects"] if train else columns)
-        self._rows = rows.cast_column("image", datasets.Image(decode=False))  # decoded by `load_rgb`
+        self._rows = rows.cast_column("image", datasets.Image(decode=False))  # decoded by `load_tensor`
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -80,32 +82,33 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         if not 0 <= key.index < len(self):
             raise IndexError(f"index {key.index} is outside a data set of {len(self)} images")
         row = self._read(key.index)
-        sample: dict[str, Any] = {"image": tv_tensors.Image(F.pil_to_tensor(row["image"]))}
+        sample: Sample = {"image": row["image"]}
         if self.train:
             sample["class_labels"], sample["boxes"] = training_boxes(row["objects"], row["height"], row["width"])
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would also reseed the GPUs' generators, and those are not restored here.
             torch.random.default_generator.manual_seed(stable_seed(self.seed, key.epoch, key.index))
             sample = self.transform(sample)
-        item = {name: value.as_subclass(torch.Tensor) for name, value in sample.items()}
-        return {**item, "image_id": row["image_id"], "original_size": (row["height"], row["width"])}
+        return {**sample, "image_id": row["image_id"], "original_size": (row["height"], row["width"])}
 
     def orientations(self) -> torch.Tensor:
         """(N,) bool, True where the image is narrower than high. No image is decoded."""
-        columns = self._rows.with_format("torch", columns=["width", "height"])[:]
-        return columns["width"] < columns["height"]
+        # In parts, since `datasets` makes a table of every row of a selection before it joins them.
+        rows = self._rows.select_columns(["width", "height"]).with_format("arrow")
+        parts = [pc.less(part["width"], part["height"]).to_numpy() for part in rows.iter(ROWS_AT_ONCE)]
+        return torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.bool)
 
     def _read(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
         stored = row["image"]
         try:
-            row["image"] = load_rgb(stored["path"] if stored["bytes"] is None else stored["bytes"])
+            row["image"] = load_tensor(stored["path"] if stored["bytes"] is None else stored["bytes"])
         except ImageError as error:
             raise DataError(
                 f"image {row['image_id']} ({row['file_name']}) {error}; restore it, or start again in "
                 "another training.output_dir with data.on_error=skip"
             ) from error
-        width, height = row["image"].size
+        height, width = row["image"].shape[-2:]
         if (width, height) != (row["width"], row["height"]):
             raise DataError(
                 f"image {row['image_id']} ({row['file_name']}) is {width} x {height} pixels, but the annotation file "
@@ -114,9 +117,7 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         return row
 
 
-def training_boxes(
-    objects: dict[str, list[Any]], height: int, width: int
-) -> tuple[torch.Tensor, tv_tensors.BoundingBoxes]:
+def training_boxes(objects: dict[str, list[Any]], height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The boxes of an image that are trained on.
 
     Args:
@@ -134,6 +135,4 @@ def training_boxes(
         if not crowd and w >= MIN_SIDE and h >= MIN_SIDE and area > 0 and overlaps:
             labels.append(label)
             boxes.append([x, y, x + w, y + h])
-    return torch.tensor(labels, dtype=torch.int64), tv_tensors.BoundingBoxes(
-        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), format="XYXY", canvas_size=(height, width)
-    )
+    return torch.tensor(labels, dtype=torch.int64), torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)

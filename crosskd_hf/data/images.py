@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # deprecated since torchvision 0.29: Pillow reads everything then
+    decode_jpeg = None
 
 # What Pillow raises for a file that is no image, is cut off, or unpacks to more pixels than it thinks safe.
 # Its plugins let most of these through from damaged headers.
@@ -18,6 +25,7 @@ READ_ERRORS = (
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 ImageSource = str | os.PathLike[str] | bytes
+JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 
 
 class ImageError(ValueError):
@@ -39,6 +47,47 @@ def load_rgb(source: ImageSource) -> Image.Image:
             return to_rgb(upright(image))
     except READ_ERRORS as error:
         raise ImageError(_reason(source, error)) from error
+
+
+def load_tensor(source: ImageSource) -> torch.Tensor:
+    """The same pixels as `load_rgb`, as a (3, H, W) uint8 tensor.
+
+    Raises:
+        ImageError: see `load_rgb`.
+    """
+    pixels = _decode_plain_jpeg(source)
+    return pil_to_tensor(load_rgb(source)) if pixels is None else pixels
+
+
+def _decode_plain_jpeg(source: ImageSource) -> torch.Tensor | None:
+    """A plain JPEG, decoded without Pillow's copies of its pixels; None for everything else, and whatever is wrong.
+
+    Both decode with libjpeg-turbo. It fills up files that are cut off, which Pillow refuses: those are left to it.
+    """
+    if decode_jpeg is None:
+        return None
+    try:
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        if content.endswith(JPEG_END) and _is_plain_jpeg(content):
+            # Not `torch.frombuffer(content)`, which warns that bytes can't be written to.
+            return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+    except (OSError, LookupError, struct.error, RuntimeError, AttributeError):  # the last: built without libjpeg
+        pass
+    return None
+
+
+def _is_plain_jpeg(content: bytes) -> bool:
+    """Whether it is a JPEG of three components that nothing may turn, of a size that Pillow does not warn of."""
+    position = 2 if content.startswith(JPEG_START) else len(content)
+    while content[position] == 0xFF:
+        marker, length = struct.unpack_from(">xBH", content, position)
+        if marker in (0xC0, 0xC1, 0xC2):  # the frame: baseline, extended or progressive
+            bits, height, width, components = struct.unpack_from(">BHHB", content, position + 4)
+            return (bits, components) == (8, 3) and height * width <= (Image.MAX_IMAGE_PIXELS or 0)
+        if marker == 0xE1:  # EXIF or XMP
+            return False
+        position += 2 + length
+    return False
 
 
 def upright(image: Image.Image) -> Image.Image:

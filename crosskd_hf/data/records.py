@@ -67,7 +67,12 @@ def check_records(
     """
     sized = list(_sized(records, sources, problems))
     _check_format_of_all(sized, box_format, unit, where)
-    return [(position, _check_objects(record, box_format, unit, problems)) for position, record in sized]
+    checked = []
+    with Progress("check boxes", len(sized), "images") as progress:
+        for position, record in sized:
+            checked.append((position, _check_objects(record, box_format, unit, problems)))
+            progress.update()
+    return checked
 
 
 def _sized(
