@@ -27,7 +27,7 @@ from transformers import AutoModelForObjectDetection
 import crosskd_hf  # noqa: F401 - registers the detectors
 from crosskd_hf.checkpoints import MARKER
 from crosskd_hf.distillation.adapters import ADAPTERS_FILE, ATTRIBUTE
-from crosskd_hf.train import STATE_FILE
+from crosskd_hf.run_folder import STATE_FILE
 
 WARMUP_STEPS = 10
 MIN_STEPS = 20

@@ -36,7 +36,7 @@ import yaml
 from crosskd_hf.files import write_atomically
 from crosskd_hf.plots import new_figure, save_figure
 from crosskd_hf.recipe import SECTIONS, Recipe, RecipeError, load_recipe
-from crosskd_hf.train import STATE_FILE, check_output, is_finished
+from crosskd_hf.run_folder import STATE_FILE, check_output, is_finished
 
 ROOT = Path(__file__).resolve().parents[1]
 # Two-sided 95% quantiles of Student's t by degrees of freedom.

@@ -25,6 +25,7 @@ from .models.modeling_dense import DenseDetector
 from .plots import learning_curves
 from .progress import say
 from .recipe import Recipe, load_recipe
+from .run_folder import STATE_FILE, final_metrics
 from .visualization import contact_sheet
 
 TEACHER_RECIPE, STUDENT_RECIPE = "shapes_teacher", "shapes_crosskd"
@@ -101,12 +102,12 @@ def run(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 def read_metrics(folder: Path) -> dict[str, float]:
     """The final metrics of a run."""
-    return {name.removeprefix("eval_"): value for name, value in train.final_metrics(folder).items()}
+    return {name.removeprefix("eval_"): value for name, value in final_metrics(folder).items()}
 
 
 def read_curve(folder: Path) -> list[tuple[float, float]]:
     """(epoch, AP) of every evaluation of a finished run."""
-    history = json.loads((folder / train.STATE_FILE).read_text(encoding="utf-8"))["log_history"]
+    history = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["log_history"]
     return [(entry["epoch"], entry["eval_AP"]) for entry in history if "eval_AP" in entry]
 
 

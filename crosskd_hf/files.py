@@ -11,7 +11,7 @@ def write_atomically(path: Path, text: str) -> None:
         OSError: it can't be written.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -1,6 +1,5 @@
 """Trainers of dense detectors, alone and with a teacher, on transformers.Trainer."""
 
-import copy
 import logging
 import time
 from pathlib import Path
@@ -12,12 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.training_args import OptimizerNames
 
-from .averaging import WeightAverage
-from .checkpoints import checkpoint_bytes, disk_errors_explained, mark_complete, remove_checkpoint, remove_surplus
 from .data.collator import DetectionCollator
 from .data.dataset import DetectionDataset
 from .data.sampler import OrientationBatchSampler
@@ -34,6 +30,8 @@ from .models.modeling_dense import DenseDetector, DenseDetectorOutput
 from .monitoring import NonFiniteLossError, StepMonitor
 from .optimization import build_optimizer, multistep_scheduler, parameter_groups
 from .recipe import DistillationSection
+from .saving import SafeSaving
+from .termination import TerminationSignal, obey_parent_only
 from .tracking import TrackingCallback, evaluation_sheet, trackers
 from .training_args import DetectionTrainingArguments
 
@@ -41,7 +39,7 @@ logger = logging.getLogger(__name__)
 EVALUATION_FOLDER = "evaluation"
 
 
-class DetectionTrainer(HubUpload, Trainer):
+class DetectionTrainer(SafeSaving, HubUpload, Trainer):
     """Trains a detector alone.
 
     Args:
@@ -91,8 +89,7 @@ class DetectionTrainer(HubUpload, Trainer):
         self.train_sampler: OrientationBatchSampler | None = None
         self._before_step: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None = None
         self.last_evaluation: tuple[int, dict[str, float]] = (-1, {})
-        self.average: WeightAverage | None = None  # from the beginning of training on, if there is an ema_decay
-        self._resumed_from: str | None = None
+        self.termination = TerminationSignal()
         self.evaluation_sheet: Image.Image | None = None  # of the last evaluation, for the trackers
         self.add_callback(_TrainingHooks(self))
         self.add_callback(TrackingCallback(self))
@@ -146,6 +143,7 @@ class DetectionTrainer(HubUpload, Trainer):
             "pin_memory": self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             "persistent_workers": self.args.dataloader_persistent_workers and workers > 0,
             "prefetch_factor": self.args.dataloader_prefetch_factor if workers > 0 else None,
+            "worker_init_fn": obey_parent_only,
             # Its own, since an iterator draws a seed: from the global generator, a resumed run, which starts another
             # number of iterators, would go on with other dropout. The data sets don't use that seed.
             "generator": torch.Generator().manual_seed(self.args.seed),
@@ -280,6 +278,7 @@ class DetectionTrainer(HubUpload, Trainer):
             averages = self.monitor.averages(self.accelerator.gather)
         except NonFiniteLossError as error:
             self._save_checkpoint(self.model_wrapped, trial=None)
+            self._keep_checkpoint(trial=None)
             raise NonFiniteLossError(
                 f"{error}. That step's update was masked out, training is stopped, and the state is saved in "
                 f"{self._latest_checkpoint()}. Usual causes: a learning rate too high for this batch size, no "
@@ -287,76 +286,13 @@ class DetectionTrainer(HubUpload, Trainer):
             ) from None
         super().log({**logs, **averages}, start_time)
 
-    def _latest_checkpoint(self, trial=None) -> Path:
-        return Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-
-    # Checkpoints ------------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        """Save a checkpoint that counts only once all of it, from every process, is on the disk.
-
-        Older ones over `save_total_limit` go after that, so that there is a whole one at any moment.
-
-        Raises:
-            OSError: the disk is full; the partial folder is removed, older checkpoints are as they were.
-        """
-        folder = self._latest_checkpoint(trial)
-        if self.args.should_save:
-            remove_checkpoint(folder)  # what an interrupted run left of it
-        self.accelerator.wait_for_everyone()
-        with disk_errors_explained(folder, checkpoint_bytes(self.model, self.args)):
-            self._write_checkpoint(model, trial, folder)
-            self.accelerator.wait_for_everyone()  # every process has written its random state
-            if self.args.should_save:
-                mark_complete(folder)
-        if self.args.should_save:
-            self.finish_checkpoint_push()
-            remove_surplus(
-                folder.parent, self.args.save_total_limit, newest=folder, best=self.state.best_model_checkpoint
-            )
-        self.push_checkpoint(folder)
-
-    def begin_averaging(self) -> None:
-        """Start the average of the weights, or go on with the checkpoint's."""
-        if self.args.ema_decay is None:
-            return
-        self.average = WeightAverage(self.accelerator.unwrap_model(self.model), self.args.ema_decay)
-        if self._resumed_from is not None:
-            self.average.load(self._resumed_from)
-
-    def average_step(self) -> None:
-        """Add the weights after a step to their average."""
-        if self.average is not None:
-            self.average.update(self.accelerator.unwrap_model(self.model))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._resumed_from = resume_from_checkpoint
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self.average is not None:
-            self.average.load(self.state.best_model_checkpoint)
+    # Checkpoints: see `SafeSaving` -----------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # A checkpoint holds the trained weights, and the average beside them; the run's folder is for users.
         if self.average is not None and Path(output_dir or self.run_folder) == self.run_folder:
             state_dict = self.average.model.state_dict()
         super()._save(output_dir, state_dict)
-
-    def _write_checkpoint(self, model: nn.Module, trial, folder: Path) -> None:
-        """Have transformers write a checkpoint without removing others, which it would do before it is complete."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save:
-            args = copy.copy(self.args)
-            args.hub_token = None  # checkpoints may be pushed
-            torch.save(args, folder / TRAINING_ARGS_NAME)  # it was written without the limit
-            if self.average is not None:
-                self.average.save(folder)
 
     # Evaluation -------------------------------------------------------------------------------------------------
 
@@ -371,6 +307,9 @@ class DetectionTrainer(HubUpload, Trainer):
         """COCO metrics of the eval data. Predictions are post-processed at once, and raw outputs never kept.
 
         The detections are written to `output_dir/evaluation` as COCO results, the numbers beside them.
+
+        Raises:
+            Terminated: SIGTERM came during training, or an evaluation after it.
         """
         model = self.average.model if self.average else self.accelerator.unwrap_model(self.model)
         was_training = model.training
@@ -378,8 +317,13 @@ class DetectionTrainer(HubUpload, Trainer):
         evaluator = CocoEvaluator(dataloader.dataset.split)
         self.callback_handler.eval_dataloader = dataloader
         for batch in dataloader:
+            if self.termination.noted:
+                break
             evaluator.update(batch["image_ids"].tolist(), self.detect(model, batch))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        if self.termination.agreed_now():
+            model.train(was_training)
+            raise self._terminated()
         evaluator.gather()
         self.evaluation_sheet = self._evaluation_sheet(evaluator, dataloader.dataset)
         results = evaluator.results() if description == "Prediction" else None
@@ -512,6 +456,7 @@ class _TrainingHooks(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.begin_averaging()
+        self.trainer.catch_up_evaluation()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # On the sampler itself: after a resume in mid-epoch accelerate's wrappers don't pass the epoch on.

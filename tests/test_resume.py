@@ -187,7 +187,7 @@ def test_rotation_waits_for_the_marker_and_keeps_the_limit(tmp_path: Path, monke
         )
         original(folder)
 
-    monkeypatch.setattr("crosskd_hf.trainer.mark_complete", marking)
+    monkeypatch.setattr("crosskd_hf.saving.mark_complete", marking)
     trainer.train()
     assert seen == [
         ("checkpoint-3", []),

@@ -8,11 +8,10 @@ import torch
 import yaml
 from tiny import tiny_model, tiny_split, write_tiny_coco
 
-from crosskd_hf import cli, train
-from crosskd_hf.checkpoints import MARKER
+from crosskd_hf import cli, run_folder, train
 from crosskd_hf.convert import reference_keys, to_reference
 from crosskd_hf.data.problems import DataError
-from crosskd_hf.recipe import RecipeError, carried_recipes, load_recipe
+from crosskd_hf.recipe import carried_recipes, load_recipe
 
 SMALL = {"backbone": "resnet18", "fpn_channels": 32, "head_channels": 32}
 
@@ -257,43 +256,20 @@ def test_a_run_goes_on_with_its_teacher_only(recipe: Path, monkeypatch: pytest.M
     monkeypatch.chdir(recipe.parent)
     teacher = ["teacher.backbone=resnet18", "training.save_strategy=steps", "training.save_steps=1"]
     train.main([str(recipe), f"teacher.checkpoint={folder}", *teacher])
-    (run / train.STATE_FILE).unlink()  # as if it had been killed at its end
+    (run / run_folder.STATE_FILE).unlink()  # as if it had been killed at its end
     train.main([str(recipe), "teacher.checkpoint=teacher", *teacher])
-    (run / train.STATE_FILE).unlink()
+    (run / run_folder.STATE_FILE).unlink()
     tiny_model(seed=7).save_pretrained(folder)
     with pytest.raises(SystemExit, match="holds a run that learnt from other weights than its teacher has now"):
         train.main([str(recipe), f"teacher.checkpoint={folder}", *teacher])
 
 
-def test_a_finished_runs_table_is_in_the_order_of_the_labels(tmp_path: Path) -> None:
-    metrics = {"eval_AP": 0.5, "eval_AP/ant": 0.1, "eval_AP/bee": 0.2, "eval_AP50": 0.6, "step": 1}
-    state, config = {"log_history": [metrics]}, {"id2label": {"10": "ant", "9": "bee"}}
-    (tmp_path / train.STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
-    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    found = train.final_metrics(tmp_path)
-    assert found == metrics and list(found)[-2:] == ["eval_AP/bee", "eval_AP/ant"]
-
-
-def test_a_run_goes_on_with_its_number_of_processes_only(tmp_path: Path) -> None:
-    train.check_processes(tmp_path, 2)
-    for step, ranks, whole in ((2, 2, True), (4, 1, False)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        for rank in range(ranks):
-            (folder / f"rng_state_{rank}.pth").touch()
-        if whole:
-            (folder / MARKER).touch()
-    train.check_processes(tmp_path, 2)  # the newer one was being written when the run was killed
-    with pytest.raises(RecipeError, match=r"a run of 2 processes, this one has 1: .* Start 2 processes"):
-        train.check_processes(tmp_path, 1)
-
-
 def test_another_evaluation_does_not_change_a_finished_run(recipe: Path) -> None:
     train.main([str(recipe)])
     run = recipe.parent / "run"
-    before = train.final_metrics(run)
+    before = run_folder.final_metrics(run)
     cli.main(["evaluate", str(run), "--workers", "0", "--max-images", "1"])
-    assert train.final_metrics(run) == before and "eval_AP/cat" in before
+    assert run_folder.final_metrics(run) == before and "eval_AP/cat" in before
 
 
 def test_a_message_from_a_data_worker_is_the_message_alone() -> None:

@@ -1,0 +1,183 @@
+"""A run's output folder: whether a recipe may go on with what is in it, and what a finished run says."""
+
+import json
+from pathlib import Path
+
+from .checkpoints import MARKER, checkpoint_folders
+from .factory import weights_digest
+from .files import write_atomically
+from .models.modeling_dense import DenseDetector
+from .progress import say
+from .recipe import RECIPE_FILE, Recipe, RecipeError, load_recipe
+from .training_args import DetectionTrainingArguments
+
+TEACHER_FILE = "teacher.json"  # of which weights a run learns
+STATE_FILE = "trainer_state.json"  # written last: a run that has it beside its model is finished
+# Training arguments that don't change what is computed, so that a run can go on with other values.
+MAY_CHANGE = (
+    *("output_dir", "disable_tqdm", "report_to", "run_name", "push_to_hub", "hub_model_id", "hub_strategy"),
+    *("logging_steps", "logging_strategy", "eval_steps", "eval_strategy", "save_steps", "save_strategy"),
+    *("save_total_limit", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+    *("per_device_eval_batch_size", "load_best_model_at_end", "dataloader_persistent_workers"),
+    *("evaluation_pictures", "project", "skip_nonfinite_steps"),
+)
+# Those that make up the global batch with the number of processes: `check_batch` compares the product.
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+# What a checkpoint can't be fitted to: weights, and the optimizer's values a parameter group.
+FIXED = ("training.optim", "training.optim_args", "training.bias_lr_factor", "training.bias_weight_decay")
+ACCEPT = "--accept-changes"
+
+
+def check_output(recipe: Recipe, output: Path, accept_changes: bool = False) -> bool:
+    """Refuse a folder that holds another run, unless its changes are accepted and possible.
+
+    Returns:
+        whether changes were accepted; each is printed.
+
+    Raises:
+        RecipeError: naming what differs. A checkpoint restores its own learning rate and schedule, so that changed
+            values would be ignored; and a finished run would be written over.
+    """
+    if not (output / RECIPE_FILE).is_file():
+        if (output / "config.json").exists() or checkpoint_folders(output):
+            raise RecipeError(
+                f"{output} holds a model or checkpoints, but no {RECIPE_FILE} of a run: name another "
+                "training.output_dir, or remove that folder."
+            )
+        return False
+    changes = recipe_changes(load_recipe(output / RECIPE_FILE), recipe)
+    if not changes:
+        return False
+    lines = "".join(f"\n  - {line}" for line in changes.values())
+    fixed = [key for key in changes if key.startswith("model.") or key in FIXED]
+    if fixed:
+        raise RecipeError(
+            f"{output} holds a run of other settings:{lines}\nIts checkpoints don't fit another {', '.join(fixed)}. "
+            "Name another training.output_dir, or remove that folder to start again."
+        )
+    if not accept_changes:
+        raise RecipeError(
+            f"{output} holds a run of other settings:{lines}\nTo go on with that run with these values from its last "
+            f"checkpoint on, add {ACCEPT}; or name another training.output_dir, or remove that folder to start again."
+        )
+    say(f"goes on with other settings than {output} was begun with:{lines}")
+    return True
+
+
+def recipe_changes(before: Recipe, now: Recipe) -> dict[str, str]:
+    """`section.key` -> a line that tells both values, of what is computed otherwise. Batches are left out."""
+    old, new = flat_settings(before), flat_settings(now)
+    if (old.get("teacher.checkpoint") is None) != (new.get("teacher.checkpoint") is None):
+        # One line, instead of one for each of the teacher's fields.
+        old, new = (
+            {key: value for key, value in settings.items() if key == "teacher.checkpoint" or key[:8] != "teacher."}
+            for settings in (old, new)
+        )
+    ignored = {"data.cache_dir", *(f"training.{name}" for name in (*MAY_CHANGE, *BATCH))}
+    return {
+        key: f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
+        for key in sorted({*old, *new} - ignored)
+        if old.get(key) != new.get(key)
+    }
+
+
+def flat_settings(recipe: Recipe) -> dict[str, object]:
+    """`section.key` -> value."""
+    sections = ((name, values or {}) for name, values in recipe.to_dict().items())
+    settings = {f"{name}.{key}": value for name, values in sections for key, value in values.items()}
+    for key in ("teacher.checkpoint", "model.checkpoint", "data.path"):  # one folder has several names
+        if settings.get(key) and Path(settings[key]).exists():
+            settings[key] = str(Path(settings[key]).resolve())
+    return settings
+
+
+def check_batch(recipe: Recipe, output: Path, processes: int, accept_changes: bool = False) -> None:
+    """Refuse to go on with another global batch than a run was begun with, unless that is accepted.
+
+    If the same one is made up otherwise, of another number of processes, images a device or accumulated batches, it
+    is said what isn't exact.
+
+    Raises:
+        RecipeError: the learning rate and the place in the data would be those of another batch.
+    """
+    # Whole ones: in others, not every process may have written its state.
+    folders = [folder for folder in checkpoint_folders(output) if (folder / MARKER).exists()]
+    if not folders or not (output / RECIPE_FILE).is_file():
+        return
+    ranks = len(list(folders[-1].glob("rng_state*.pth"))) or processes  # one file a process
+    before, now = _batch(load_recipe(output / RECIPE_FILE), ranks), _batch(recipe, processes)
+    if before == now:
+        return
+    sizes = [images * accumulated * ranks for ranks, images, accumulated in (before, now)]
+    texts = [
+        f"{ranks} processes x {images} images x {accumulated} accumulated"
+        for ranks, images, accumulated in (before, now)
+    ]
+    if sizes[0] == sizes[1]:
+        inexact = ["random numbers (drop path, dropout)"] if ranks != processes else []
+        inexact += ["which images share a batch from here to the epoch's end"] if before[1] != now[1] else []
+        inexact += ["an epoch's last batch, if it isn't full"]
+        say(
+            f"goes on with {texts[1]}, where {texts[0]} were used: the same global batch of {sizes[0]}, learning rate "
+            f"and place in the data; not exactly as before: {', '.join(inexact)}"
+        )
+        return
+    if not accept_changes:
+        raise RecipeError(
+            f"{output} holds a run of a global batch of {sizes[0]} images ({texts[0]}), this one has {sizes[1]} "
+            f"({texts[1]}): its learning rate and place in the data would not fit. Set training."
+            f"{BATCH[0]} and {BATCH[1]} so that the product is {sizes[0]} again, start as many processes as before, "
+            f"or add {ACCEPT}."
+        )
+    say(
+        f"goes on with a global batch of {sizes[1]} ({texts[1]}) instead of {sizes[0]} ({texts[0]}): steps that are "
+        "done count as steps of the new size, so that the place in the data and in the schedule move"
+    )
+
+
+def _batch(recipe: Recipe, processes: int) -> tuple[int, int, int]:
+    defaults = DetectionTrainingArguments.__dataclass_fields__
+    images, accumulated = (recipe.training.get(name, defaults[name].default) for name in BATCH)
+    return processes, images, accumulated
+
+
+def note_teacher(teacher: DenseDetector, output: Path) -> None:
+    """Write down of which weights a run learns."""
+    write_atomically(output / TEACHER_FILE, json.dumps({"sha256": weights_digest(teacher)}) + "\n")
+
+
+def check_teacher(teacher: DenseDetector, output: Path, accept_changes: bool = False) -> None:
+    """Refuse to go on with another teacher than a run was begun with, unless that is accepted.
+
+    The one at its path may have been trained anew.
+
+    Raises:
+        RecipeError: its weights are others.
+    """
+    path = output / TEACHER_FILE
+    if not path.is_file() or not checkpoint_folders(output):
+        return
+    if json.loads(path.read_text(encoding="utf-8"))["sha256"] == weights_digest(teacher):
+        return
+    if not accept_changes:
+        raise RecipeError(
+            f"{output} holds a run that learnt from other weights than its teacher has now: bring those back, or add "
+            f"{ACCEPT}, or name another training.output_dir, or remove that folder to start again."
+        )
+    say(f"goes on with a teacher of other weights than {output} was begun with")
+
+
+def is_finished(output: Path) -> bool:
+    """Whether a folder holds the model and the metrics of a run that came to its end."""
+    return (output / STATE_FILE).is_file() and (output / "config.json").is_file()
+
+
+def final_metrics(output: Path) -> dict[str, float]:
+    """The metrics at the end of a finished run: of its own state, since `crosskd evaluate` may have written others."""
+    history = json.loads((output / STATE_FILE).read_text(encoding="utf-8"))["log_history"]
+    found = next(entry for entry in reversed(history) if "eval_AP" in entry)
+    # The file is sorted by name; tables are in the order of the labels.
+    labels = json.loads((output / "config.json").read_text(encoding="utf-8")).get("id2label", {})
+    classes = [f"eval_AP/{labels[index]}" for index in sorted(labels, key=int)]
+    ordered = {name: found[name] for name in classes if name in found}
+    return {name: value for name, value in found.items() if name not in ordered} | ordered

@@ -1,0 +1,94 @@
+"""Whether a recipe may go on with the run in a folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import tiny_model
+
+from crosskd_hf import run_folder
+from crosskd_hf.checkpoints import MARKER
+from crosskd_hf.recipe import RECIPE_FILE, Recipe, RecipeError, load_recipe
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe("gfl_r50_crosskd", overrides)
+
+
+def checkpoint(run: Path, step: int, ranks: int, whole: bool = True) -> None:
+    folder = run / f"checkpoint-{step}"
+    folder.mkdir()
+    names = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    for name in names + ([MARKER] if whole else []):
+        (folder / name).touch()
+
+
+def test_a_finished_runs_table_is_in_the_order_of_the_labels(tmp_path: Path) -> None:
+    metrics = {"eval_AP": 0.5, "eval_AP/ant": 0.1, "eval_AP/bee": 0.2, "eval_AP50": 0.6, "step": 1}
+    state, config = {"log_history": [metrics]}, {"id2label": {"10": "ant", "9": "bee"}}
+    (tmp_path / run_folder.STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    found = run_folder.final_metrics(tmp_path)
+    assert found == metrics and list(found)[-2:] == ["eval_AP/bee", "eval_AP/ant"]
+
+
+def test_changes_are_shown_and_refused_unless_accepted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert not run_folder.check_output(recipe(), tmp_path)
+    recipe().save(tmp_path / RECIPE_FILE)
+    free = ["training.logging_steps=7", "training.save_total_limit=9", "training.gradient_accumulation_steps=3"]
+    assert not run_folder.check_output(recipe(*free), tmp_path)
+    changed = recipe("training.learning_rate=0.5", "data.flip_probability=0.25", "distillation.cls_weight=3")
+    with pytest.raises(RecipeError) as error:
+        run_folder.check_output(changed, tmp_path)
+    for part in (
+        "training.learning_rate: was 0.01, is 0.5",
+        "data.flip_probability: was 0.5, is 0.25",
+        "--accept-changes",
+    ):
+        assert part in str(error.value)
+    assert run_folder.check_output(changed, tmp_path, accept_changes=True)
+    assert "training.learning_rate: was 0.01, is 0.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["model.detector=atss", "model.fpn_channels=128", "training.bias_lr_factor=2"])
+def test_what_checkpoints_do_not_fit_is_refused_all_the_same(tmp_path: Path, change: str) -> None:
+    recipe().save(tmp_path / RECIPE_FILE)
+    with pytest.raises(RecipeError, match=f"don't fit another .*{change.partition('=')[0]}"):
+        run_folder.check_output(recipe(change), tmp_path, accept_changes=True)
+
+
+def test_the_global_batch_is_what_counts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    begun = recipe("training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=2")
+    run_folder.check_batch(begun, tmp_path, 8)  # nothing is there
+    begun.save(tmp_path / RECIPE_FILE)
+    run_folder.check_batch(begun, tmp_path, 8)  # no checkpoint
+    checkpoint(tmp_path, 2, ranks=2)
+    checkpoint(tmp_path, 4, ranks=1, whole=False)  # being written when the run was killed
+    run_folder.check_batch(begun, tmp_path, 2)
+    assert capsys.readouterr().out == ""
+
+    same_images = recipe("training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=4")
+    run_folder.check_batch(same_images, tmp_path, 1)
+    said = capsys.readouterr().out
+    assert "same global batch of 16" in said and "random numbers" in said and "share a batch" not in said
+    run_folder.check_batch(recipe("training.per_device_train_batch_size=8"), tmp_path, 2)
+    said = capsys.readouterr().out
+    assert "share a batch" in said and "random numbers" not in said
+
+    with pytest.raises(RecipeError, match=r"batch of 16 images \(2 processes x 4 images x 2 acc.*this one has 8 \(1 "):
+        run_folder.check_batch(begun, tmp_path, 1)
+    run_folder.check_batch(begun, tmp_path, 1, accept_changes=True)
+    assert "a global batch of 8" in capsys.readouterr().out
+
+
+def test_another_teacher_is_refused_unless_accepted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    teacher, other = tiny_model(seed=1), tiny_model(seed=2)
+    run_folder.check_teacher(teacher, tmp_path)
+    run_folder.note_teacher(teacher, tmp_path)
+    run_folder.check_teacher(other, tmp_path)  # no checkpoint learnt from it
+    checkpoint(tmp_path, 2, ranks=1)
+    run_folder.check_teacher(teacher, tmp_path)
+    with pytest.raises(RecipeError, match=r"other weights than its teacher has now.*--accept-changes"):
+        run_folder.check_teacher(other, tmp_path)
+    run_folder.check_teacher(other, tmp_path, accept_changes=True)
+    assert "a teacher of other weights" in capsys.readouterr().out

@@ -1,0 +1,179 @@
+"""SIGTERM during steps, evaluations and epochs' ends: what is saved, and how the run goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from test_resume import Interrupted, assert_same, build, final_state, undisturbed
+from transformers import TrainerCallback
+
+from crosskd_hf.checkpoints import last_complete_checkpoint
+from crosskd_hf.termination import Terminated, TerminationSignal, obey_parent_only
+
+
+class At(TrainerCallback):
+    """Does something once, at an event after a step."""
+
+    def __init__(self, event: str, step: int, action=lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        self.step, self.action = step, action
+        setattr(self, event, self.act)
+
+    def act(self, args, state, control, **kwargs):
+        if state.global_step == self.step and self.action is not None:
+            action, self.action = self.action, None
+            action()
+
+
+def interrupt() -> None:
+    raise Interrupted
+
+
+def ended(root: Path, *callbacks: TrainerCallback, **options) -> Terminated:
+    trainer = build(root, "cut", **options)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    with pytest.raises(Terminated) as error:
+        trainer.train()
+    assert error.value.code == 0
+    return error.value
+
+
+def go_on(root: Path, expected: str, **options):
+    checkpoint = last_complete_checkpoint(root / "cut")
+    assert Path(checkpoint).name == expected
+    trainer = build(root, "cut", model_seed=9, **options)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
+
+
+def evaluated_steps(trainer) -> list[int]:
+    return [entry["step"] for entry in trainer.state.log_history if "eval_AP" in entry]
+
+
+def test_the_step_is_finished_and_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = undisturbed(tmp_path, eval_strategy="no")
+    before = signal.getsignal(signal.SIGTERM)
+    message = str(ended(tmp_path, At("on_step_begin", 4), eval_strategy="no"))
+    assert "after step 5" in message and "checkpoint-5" in message and message in caplog.text
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert_same(whole, final_state(go_on(tmp_path, "checkpoint-5", eval_strategy="no")))
+
+
+@pytest.mark.parametrize("save_steps", [2, 3], ids=["saved before it", "not saved before it"])
+def test_an_evaluation_is_left_and_made_up_for(tmp_path: Path, save_steps: int) -> None:
+    whole = undisturbed(tmp_path, save_steps=save_steps)
+    ended(tmp_path, At("on_prediction_step", 4), save_steps=save_steps)
+    trainer = go_on(tmp_path, "checkpoint-4", save_steps=save_steps)
+    assert evaluated_steps(trainer) == [4, 7]
+    assert_same(whole, final_state(trainer))
+
+
+def test_a_run_killed_in_an_evaluation_loses_the_evaluation_only(tmp_path: Path) -> None:
+    options = {"save_steps": 2, "load_best_model_at_end": True, "eval_steps": 2}
+    whole = undisturbed(tmp_path, **options)
+    trainer = build(tmp_path, "cut", **options)
+    trainer.add_callback(At("on_prediction_step", 4, interrupt))
+    with pytest.raises(Interrupted):
+        trainer.train()
+    trainer = go_on(tmp_path, "checkpoint-4", **options)
+    assert evaluated_steps(trainer) == [2, 4, 6, 7]
+    assert_same(whole, final_state(trainer))
+    # What an evaluation finds is in the checkpoint that was saved before it.
+    folder = Path(last_complete_checkpoint(tmp_path / "cut"))
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_AP" in entry] == [2, 4, 6, 7]
+    assert state["best_global_step"] == trainer.state.best_global_step and state["best_model_checkpoint"]
+    assert not state["stateful_callbacks"]["TrainerControl"]["args"]["should_evaluate"]
+
+
+def test_the_end_of_an_epoch_comes_before_the_end_of_the_run(tmp_path: Path) -> None:
+    options = {"save_strategy": "epoch", "eval_strategy": "epoch"}
+    whole = undisturbed(tmp_path, **options)
+    ended(tmp_path, At("on_step_begin", 3), **options)  # the fourth step is the epoch's last
+    trainer = go_on(tmp_path, "checkpoint-4", **options)
+    assert evaluated_steps(trainer) == [4, 7]
+    assert_same(whole, final_state(trainer))
+
+
+def test_an_epochs_evaluation_after_a_steps_checkpoint_is_made_up_for(tmp_path: Path) -> None:
+    options = {"save_steps": 4, "eval_strategy": "epoch"}
+    trainer = build(tmp_path, "cut", **options)
+    trainer.add_callback(At("on_epoch_end", 4, interrupt))
+    with pytest.raises(Interrupted):
+        trainer.train()
+    assert evaluated_steps(go_on(tmp_path, "checkpoint-4", **options)) == [4, 7]
+
+
+def test_a_best_checkpoint_waits_for_its_evaluation(tmp_path: Path) -> None:
+    options = {"save_strategy": "best", "eval_steps": 2}
+    trainer = build(tmp_path, "cut", **options)
+    trainer.train()
+    best = json.loads(
+        (tmp_path / "cut" / f"checkpoint-{trainer.state.best_global_step}/trainer_state.json").read_text()
+    )
+    assert best["log_history"][-1]["eval_AP"] == trainer.state.best_metric == best["best_metric"]
+    ended(tmp_path, At("on_prediction_step", 6), **options)
+    assert Path(last_complete_checkpoint(tmp_path / "cut")).name == "checkpoint-6"
+
+
+def test_nothing_is_noted_when_nobody_listens() -> None:
+    termination = TerminationSignal()
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with termination.listening(), termination.listening():
+            assert not termination.agreed_at_step()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert termination.noted and termination.agreed_at_step() and termination.agreed_now()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert seen == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
+def test_a_data_worker_obeys_its_parent_only() -> None:
+    worker = mp.get_context("fork").Process(target=lambda: (obey_parent_only(0), time.sleep(60)))
+    worker.start()
+    time.sleep(0.5)
+    subprocess.run([sys.executable, "-c", f"import os; os.kill({worker.pid}, {int(signal.SIGTERM)})"], check=True)
+    time.sleep(0.3)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 128 + signal.SIGTERM
+
+
+def one_of_two(rank: int, port: int, root: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    trainer = build(Path(root), "cut", max_steps=20, eval_strategy="no", per_device_train_batch_size=1)
+    if rank == 1:
+        trainer.add_callback(At("on_step_begin", 3))
+    try:
+        trainer.train()
+    except Terminated:
+        (Path(root) / f"ended_{rank}").write_text(str(trainer.state.global_step))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_end_at_the_same_step(tmp_path: Path) -> None:
+    """Only one of them gets the signal."""
+    import socket
+
+    build(tmp_path, "unused")  # writes the data
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
+    steps = {(tmp_path / f"ended_{rank}").read_text() for rank in range(2)}
+    assert steps == {"5"}, "noted in the fourth step, agreed during the fifth"
+    assert Path(last_complete_checkpoint(tmp_path / "cut")).name == "checkpoint-5"
