@@ -1,9 +1,12 @@
 """What a training step leaves behind for the log: kept on the device, read only when the log is written."""
 
+import logging
 import sys
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 STEP_CLOCKS = ("data_time", "step_time")
 GRADIENT = "gradient"
@@ -18,10 +21,18 @@ class StepMonitor:
 
     Args:
         device: where the losses are.
+        may_skip: steps of a run that may be not finite, 0 or more.
+
+    Attributes:
+        skipped: steps that were not finite, up to the last log.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, may_skip: int = 0):
         self.device = device
+        self.may_skip = may_skip
+        self.skipped = 0
+        self._bad_step = torch.zeros((), dtype=torch.bool, device=device)  # the one under way
+        self._bad_steps, self._good_batches = torch.zeros(2, device=device).unbind()  # since the last log
         self.zero = torch.zeros((), device=device)
         self.names: list[str] = []
         self.count = 0
@@ -39,7 +50,12 @@ class StepMonitor:
         if [*terms, GRADIENT] != self.names:
             self._start([*terms, GRADIENT])
         bad = ~values.isfinite()
-        self.sums = self.sums + values
+        if self.may_skip:
+            self._bad_step = self._bad_step | bad.any()
+            self._good_batches = self._good_batches + ~bad.any()
+            self.sums = self.sums + torch.where(bad.any(), 0.0, values)
+        else:
+            self.sums = self.sums + values
         self.first_bad = torch.where(bad & (self.first_bad < 0), step, self.first_bad)
         self.count += 1
         return torch.where(bad.any(), float("nan"), 1.0)
@@ -49,12 +65,25 @@ class StepMonitor:
         index = self.names.index(GRADIENT)
         first = self.first_bad[index]
         self.first_bad[index] = torch.where(bad & (first < 0), step, first)
+        if self.may_skip:
+            self._bad_step = self._bad_step | bad
+
+    def end_step(self) -> None:
+        """Count the step if it wasn't finite in any of its batches, or in its gradient."""
+        if self.may_skip:
+            self._bad_steps = self._bad_steps + self._bad_step
+            self._bad_step = torch.zeros_like(self._bad_step)
+
+    def skipped_so_far(self) -> int:
+        """Steps that were not finite, on this rank. Reads the device."""
+        return self.skipped + (int(self._bad_steps) if self.may_skip else 0)
 
     def _start(self, names: list[str]) -> None:
         self.names = names
         self.sums = torch.zeros(len(names), device=self.device)
         self.first_bad = torch.full((len(names),), -1, dtype=torch.long, device=self.device)
         self.count = 0
+        self._bad_steps, self._good_batches = torch.zeros(2, device=self.device).unbind()
 
     def averages(self, gather) -> dict[str, float]:
         """Mean of each term since the last call, over all ranks, and the seconds a step. One read of the device.
@@ -62,29 +91,58 @@ class StepMonitor:
         Args:
             gather: (K,) tensor -> (ranks, K) tensor, on every rank at once.
 
+        Returns:
+            with steps that were skipped: means of the others (none if there are none), and `skipped_steps` of the run.
+
         Raises:
-            NonFiniteLossError: naming the first terms that were not finite and the step.
+            NonFiniteLossError: naming the first terms that were not finite and the step; not if it may be skipped.
         """
         if not self.count:
             return {}
-        rows = gather(torch.cat([self.sums / self.count, self.first_bad.float()])[None]).cpu()
-        means, first_bad = rows.chunk(2, dim=1)
+        batches = self._good_batches.clamp(min=1) if self.may_skip else self.count
+        columns = [self.sums / batches, self.first_bad.float()]
+        columns += [torch.stack([self._bad_steps, self._good_batches])] if self.may_skip else []
+        rows = gather(torch.cat(columns)[None]).cpu()
+        means, first_bad, counts = rows.split(
+            [len(self.names), len(self.names), rows.shape[1] - 2 * len(self.names)], 1
+        )
         steps = {
             name: min(s for s in column if s >= 0)
             for name, column in zip(self.names, first_bad.T.tolist(), strict=True)
             if max(column) >= 0
         }
+        skipped = int(counts[:, 0].max()) if self.may_skip else 0
         if steps:
-            first = int(min(steps.values()))
-            names = ", ".join(name for name, step in steps.items() if step == first)
-            raise NonFiniteLossError(f"{names} was not finite at step {first}")
+            self._refuse_or_skip(steps, skipped)
         logs = dict(zip(self.names, means.mean(dim=0).tolist(), strict=True))
         logs.pop(GRADIENT)
+        if skipped:
+            good = counts[:, 1]  # ranks may have seen others
+            logs = dict(zip(logs, ((means[:, :-1].T @ good) / good.sum()).tolist(), strict=True)) if good.any() else {}
+        if self.skipped:
+            logs["skipped_steps"] = self.skipped
         logs |= {clock: seconds / self.count for clock, seconds in self.seconds.items()}
         logs["memory_gb"] = memory_gb(self.device)
-        self.sums, self.count = torch.zeros_like(self.sums), 0
+        self._start(self.names)
         self.seconds = dict.fromkeys(STEP_CLOCKS, 0.0)
         return logs
+
+    def _refuse_or_skip(self, steps: dict[str, float], skipped: int) -> None:
+        """Count steps that were not finite, or stop at them. `steps`: name -> the first one since the last log."""
+        first = int(min(steps.values()))
+        names = ", ".join(name for name, step in steps.items() if step == first)
+        self.skipped += skipped
+        if not self.may_skip:
+            raise NonFiniteLossError(f"{names} was not finite at step {first}")
+        if self.skipped > self.may_skip:
+            raise NonFiniteLossError(
+                f"{names} was not finite at step {first}: {self.skipped} steps in all, of which "
+                f"skip_nonfinite_steps allows {self.may_skip}"
+            )
+        logger.warning(
+            "%s was not finite at step %d; %d steps were skipped since the last log, %d of at most %d in all",
+            *(names, first, skipped, self.skipped, self.may_skip),
+        )
 
 
 def memory_gb(device: torch.device) -> float:

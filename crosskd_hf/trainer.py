@@ -1,6 +1,7 @@
 """Trainers of dense detectors, alone and with a teacher, on transformers.Trainer."""
 
 import logging
+import math
 import time
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from .training_args import DetectionTrainingArguments
 
 logger = logging.getLogger(__name__)
 EVALUATION_FOLDER = "evaluation"
+MONITOR = "StepMonitor"  # its part of a checkpoint's state
 
 
 class DetectionTrainer(SafeSaving, HubUpload, Trainer):
@@ -85,10 +87,11 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         )
         # The losses are normalised within a batch, so an accumulated batch is their mean.
         self.loss_is_scaled_for_ga = False
-        self.monitor = StepMonitor(self.args.device)
+        self.monitor = StepMonitor(self.args.device, args.skip_nonfinite_steps)
         self.train_sampler: OrientationBatchSampler | None = None
         self._before_step: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None = None
         self.last_evaluation: tuple[int, dict[str, float]] = (-1, {})
+        self._skipped_at_log = 0
         self.termination = TerminationSignal()
         self.evaluation_sheet: Image.Image | None = None  # of the last evaluation, for the trackers
         self.add_callback(_TrainingHooks(self))
@@ -206,7 +209,8 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         start = time.perf_counter()
         loss = super().training_step(*args, **kwargs)
         self.monitor.seconds["step_time"] += time.perf_counter() - start
-        return loss
+        # transformers sums the losses up to the next log, where one that isn't finite would stay for good.
+        return loss.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) if self.monitor.may_skip else loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Sum of all loss terms, each kept for the log."""
@@ -237,11 +241,13 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         Fused optimizers read `found_inf` (it is how GradScaler talks to them) and then change neither parameters nor
         their own state. For others a copy of both is kept over the step, and put back in `restore_masked_step`.
         """
-        if self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None:  # it skips steps by itself
+            self.monitor.end_step()
             return
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         bad = ~torch.nn.utils.get_total_norm(gradients).isfinite()
         self.monitor.record_gradient(bad, self._step)
+        self.monitor.end_step()
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         if all(group.get("fused") for group in optimizer.param_groups):
             optimizer.found_inf = bad.float()
@@ -268,8 +274,9 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         """Add every loss term, the times and the memory to a training log.
 
         Raises:
-            NonFiniteLossError: if a term or gradient was not finite since the last log. The updates of such steps were
-                masked out; the model as it is then is saved first.
+            NonFiniteLossError: if a term or gradient was not finite since the last log, more often than
+                `skip_nonfinite_steps` allows. The updates of such steps were masked out; the model as it is then is
+                saved first.
         """
         if not ({"loss", "train_loss"} & set(logs)):
             super().log(logs, start_time)
@@ -284,9 +291,26 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
                 f"{self._latest_checkpoint()}. Usual causes: a learning rate too high for this batch size, no "
                 "warm-up, half precision, or broken boxes in the data."
             ) from None
+        if averages.get("skipped_steps", 0) > self._skipped_at_log:
+            self._skipped_at_log = averages["skipped_steps"]
+            # The loss is a mean over skipped steps too, the norm is the last step's.
+            terms = [value for name, value in averages.items() if name.startswith(("loss_", "kd_"))]
+            logs["loss"] = sum(terms) if terms else math.nan
+            logs = {name: value for name, value in logs.items() if math.isfinite(value)}
         super().log({**logs, **averages}, start_time)
 
-    # Checkpoints: see `SafeSaving` -----------------------------------------------------------------------------
+    # Checkpoints: see `SafeSaving` ------------------------------------------------------------------------------
+
+    def begin_monitoring(self) -> None:
+        """Start the count of skipped steps, or go on with the checkpoint's."""
+        saved = self.state.stateful_callbacks.get(MONITOR, {}) if self._resumed_from is not None else {}
+        self.monitor.skipped = self._skipped_at_log = saved.get("attributes", {}).get("skipped", 0)
+
+    def _export_callbacks(self) -> None:
+        super()._export_callbacks()
+        if self.monitor.may_skip:
+            attributes = {"skipped": self.monitor.skipped_so_far()}
+            self.state.stateful_callbacks[MONITOR] = {"args": {}, "attributes": attributes}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # A checkpoint holds the trained weights, and the average beside them; the run's folder is for users.
@@ -455,6 +479,7 @@ class _TrainingHooks(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.begin_monitoring()
         self.trainer.begin_averaging()
         self.trainer.catch_up_evaluation()
 

@@ -36,6 +36,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "per_device_eval_batch_size": (1, math.inf),
     "gradient_accumulation_steps": (1, math.inf),
     "evaluation_pictures": (0, math.inf),
+    "skip_nonfinite_steps": (0, math.inf),
 }
 
 # The fields a problem lies in, and what is wrong with them. The text starts with a field's name.
@@ -90,6 +91,12 @@ class DetectionTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = field(default=2, metadata={"help": "Images a device and step."})
     per_device_eval_batch_size: int = field(
         default=1, metadata={"help": "Images a device in evaluation; 1 pads as the reference does."}
+    )
+    skip_nonfinite_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps of a run that may be skipped since loss or gradient isn't finite; 0: the first stops."
+        },
     )
     metric_for_best_model: str | None = field(default="AP", metadata={"help": "Metric of the best checkpoint."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether that metric should be high."})

@@ -122,3 +122,54 @@ def test_other_terms_start_anew():
 
 def test_memory_of_this_process():
     assert 0.05 < memory_gb(CPU) < 1000
+
+
+def skipping(*values: float, may_skip: int) -> StepMonitor:
+    """Steps of one batch, each with one term of a value; gradients are finite."""
+    monitor = StepMonitor(CPU, may_skip)
+    for step, value in enumerate(values, start=1):
+        monitor.record(terms(loss_cls=value), step)
+        monitor.record_gradient(torch.tensor(False), step)
+        monitor.end_step()
+    return monitor
+
+
+def test_skipped_steps_are_counted_and_left_out_of_the_means(caplog):
+    monitor = skipping(1.0, NAN, INF, 3.0, may_skip=2)
+    assert monitor.skipped_so_far() == 2 and monitor.skipped == 0
+    logs = monitor.averages(one_rank)
+    assert logs["loss_cls"] == 2.0 and logs["skipped_steps"] == 2
+    assert "loss_cls was not finite at step 2; 2 steps were skipped since the last log, 2 of at most 2" in caplog.text
+    monitor.record(terms(loss_cls=5.0), 5)
+    monitor.end_step()
+    logs = monitor.averages(one_rank)
+    assert (logs["loss_cls"], logs["skipped_steps"]) == (5.0, 2)
+
+
+def test_more_steps_than_may_be_skipped_stop_the_run():
+    assert "loss_cls" not in skipping(NAN, may_skip=1).averages(one_rank)
+    with pytest.raises(NonFiniteLossError, match=r"loss_cls was not finite at step 1: 2 steps in all.* allows 1"):
+        skipping(NAN, 1.0, NAN, may_skip=1).averages(one_rank)
+    with pytest.raises(NonFiniteLossError, match=r"loss_cls was not finite at step 2$"):
+        skipping(1.0, NAN, may_skip=0).averages(one_rank)
+
+
+def test_a_step_is_skipped_once_whatever_was_bad_in_it():
+    monitor = StepMonitor(CPU, 9)
+    for value in (NAN, 1.0, NAN):  # accumulated batches
+        monitor.record(terms(loss_cls=value), 1)
+    monitor.record_gradient(torch.tensor(True), 1)
+    monitor.end_step()
+    monitor.record(terms(loss_cls=4.0), 2)
+    monitor.record_gradient(torch.tensor(True), 2)  # of a finite loss
+    monitor.end_step()
+    logs = monitor.averages(one_rank)
+    assert (logs["loss_cls"], logs["skipped_steps"]) == (2.5, 2)
+
+
+def test_skipped_steps_over_ranks_weigh_by_what_each_saw():
+    monitor = skipping(1.0, NAN, may_skip=3)
+    # Another rank: mean 4 of two good batches.
+    other = torch.tensor([[4.0, 0.0, -1.0, -1.0, 1.0, 2.0]])
+    logs = monitor.averages(lambda row: torch.cat([row, other]))
+    assert logs["loss_cls"] == 3.0 and logs["skipped_steps"] == 1

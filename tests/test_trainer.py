@@ -126,6 +126,33 @@ def test_finite_gradients_of_an_infinite_loss_are_masked_too(tmp_path: Path) -> 
     assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in before.items())
 
 
+def test_steps_that_are_not_finite_may_be_skipped(tmp_path: Path) -> None:
+    def run(name: str, **options) -> DistillationTrainer:
+        trainer = distiller(tmp_path / name, tiny_model(seed=2), max_steps=6, skip_nonfinite_steps=2, **options)
+        original = trainer.loss_terms
+
+        def poisoned(model, inputs):
+            terms, outputs = original(model, inputs)
+            factor = float("nan") if trainer.state.global_step in (1, 3) else 1.0
+            return {**terms, "kd_box": terms["kd_box"] * factor}, outputs
+
+        trainer.loss_terms = poisoned
+        return trainer
+
+    trainer = run("whole", logging_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry.get("skipped_steps", 0) for entry in logs] == [1, 2, 2]
+    for entry in logs:
+        terms = sum(value for name, value in entry.items() if name.startswith(("loss_", "kd_")))
+        assert entry["loss"] == pytest.approx(terms, rel=1e-5)
+    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+    again = run("whole", logging_steps=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "run" / "checkpoint-4"))
+    assert [entry.get("skipped_steps") for entry in again.state.log_history if "loss" in entry] == [1, 2, 2]
+    assert again.monitor.skipped == 2
+
+
 def test_evaluation_writes_results_and_finds_the_best_checkpoint(tmp_path: Path) -> None:
     model = tiny_model()
     split = tiny_split(tmp_path / "data")
