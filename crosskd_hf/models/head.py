@@ -12,6 +12,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_dense import DenseDetectorConfig
 
+# Of FCOS's distances: 5e8 pixels. Beyond 44 two of them overflow as an area, and the losses of all priors, also those
+# that learn no box, become NaN. A deviation from the reference, whose exponent has no bound; no image comes near it.
+MAX_EXPONENT = 20.0
+
 
 @dataclass(frozen=True)
 class HeadSpec:
@@ -197,7 +201,7 @@ class DenseHead(nn.Module):
                 boxes = self.scales(boxes, level)
             output.logits.append(self.cls_predictor(cls_feature))
             # exp overflows half precision at 11: always in fp32.
-            output.boxes.append(boxes.float().exp() if spec.exp_boxes else boxes)
+            output.boxes.append(boxes.float().clamp(max=MAX_EXPONENT).exp() if spec.exp_boxes else boxes)
             if output.centerness is not None:
                 source = cls_feature if spec.centerness_from == "cls" else reg_feature
                 output.centerness.append(self.centerness_predictor(source))

@@ -1,0 +1,108 @@
+"""Losses and gradients are finite in every corner: no boxes, boxes of any size, one cell a level, half precision."""
+
+import copy
+
+import pytest
+import torch
+from tiny import tiny_batch, tiny_model
+
+from crosskd_hf.distillation.objective import distillation_losses, student_forward, teacher_forward
+from crosskd_hf.distillation.pairing import pair_up
+from crosskd_hf.distillation.settings import resolve_settings
+from crosskd_hf.models.head import MAX_EXPONENT
+from crosskd_hf.recipe import DistillationSection
+
+DETECTORS = ["gfl", "retinanet", "fcos", "atss"]
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+SLOW = pytest.mark.slow  # CPUs emulate half precision
+
+
+def with_boxes(*boxes: list[list[float]], side: int = 256) -> dict:
+    """An image each for lists of xyxy boxes, all of class 1."""
+    batch = tiny_batch(len(boxes), side, side)
+    batch["labels"] = [
+        {"boxes": torch.tensor(b).reshape(-1, 4), "class_labels": torch.ones(len(b), dtype=torch.long)} for b in boxes
+    ]
+    return batch
+
+
+CASES = {
+    "no boxes at all (all crowd)": with_boxes([], []),
+    "no boxes in one image": with_boxes([[20.0, 20, 90, 80]], []),
+    "a box of one pixel": with_boxes([[33.0, 33, 34, 34]]),
+    "a box without area": with_boxes([[50.0, 50, 50, 90]]),
+    "a box in no level's range": with_boxes([[-5000.0, -5000, 5000, 5000]]),
+    "a box of a million pixels": with_boxes([[-1e6, -1e6, 1e6, 1e6]]),
+    "the same box many times": with_boxes([[20.0, 30, 120, 130]] * 40),
+    "one cell on most levels": with_boxes([[2.0, 2, 30, 30]], side=32),
+}
+
+
+def all_losses(student, teacher, batch: dict) -> dict[str, torch.Tensor]:
+    settings = resolve_settings(DistillationSection(pkd=1.0), teacher)
+    pairing = pair_up(student, teacher, settings)
+    outputs = student_forward(student, batch, settings)
+    own = teacher_forward(teacher, batch, settings, pairing)
+    terms = distillation_losses(student, outputs, teacher, own, settings, pairing)
+    return outputs.loss_dict | {name: term.sum() for name, term in terms.items()}
+
+
+def assert_finite(model: torch.nn.Module, terms: dict[str, torch.Tensor]) -> None:
+    torch.stack(list(terms.values())).sum().backward()
+    wrong = [name for name, term in terms.items() if not term.isfinite()]
+    assert not wrong, wrong
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients
+    wrong = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    assert not wrong, wrong[:5]
+
+
+@pytest.fixture(scope="module")
+def pairs() -> dict:
+    teachers = {name: tiny_model(name, seed=2).eval().requires_grad_(False) for name in DETECTORS}
+    return {name: (tiny_model(name, seed=1).train(), teachers[name]) for name in DETECTORS}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("fp16", marks=SLOW)])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_losses_and_gradients_are_finite(pairs: dict, detector: str, case: str, precision: str) -> None:
+    student, teacher = pairs[detector]
+    dtype = PRECISIONS[precision]
+    if case.startswith("one cell") and dtype is not None:
+        pytest.skip("torch's half precision gradients of maps one cell wide aren't defined on CPUs")
+    student.zero_grad()
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        terms = all_losses(student, teacher, CASES[case])
+    assert_finite(student, terms)
+
+
+def test_half_precision_of_one_pixel(pairs: dict) -> None:
+    """The quick one of the slow ones above: FCOS's exponential overflows half precision first."""
+    test_losses_and_gradients_are_finite(pairs, "fcos", "a box of one pixel", "fp16")
+
+
+@pytest.mark.parametrize("output", [MAX_EXPONENT + 1, 50.0, 89.0, 1e4, -1e4])
+def test_fcos_boxes_of_any_exponent(output: float) -> None:
+    """From 89 on exp is infinite, from 44 on the area is; 0 times that is NaN."""
+    student, teacher = tiny_model("fcos", seed=1).train(), tiny_model("fcos", seed=2).eval().requires_grad_(False)
+    with torch.no_grad():
+        student.head.box_predictor.bias.fill_(output)
+    assert_finite(student, all_losses(student, teacher, CASES["no boxes in one image"]))
+    cross = copy.deepcopy(teacher)
+    with torch.no_grad():
+        cross.head.box_predictor.bias.fill_(output)
+    student = tiny_model("fcos", seed=1).train()
+    assert_finite(student, all_losses(student, cross, CASES["no boxes in one image"]))
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_confident_and_far_off_predictions(detector: str) -> None:
+    """Logits of 1e4, where exp and log overflow, and deltas of 1e4."""
+    student, teacher = tiny_model(detector, seed=1).train(), tiny_model(detector, seed=2).eval().requires_grad_(False)
+    for logit, delta in ((1e4, 1e4), (-1e4, -1e4)):
+        student.zero_grad()
+        with torch.no_grad():
+            student.head.cls_predictor.bias.fill_(logit)
+            student.head.box_predictor.bias.fill_(delta)
+        assert_finite(student, all_losses(student, teacher, CASES["no boxes in one image"]))
