@@ -1,8 +1,12 @@
 """Interrupted and resumed runs against undisturbed ones, bit for bit."""
 
+import contextlib
 import errno
+import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,12 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
 from transformers import TrainerCallback
 
 from crosskd_hf import checkpoints
 from crosskd_hf.checkpoints import MARKER, last_complete_checkpoint
+from crosskd_hf.data.coco import load_coco
 from crosskd_hf.data.dataset import DetectionDataset
 from crosskd_hf.trainer import DetectionTrainer, DistillationTrainer
 
@@ -245,3 +251,81 @@ def test_a_run_killed_at_random_ends_as_an_undisturbed_one(tmp_path: Path, worke
         text=True,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_changed_rates_are_taken_and_momenta_kept(tmp_path: Path) -> None:
+    """transformers would go on with the checkpoint's rates, whatever the arguments say."""
+    interrupted(tmp_path, 5)
+    checkpoint = last_complete_checkpoint(tmp_path / "cut")
+    trainer = build(tmp_path, "cut", learning_rate=0.004, weight_decay=0.5, lr_gamma=0.5, max_steps=4)
+    momenta = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            momenta.extend(float(s["momentum_buffer"].norm()) for s in trainer.optimizer.state.values())
+
+    trainer.add_callback(Look())
+    trainer.train(resume_from_checkpoint=checkpoint)
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates == [0.01, 0.01, 0.01, 0.004], "the milestone comes after step 4"
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.5}
+    assert trainer.lr_scheduler.get_last_lr() == [0.002]
+    assert sum(momenta) > 0
+
+
+def elsewhere(rank: int, world: int, port: int, root: str, steps: int) -> None:
+    """One of `world` processes that train up to a step, at a global batch of 4, and note what they saw."""
+    if world > 1:
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {**ranks, "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        torch.set_num_threads(1)
+    folder = Path(root)
+    model = tiny_model(seed=1, backbone="test_resnet", frozen_stages=0)
+    split = load_coco(folder / "data", "mini", cache_dir=str(folder / "data" / "cache"))
+    data = DetectionDataset(split, train=True, short_side=64, long_side=96)
+    options = {**OPTIONS, "eval_strategy": "no", "save_steps": 3, "max_steps": 9}
+    args = tiny_args(folder / "run", **options, gradient_accumulation_steps=2 // world)
+    trainer = DetectionTrainer(model, args, data, None, tiny_processor(model))
+    seen, original = [], trainer.get_batch_samples
+
+    def noting(*args, **kwargs):
+        batches, count = original(*args, **kwargs)
+        seen.append([batch["labels"]["image_id"].tolist() for batch in batches])
+        return batches, count
+
+    trainer.get_batch_samples = noting
+    trainer.add_callback(InterruptAt(steps))
+    with contextlib.suppress(Interrupted):
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder / "run"))
+    rates = {entry["step"]: entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry}
+    (folder / f"seen_{steps}_{rank}.json").write_text(json.dumps({"seen": seen, "rates": rates}))
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    """From 1 to 2 and back: the images and learning rates of every step are those of an undisturbed run."""
+    tiny_split(tmp_path / "data", images=8)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def run(world: int, steps: int) -> tuple[list[list[int]], dict]:
+        if world == 1:
+            elsewhere(0, 1, port, str(tmp_path), steps)
+        else:
+            mp.spawn(elsewhere, (world, port, str(tmp_path), steps), nprocs=world)
+        notes = [json.loads((tmp_path / f"seen_{steps}_{rank}.json").read_text()) for rank in range(world)]
+        per_step = zip(*(note["seen"] for note in notes), strict=True)
+        images = [[image for batches in step for batch in batches for image in batch] for step in per_step]
+        return [sorted(ids) for ids in images], notes[0]["rates"]
+
+    whole, rates = run(1, 9)
+    shutil.rmtree(tmp_path / "run")
+    images, seen_rates = [], {}
+    for world, steps in ((1, 3), (2, 6), (1, 9)):
+        seen, seen_rates = run(world, steps)
+        images += seen[: steps - len(images)]  # the interrupted run had fetched one more
+    assert images == whole and len(whole) == 9
+    assert seen_rates == rates and len(set(rates.values())) == 2
+    assert [folder.name for folder in checkpoints.checkpoint_folders(tmp_path / "run")][-1] == "checkpoint-9"
