@@ -32,6 +32,7 @@ REMOVING = "removing.json"  # what the marker of a checkpoint is renamed to befo
 LOCK = "_lock"  # names with an underscore aren't pushed to the Hub
 NAME = re.compile(r"checkpoint-(\d+)")
 CHUNK = 1 << 22  # bytes
+DISK_FULL = "the disk is full"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # How safetensors (Rust) and torch.save (C++) report a write that failed: neither raises an OSError.
 FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "inline_container", "PytorchStreamWriter")
@@ -273,14 +274,30 @@ def disk_errors_explained(folder: Path, needed_bytes: int) -> Iterator[None]:
             raise
         free = shutil.disk_usage(_existing(folder)).free  # before the removal
         shutil.rmtree(folder, ignore_errors=True)
-        good = newest_complete(folder.parent)
-        intact = f"The last good checkpoint, {good}, is intact" if good else "There is no earlier checkpoint"
-        raise OSError(
-            errno.ENOSPC,
-            f"the disk is full: {folder} needs about {_gb(needed_bytes)} GB, {_gb(free)} GB were free when writing "
-            f"failed. The partial folder was removed. {intact}; free some space (or lower save_total_limit) and start "
-            "the same command again to go on",
-        ) from error
+        text = f"{folder} needs about {_gb(needed_bytes)} GB, {_gb(free)} GB were free when writing failed"
+        raise _disk_full(f"{text}. The partial folder was removed", folder.parent) from error
+
+
+@contextlib.contextmanager
+def full_disk_explained(output_dir: Path) -> Iterator[None]:
+    """Around a whole run: whatever can't be written, say that the disk is full and what is safe.
+
+    Raises:
+        OSError: the disk is full (`errno` ENOSPC). Other errors pass as they are, and explained ones.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not is_disk_full(error) or DISK_FULL in str(error):
+            raise
+        raise _disk_full(str(error), output_dir) from error
+
+
+def _disk_full(what: str, output_dir: Path) -> OSError:
+    good = newest_complete(output_dir)
+    intact = f"The last good checkpoint, {good}, is intact" if good else "There is no earlier checkpoint"
+    advice = "free some space (or lower save_total_limit) and start the same command again to go on"
+    return OSError(errno.ENOSPC, f"{DISK_FULL}: {what}. {intact}; {advice}")
 
 
 def is_disk_full(error: BaseException | None) -> bool:

@@ -11,10 +11,14 @@ def write_atomically(path: Path, text: str) -> None:
         OSError: it can't be written.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:  # a disk that is full shouldn't keep half of it
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, path)
     if os.name == "posix":  # elsewhere folders can't be opened
         descriptor = os.open(path.parent, os.O_RDONLY)

@@ -16,6 +16,7 @@ from .checkpoints import (
     checkpoint_bytes,
     checkpoints_at_once,
     claimed,
+    full_disk_explained,
     last_complete_checkpoint,
 )
 from .convert import CheckpointError
@@ -118,11 +119,12 @@ def run(trainer: DetectionTrainer, recipe: Recipe) -> None:
 
     Raises:
         FolderInUseError: another run is writing to the output folder.
+        OSError: the disk is full.
         Terminated: SIGTERM came; everything up to its step is saved.
     """
     output = Path(trainer.args.output_dir)
     claim = claimed(output) if trainer.args.should_save else contextlib.nullcontext()
-    with claim, trainer.termination.listening():
+    with claim, trainer.termination.listening(), full_disk_explained(output):
         if trainer.is_world_process_zero():
             recipe.save(output / RECIPE_FILE)
         checkpoint = last_complete_checkpoint(output)

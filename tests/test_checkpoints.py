@@ -1,5 +1,6 @@
 """Which checkpoints count: the marker, damage, rotation, full disks."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -26,12 +27,15 @@ from crosskd_hf.checkpoints import (
     claimed,
     damage,
     disk_errors_explained,
+    full_disk_explained,
     is_disk_full,
     last_complete_checkpoint,
     mark_complete,
     remove_checkpoint,
     remove_surplus,
+    replace_file,
 )
+from crosskd_hf.files import write_atomically
 
 
 def make(run: Path, step: int, marked: bool = True) -> Path:
@@ -358,3 +362,61 @@ def test_torch_and_safetensors_report_full_disks_as_they_did(tmp_path: Path) -> 
         resource.setrlimit(resource.RLIMIT_FSIZE, previous)
         signal.signal(signal.SIGXFSZ, handler)
     assert is_disk_full(raised.value)
+
+
+def test_whatever_a_full_disk_stops_is_told_with_what_is_safe(tmp_path: Path) -> None:
+    good = make(tmp_path, 4)
+    with pytest.raises(
+        OSError, match=r"the disk is full: .*predictions.json.*checkpoint-4, is intact.*start the same"
+    ):
+        with full_disk_explained(tmp_path):
+            raise OSError(errno.ENOSPC, "No space left on device", "predictions.json")
+    assert damage(good) is None
+    with pytest.raises(OSError, match=r"^\[Errno 13\] Permission denied$"), full_disk_explained(tmp_path):
+        raise OSError(errno.EACCES, "Permission denied")
+    told = OSError(errno.ENOSPC, "the disk is full: told already")
+    with pytest.raises(OSError) as error, full_disk_explained(tmp_path):
+        raise told
+    assert error.value is told
+
+
+def test_a_file_that_does_not_fit_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.json"
+    write_atomically(path, "old")
+    monkeypatch.setattr("crosskd_hf.files.os.fsync", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):
+        write_atomically(path, "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"] and path.read_text() == "old"
+
+
+# Another version of a file --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2, 3])
+def test_a_checkpoint_is_whole_at_every_moment_of_a_replacement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    """Killed before the first of three writes, between two, or after the last."""
+    folder = make(tmp_path, 4)
+    name = "weights"
+    before, left = (folder / name).read_bytes(), [writes]
+
+    def counted(path: Path, text: str) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        write_atomically(path, text)
+
+    monkeypatch.setattr(checkpoints, "write_atomically", counted)
+    with contextlib.suppress(KeyboardInterrupt):
+        replace_file(folder, name, "ä new version\n")
+    assert damage(folder) is None
+    content = (folder / name).read_bytes()
+    assert content == ("ä new version\n".encode() if writes > 1 else before)
+    (folder / name).write_bytes(b"something else, of another size")
+    assert name in damage(folder)
+
+
+def test_a_folder_without_marker_gets_no_other_file(tmp_path: Path) -> None:
+    replace_file(tmp_path, "state.json", "{}")
+    assert not list(tmp_path.iterdir())
