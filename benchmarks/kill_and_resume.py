@@ -388,9 +388,13 @@ def fill_disk(process: subprocess.Popen, series: Series, log: Path, rng: random.
         return f"it didn't end within {series.limit:g} s"
     if "trained to step" in log.read_text(errors="replace") and not process.returncode:
         return ""  # nothing was left to be saved
-    if not process.returncode or "isk is full" not in log.read_text(errors="replace"):
+    if not process.returncode or not re.search(
+        "disk is full|GB are free|No space left", log.read_text(errors="replace")
+    ):
         return f"status {process.returncode}, and no word of the disk"
-    return "" if newest_complete(series.output) == before else "the last checkpoint isn't what it was"
+    # It may have been the last to fit.
+    step = int(before.rpartition("-")[2]) if before else 0
+    return "" if last_step(series.output) >= step else "the last checkpoint isn't there any more"
 
 
 def damage(process: subprocess.Popen, series: Series, log: Path, rng: random.Random) -> str:

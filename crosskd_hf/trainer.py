@@ -10,6 +10,7 @@ from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -85,12 +86,14 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
             optimizers=optimizers,
             **datasets,
         )
-        # The losses are normalised within a batch, so an accumulated batch is their mean.
+        # The losses of a step's batches are normalised alike (see `measure_normalizers`), so the step's is their mean.
         self.loss_is_scaled_for_ga = False
+        self._detector.normalizers.sync = args.sync
         self.monitor = StepMonitor(self.args.device, args.skip_nonfinite_steps)
         self.train_sampler: OrientationBatchSampler | None = None
         self._before_step: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None = None
         self.last_evaluation: tuple[int, dict[str, float]] = (-1, {})
+        self._unmeasured: list[dict] = []  # batches of the step that begins, if they are several
         self._skipped_at_log = 0
         self.termination = TerminationSignal()
         self.evaluation_sheet: Image.Image | None = None  # of the last evaluation, for the trackers
@@ -159,9 +162,35 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
     def get_batch_samples(self, *args, **kwargs):
         """Fetch batches, timed."""
         start = time.perf_counter()
-        batches = super().get_batch_samples(*args, **kwargs)
+        batches, count = super().get_batch_samples(*args, **kwargs)
         self.monitor.seconds["data_time"] += time.perf_counter() - start
-        return batches
+        self._detector.normalizers.release()
+        self._unmeasured = batches if len(batches) > 1 else []
+        return batches, count
+
+    @property
+    def _detector(self) -> DenseDetector:
+        return self.accelerator.unwrap_model(self.model)
+
+    @torch.no_grad()
+    def measure_normalizers(self, batches: list[dict]) -> None:
+        """Have all batches of a step divide their losses by the same: see `Normalizers`.
+
+        The forward passes draw the same random numbers as those that follow, and leave BatchNorm's averages alone.
+        """
+        model = self._detector
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), model.normalizers.measuring():
+            for module in norms:
+                module.track_running_stats = False
+            try:
+                for batch in batches:
+                    with self.accelerator.autocast():
+                        model(**self._prepare_inputs(batch))
+            finally:
+                for module in norms:
+                    module.track_running_stats = True
 
     # Optimisation -----------------------------------------------------------------------------------------------
 
@@ -207,6 +236,10 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
     def training_step(self, *args, **kwargs) -> Tensor:
         """Forward and backward, timed."""
         start = time.perf_counter()
+        if self._unmeasured:
+            # Not when they are fetched: a resumed run's random state is restored after that.
+            self.measure_normalizers(self._unmeasured)
+            self._unmeasured = []
         loss = super().training_step(*args, **kwargs)
         self.monitor.seconds["step_time"] += time.perf_counter() - start
         # transformers sums the losses up to the next log, where one that isn't finite would stay for good.
@@ -409,7 +442,7 @@ class DistillationTrainer(DetectionTrainer):
         optimizers: tuple = (None, None),
     ):
         model, teacher = _as_detector(model), _as_detector(teacher)
-        self.settings = resolve_settings(distillation or DistillationSection(), teacher)
+        self.settings = resolve_settings(distillation or DistillationSection(), teacher, args.sync)
         pairing = pair_up(model, teacher, self.settings, args.seed, processing_class)
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers)
         if pairing.adapters and self.optimizer is not None:
@@ -506,6 +539,8 @@ def _refuse_unsupported(args: DetectionTrainingArguments) -> None:
             f"one process sees {args.n_gpu} GPUs, which would make it DataParallel: start one process a GPU with "
             "`accelerate launch --multi_gpu`, or hide the others with CUDA_VISIBLE_DEVICES=0."
         )
+    if args.sync and args.torch_compile:
+        raise ValueError("sync and torch_compile don't go together: sums over processes can't be compiled here.")
     if args.fsdp or args.deepspeed:
         raise ValueError("FSDP and DeepSpeed aren't supported; these detectors fit a GPU: use plain multi_gpu.")
 

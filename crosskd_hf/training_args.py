@@ -92,6 +92,13 @@ class DetectionTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(
         default=1, metadata={"help": "Images a device in evaluation; 1 pads as the reference does."}
     )
+    sync: bool = field(
+        default=False,
+        metadata={
+            "help": "Statistics and normalisers that are a process' own as published (all of the distillation, and "
+            "RetinaNet's) are those of all processes."
+        },
+    )
     skip_nonfinite_steps: int = field(
         default=0,
         metadata={

@@ -4,26 +4,51 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from ..distributed import num_processes, sum_over_ranks
+
 EPS = 1e-6  # added to a deviation that is divided by
 TINY = 1e-30  # a product of deviations that is divided by; constant channels have 0
 
 
-def channel_statistics(maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+def channel_statistics(maps: list[Tensor], sync: bool = False) -> tuple[Tensor, Tensor]:
     """Mean and unbiased standard deviation per channel of maps (N, C, H, W), over batch and space: (maps, C) each.
 
     A single value (one image, 1x1 level) has no unbiased deviation: 0, so that it standardises to 0.
+
+    Args:
+        maps: of this process.
+        sync: over the maps of all processes.
     """
+    if sync and num_processes() > 1:
+        return _shared_statistics(maps)
     pairs = [torch.var_mean(m, dim=(0, 2, 3), correction=min(1, _values_per_channel(m) - 1)) for m in maps]
     variances, means = zip(*pairs, strict=True)
     return torch.stack(means), torch.stack(variances).sqrt()
 
 
-def standardise(maps: list[Tensor]) -> list[Tensor]:
-    """Maps (N, C, H, W) with zero mean and unit deviation per channel; gradients flow through both statistics."""
-    return list(_Rescaled.apply(False, None, None, *maps))
+def _shared_statistics(maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+    counts = _shared_counts(maps)
+    mean = sum_over_ranks(torch.stack([m.sum(dim=(0, 2, 3)) for m in maps])) / counts
+    # In a second round, about the mean: differences of sums of squares would round away small deviations.
+    squares = [(m - center).square().sum(dim=(0, 2, 3)) for m, center in zip(maps, _per_channel(mean), strict=True)]
+    return mean, (sum_over_ranks(torch.stack(squares)) / (counts - 1).clamp(min=1)).sqrt()
 
 
-def align(student: list[Tensor], teacher: list[Tensor], rectify: bool = False) -> list[Tensor]:
+def _shared_counts(maps: list[Tensor]) -> Tensor:
+    """Values a channel over all processes, (maps, 1)."""
+    counts = torch.tensor([float(_values_per_channel(m)) for m in maps], dtype=torch.float64, device=maps[0].device)
+    return sum_over_ranks(counts).to(maps[0].dtype).unsqueeze(1)
+
+
+def standardise(maps: list[Tensor], sync: bool = False) -> list[Tensor]:
+    """Maps (N, C, H, W) with zero mean and unit deviation per channel; gradients flow through both statistics.
+
+    With `sync` the statistics are those of all processes' maps, and so are the gradients.
+    """
+    return list(_Rescaled.apply(False, sync, None, None, *maps))
+
+
+def align(student: list[Tensor], teacher: list[Tensor], rectify: bool = False, sync: bool = False) -> list[Tensor]:
     """Give each of the student's maps (N, C, H, W) the mean and deviation per channel of the teacher's.
 
     The teacher's are constants.
@@ -31,6 +56,7 @@ def align(student: list[Tensor], teacher: list[Tensor], rectify: bool = False) -
     Args:
         student, teacher: as many maps, in pairs of as many channels.
         rectify: apply a ReLU to what comes out.
+        sync: take the statistics over the maps of all processes.
 
     Raises:
         ValueError: if there aren't as many of both.
@@ -38,8 +64,8 @@ def align(student: list[Tensor], teacher: list[Tensor], rectify: bool = False) -
     if len(student) != len(teacher):
         raise ValueError(f"{len(student)} maps can't be aligned to {len(teacher)}")
     with torch.no_grad():
-        mean, std = channel_statistics(teacher)
-    return list(_Rescaled.apply(rectify, mean, std, *student))
+        mean, std = channel_statistics(teacher, sync)
+    return list(_Rescaled.apply(rectify, sync, mean, std, *student))
 
 
 class _Rescaled(torch.autograd.Function):
@@ -51,9 +77,9 @@ class _Rescaled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, rectify: bool, mean: Tensor | None, std: Tensor | None, *maps: Tensor
+        ctx: FunctionCtx, rectify: bool, sync: bool, mean: Tensor | None, std: Tensor | None, *maps: Tensor
     ) -> tuple[Tensor, ...]:
-        own_mean, own_std = channel_statistics(list(maps))
+        own_mean, own_std = channel_statistics(list(maps), sync)
         divisor = own_std + EPS
         factor = divisor.reciprocal() if std is None else std / divisor
         shifts = _per_channel(torch.zeros_like(factor) if mean is None else mean)
@@ -63,6 +89,7 @@ class _Rescaled(torch.autograd.Function):
         if rectify:
             torch._foreach_clamp_min_(outputs, 0)
         ctx.rectify = rectify
+        ctx.sync = sync and num_processes() > 1
         ctx.save_for_backward(own_mean, own_std, factor, *maps, *(outputs if rectify else ()))
         return tuple(outputs)
 
@@ -75,6 +102,8 @@ class _Rescaled(torch.autograd.Function):
             through = torch._foreach_sign(outputs)  # 1 or 0
             torch._foreach_mul_(through, gradients)
             gradients = through
+        if ctx.sync:
+            return None, None, None, None, *_shared_backward(gradients, maps, mean, std, factor)
         # The derivative is that of a batch norm with gain w and inverse deviation v, so that its kernel can do all of
         # it: w * v must be the factor, and v^2 / n must be 1 / ((n - 1) * std * (std + EPS)) of n values a channel.
         counts = [_values_per_channel(m) for m in maps]
@@ -86,7 +115,26 @@ class _Rescaled(torch.autograd.Function):
             derivative(g, m, w, None, None, center, v, True, 0.0, [True, False, False])[0]
             for g, m, w, center, v in rows
         ]
-        return None, None, None, *results
+        return None, None, None, None, *results
+
+
+def _shared_backward(
+    gradients: tuple[Tensor, ...], maps: tuple[Tensor, ...], mean: Tensor, std: Tensor, factor: Tensor
+) -> list[Tensor]:
+    """Gradients of the sum of all processes' losses, whose mean DDP makes of them.
+
+    With y = (x - m) * f, where the deviation s is the square root of sum (x - m)^2 / (n - 1) and f is proportional to
+    1 / (s + EPS), the gradient g of y becomes that of x, f * (g - mean g - (x - m) * t), where t is
+    sum(g * (x - m)) / ((n - 1) * s * (s + EPS)).
+    """
+    counts = _shared_counts(list(maps))
+    centered = [m - center for m, center in zip(maps, _per_channel(mean), strict=True)]
+    pairs = list(zip(gradients, centered, strict=True))
+    sums = torch.stack([g.sum(dim=(0, 2, 3)) for g in gradients] + [(g * c).sum(dim=(0, 2, 3)) for g, c in pairs])
+    total, product = sum_over_ranks(sums).chunk(2)
+    slope = product / ((counts - 1).clamp(min=1) * std * (std + EPS)).clamp(min=TINY)
+    rows = zip(pairs, _per_channel(factor), _per_channel(total / counts), _per_channel(slope), strict=True)
+    return [f * (g - average - c * s) for (g, c), f, average, s in rows]
 
 
 def _values_per_channel(features: Tensor) -> int:

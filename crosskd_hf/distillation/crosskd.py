@@ -19,7 +19,7 @@ Taps = HeadOutput | DenseDetectorOutput  # both have cls_taps and reg_taps
 
 
 def cross_pass(
-    teacher: DenseDetector, student: Taps, own: Taps, tap_index: int, pairing: Pairing = SAME
+    teacher: DenseDetector, student: Taps, own: Taps, tap_index: int, pairing: Pairing = SAME, sync: bool = False
 ) -> HeadOutput:
     """Cross-head predictions: the student's taps through the teacher's blocks `tap_index` and later.
 
@@ -29,6 +29,7 @@ def cross_pass(
         own: the teacher's.
         tap_index: blocks of the teacher that are not run. At 0 it takes FPN levels, which have no ReLU.
         pairing: which levels both have, and what gives the student's taps the teacher's width.
+        sync: align by the statistics of all processes' maps, instead of this one's as published.
 
     Returns:
         the predictions at the shared levels.
@@ -47,7 +48,7 @@ def cross_pass(
     cls_taps, reg_taps = taps
     if all(a is b for a, b in zip(cls_taps, reg_taps, strict=True)):  # FPN levels: both towers start from them
         reg_taps, references = [], references[: len(cls_taps)]
-    features = align([t.float() for t in cls_taps + reg_taps], [r.float() for r in references], tap_index > 0)
+    features = align([t.float() for t in cls_taps + reg_taps], [r.float() for r in references], tap_index > 0, sync)
     cls_features, reg_features = features[: len(cls_taps)], features[-len(cls_taps) :]
     levels = None if pairing.levels is None else pairing.levels[TEACHER]
     return teacher.head(cls_features, reg_features, start_block=tap_index, levels=levels)
@@ -75,7 +76,9 @@ def crosskd_losses(
         raise ValueError("CrossKD needs both models' forward(output_distillation=True), the student's with labels")
     targets = kd_targets(student, student_output, teacher, teacher_output, pairing)
     # Not kept in a variable: the maps of nine anchors' classes are large.
-    cross = teacher.flatten(cross_pass(teacher, student_output, teacher_output, settings.tap_index, pairing))
+    cross = teacher.flatten(
+        cross_pass(teacher, student_output, teacher_output, settings.tap_index, pairing, settings.sync)
+    )
     own = pairing.shared_predictions(teacher_output, TEACHER)
     # Both are in the teacher's classes.
     cross, own = (pairing.shared_classes(predictions, TEACHER) for predictions in (cross, own))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..distributed import mean_over_ranks
 from ..losses import EPS, bin_kl_loss, binary_kd_loss, distance_overlaps
 from ..models.modeling_dense import DenseDetector, Predictions, Priors
 from .settings import DistillationSettings
@@ -47,10 +48,12 @@ def box_kd_loss(
     targets: KDTargets,
     weight: float = 1.0,
     distances: Tensor | None = None,
+    sync: bool = False,
 ) -> Tensor:
     """kd_box, weighted by the teacher's highest probability of a shared class, a (N, P) tensor.
 
-    Distance distributions are compared by their KL divergence, over the sum of those weights on this rank. (The
+    Distance distributions are compared by their KL divergence, over the sum of those weights on this rank
+    (with `sync`: the mean of the ranks' sums). (The
     reference doesn't bound that sum from below; 1 here, so that a batch without confidence can't blow up.)
     Other detectors compare boxes, by GIoU or -log IoU, over the normaliser; so does GFL, by GIoU, with those of a
     detector that has no such distributions, given as `distances` (N, P, 4) from the priors' centres.
@@ -60,7 +63,7 @@ def box_kd_loss(
     kind = detector.distillation.box_loss
     if kind == "bin_kl" and distances is None:
         loss = bin_kl_loss(cross.boxes.unflatten(-1, (4, -1)), teacher.boxes.unflatten(-1, (4, -1))).mean(dim=-1)
-        normalizer = weights.sum().clamp(min=1)
+        normalizer = (mean_over_ranks(weights.sum()) if sync else weights.sum()).clamp(min=1)
     else:
         mine = detector.distances(cross.boxes, targets.priors) if distances is None else distances
         iou, giou = distance_overlaps(mine, detector.distances(teacher.boxes, targets.priors))
@@ -101,7 +104,7 @@ def prediction_kd_losses(
     """
     terms = {
         "cls": classification_kd_loss(predictions, own, targets, scale * settings.cls_weight, overwrite),
-        "box": box_kd_loss(teacher, predictions, own, targets, scale * settings.box_weight, distances),
+        "box": box_kd_loss(teacher, predictions, own, targets, scale * settings.box_weight, distances, settings.sync),
     }
     if teacher.distillation.centerness and targets.positive is not None:
         weight = scale * settings.centerness_weight

@@ -69,7 +69,7 @@ def distillation_losses(
     if settings.pkd > 0:
         mine = pairing.adapters.adapt("fpn", pairing.shared_levels(student_output.fpn_features, STUDENT))
         theirs = pairing.shared_levels(teacher_output.fpn_features, TEACHER)
-        terms["kd_feature"] = settings.pkd * pkd_loss(mine, theirs)
+        terms["kd_feature"] = settings.pkd * pkd_loss(mine, theirs, settings.sync)
     if settings.mimic > 0:
         terms |= mimic_losses(*pair)
     return terms

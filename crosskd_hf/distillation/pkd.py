@@ -7,15 +7,16 @@ from torch.nn import functional as F
 from .alignment import standardise
 
 
-def pkd_loss(student_features: list[Tensor], teacher_features: list[Tensor]) -> Tensor:
+def pkd_loss(student_features: list[Tensor], teacher_features: list[Tensor], sync: bool = False) -> Tensor:
     """Half the mean squared difference of standardised FPN levels (equation 3).
 
     Args:
         student_features, teacher_features: (N, C, H, W) a level, of the same shapes.
+        sync: standardise by the statistics of all processes' features.
 
     Returns:
         (levels,) tensor.
     """
-    mine = standardise([student.float() for student in student_features])
-    theirs = standardise([teacher.float() for teacher in teacher_features])
+    mine = standardise([student.float() for student in student_features], sync)
+    theirs = standardise([teacher.float() for teacher in teacher_features], sync)
     return torch.stack([0.5 * F.mse_loss(a, b) for a, b in zip(mine, theirs, strict=True)])

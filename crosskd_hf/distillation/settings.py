@@ -18,6 +18,7 @@ class DistillationSettings:
         cls_weight, box_weight, centerness_weight: weights of the terms.
         pkd: weight of the feature loss; 0 turns it off.
         mimic: factor on the terms that the student's own predictions mimic the teacher's with; 0 turns them off.
+        sync: statistics and normalisers are those of all processes, where they are a process' own as published.
     """
 
     crosskd: float
@@ -29,9 +30,10 @@ class DistillationSettings:
     centerness_weight: float
     pkd: float
     mimic: float = 0.0
+    sync: bool = False
 
 
-def resolve_settings(section: DistillationSection, teacher: DenseDetector) -> DistillationSettings:
+def resolve_settings(section: DistillationSection, teacher: DenseDetector, sync: bool = False) -> DistillationSettings:
     """Fill what the recipe leaves open with the values published for the teacher's detector."""
     published = teacher.distillation
 
@@ -51,4 +53,5 @@ def resolve_settings(section: DistillationSection, teacher: DenseDetector) -> Di
         centerness_weight=given(section.centerness_weight, published.centerness_weight),
         pkd=section.pkd,
         mimic=section.mimic,
+        sync=sync,
     )

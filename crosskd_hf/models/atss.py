@@ -5,7 +5,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..assigners import Assignment, atss_assign
-from ..distributed import mean_over_ranks
 from ..losses import distance_overlaps, focal_loss
 from .anchors import square_anchors
 from .box_coding import centerness, deltas_to_distances
@@ -56,8 +55,8 @@ class ATSSForObjectDetection(DenseDetector):
         targets = matched_distances(truth, assignment, priors)
         target = centerness(targets)
         weights = target * positive
-        class_normalizer = mean_over_ranks(positives_per_image(positive))
-        box_normalizer = mean_over_ranks(weights.sum()).clamp(min=1)
+        class_normalizer = self.normalizers.average("class", positives_per_image(positive))
+        box_normalizer = self.normalizers.average("box", weights.sum()).clamp(min=1)
 
         labels = class_targets(truth, assignment, predictions.logits)
         cls_loss = focal_loss(predictions.logits, labels, config.focal_alpha, config.focal_gamma)

@@ -5,7 +5,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..assigners import Assignment, point_assign
-from ..distributed import mean_over_ranks
 from ..losses import EPS, distance_overlaps, focal_loss
 from .anchors import cell_centers
 from .box_coding import centerness
@@ -60,8 +59,8 @@ class FCOSForObjectDetection(DenseDetector):
         targets = matched_distances(truth, assignment, priors)
         target = centerness(targets)
         weights = target * positive
-        class_normalizer = mean_over_ranks(positive.sum().float()).clamp(min=1)
-        box_normalizer = mean_over_ranks(weights.sum()).clamp(min=EPS)
+        class_normalizer = self.normalizers.average("class", positive.sum().float()).clamp(min=1)
+        box_normalizer = self.normalizers.average("box", weights.sum()).clamp(min=EPS)
 
         labels = class_targets(truth, assignment, predictions.logits)
         cls_loss = focal_loss(predictions.logits, labels, config.focal_alpha, config.focal_gamma)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..assigners import Assignment, atss_assign
-from ..distributed import mean_over_ranks
 from ..losses import distance_overlaps, distribution_focal_loss, quality_focal_loss
 from .anchors import square_anchors
 from .box_coding import expected_bins
@@ -56,10 +55,10 @@ class GFLForObjectDetection(DenseDetector):
         config, positive = self.config, assignment.positive
         targets = matched_distances(truth, assignment, priors)
         iou, giou = distance_overlaps(self.distances(predictions.boxes, priors), targets)
-        class_normalizer = mean_over_ranks(positives_per_image(positive))
+        class_normalizer = self.normalizers.average("class", positives_per_image(positive))
         # Boxes count as much as the detector already believes in them.
         confidence = predictions.logits.detach().amax(dim=-1).sigmoid() * positive
-        box_normalizer = mean_over_ranks(confidence.sum()).clamp(min=1)
+        box_normalizer = self.normalizers.average("box", confidence.sum()).clamp(min=1)
         weights = confidence / box_normalizer
 
         quality = class_targets(truth, assignment, predictions.logits, iou.detach())

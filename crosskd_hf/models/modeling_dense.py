@@ -12,6 +12,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from ..assigners import Assignment, gather_boxes, gather_labels
+from ..distributed import Normalizers
 from .anchors import cell_corners, valid_cells
 from .backbone import Backbone
 from .box_coding import box_centers, boxes_to_distances, distances_to_boxes
@@ -188,6 +189,7 @@ class DenseDetector(PreTrainedModel):
         # Of the instance: add_model_tags() appends to it.
         self.model_tags = ["object-detection", "crosskd", config.model_type]
         self._priors: dict[tuple, Priors] = {}
+        self.normalizers = Normalizers()
         self.post_init()
 
     # What a detector provides -----------------------------------------------------------------------------------

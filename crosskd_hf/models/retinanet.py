@@ -64,8 +64,9 @@ class RetinaNetForObjectDetection(DenseDetector):
         cls_loss = focal_loss(predictions.logits, targets, config.focal_alpha, config.focal_gamma)
         deltas = distances_to_deltas(matched_distances(truth, assignment, priors), priors.extents)
         box_loss = (predictions.boxes - deltas).abs().sum(dim=-1)
-        # Of this rank only: the reference doesn't average RetinaNet's normaliser over ranks.
-        normalizer = positives_per_image(assignment.positive)
+        # Of this process only: the reference doesn't average RetinaNet's normaliser, unless training.sync asks for it.
+        positives = positives_per_image(assignment.positive)
+        normalizer = self.normalizers.average("class", positives, per_process=True)
         return DetectionLosses(
             terms={
                 "loss_cls": cls_loss * (assignment.class_weights / normalizer),
