@@ -178,6 +178,7 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
 
         The forward passes draw the same random numbers as those that follow, and leave BatchNorm's averages alone.
         """
+        self.model.train()  # as the step does it
         model = self._detector
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         devices = [self.args.device] if self.args.device.type == "cuda" else []

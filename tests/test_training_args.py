@@ -55,6 +55,8 @@ def test_own_fields_only_add_to_transformers():
         "evaluation_pictures",
         "channels_last",
         "fold_teacher_batchnorm",
+        "skip_nonfinite_steps",
+        "sync",
     }
 
 
