@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+MOST_VALUES = 10_000  # of a YAML file; recipes have about a hundred
+
 
 class RecipeError(ValueError):
     """A recipe that can't be run, with every problem found in it."""
@@ -44,7 +46,7 @@ def parse_yaml(text: str, source: str) -> Any:
         RecipeError: naming the source, the line and the column.
     """
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -54,6 +56,22 @@ def parse_yaml(text: str, source: str) -> Any:
         raise RecipeError(f"{source}{where}: no valid YAML ({error.reason}).") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: such as the date 2024-13-45
         raise RecipeError(f"{source}: no valid YAML ({error}).") from error
+    if _has_too_many_values(value):
+        raise RecipeError(
+            f"{source}: more than {MOST_VALUES} values, when references (*name) are followed: write every value out."
+        )
+    return value
+
+
+def _has_too_many_values(value: Any) -> bool:
+    """Whether following every reference finds over `MOST_VALUES`: a few lines of references to lists of references
+    make billions, and a list may be in itself."""
+    stack, count = [value], 0
+    while stack and count <= MOST_VALUES:
+        item = stack.pop()
+        count += 1
+        stack += item.values() if isinstance(item, dict) else item if isinstance(item, list) else []
+    return count > MOST_VALUES
 
 
 def cast(value: Any, hint: Any) -> Any:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from crosskd_hf.data.boxes import check_format, is_box, misfits, note_box, to_xywh
+from crosskd_hf.data.boxes import check_format, is_box, is_finite, misfits, note_box, to_xywh
 from crosskd_hf.data.problems import DataError, Kind, Problems
 
 SIZE = np.array([[200.0, 100.0]])
@@ -105,3 +105,11 @@ def test_one_box(box, usable, kind):
 @pytest.mark.parametrize("value", [None, [1, 2, 3], [1, 2, 3, "4"], [1, 2, 3, True], [1, 2, 3, float("inf")], "1234"])
 def test_what_is_no_box(value):
     assert not is_box(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "finite"),
+    [(1, True), (10**300, True), (10**400, False), (float("inf"), False), (True, False), ("1", False)],
+)
+def test_numbers_that_are_finite(value, finite):
+    assert is_finite(value) is finite

@@ -119,6 +119,11 @@ def test_pickled_split_maps_the_file_again(write_coco, load):
         (lambda c: c["images"][1].update(width=0), "image 5: width and height must be at least 1"),
         (lambda c: c["images"][1].pop("height"), "image 5: height must be an integer, got None"),
         (
+            lambda c: c["images"][1].update(height=2**63),
+            "image 5: height must have at most 64 bits, got 9223372036854775808",
+        ),
+        (lambda c: c["images"][1].update(id=10**400), "must have at most 64 bits, got an integer of 1329 bits"),
+        (
             lambda c: c["images"][1].update(file_name="/etc/a.png"),
             r"leaves .*: /etc/a.png \(image id 5\)",
         ),

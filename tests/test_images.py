@@ -1,10 +1,14 @@
+"""Decoding: the same pixels by every way, and what is refused."""
+
+import os
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from crosskd_hf.data.images import ImageError, load_rgb, load_tensor
+from crosskd_hf.data.images import LARGEST_FILE, ImageError, inspect_image, load_rgb, load_tensor
 
 
 def picture(mode="RGB"):
@@ -60,3 +64,30 @@ def test_a_jpeg_that_is_too_large_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     with pytest.raises(ImageError, match="decompression bomb"):
         load_tensor(file)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize("read", [load_rgb, load_tensor, inspect_image])
+def test_what_is_no_file_is_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(ImageError, match="is no ordinary file"):
+        read(str(tmp_path / "pipe.jpg"))
+    with pytest.raises(ImageError, match="is a folder"):
+        read(str(tmp_path))
+
+
+@pytest.mark.parametrize("read", [load_rgb, load_tensor, inspect_image])
+def test_huge_files_are_not_read(tmp_path, read):
+    with open(tmp_path / "huge.jpg", "wb") as file:
+        file.truncate(LARGEST_FILE + 1)  # sparse
+    with pytest.raises(ImageError, match="has 1,073,741,825 bytes"):
+        read(str(tmp_path / "huge.jpg"))
+
+
+def test_only_raster_formats_are_opened(tmp_path):
+    """Pillow reads PostScript with a program that it starts."""
+    (tmp_path / "1.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
+    assert Image.open(tmp_path / "1.png").format == "EPS"
+    for read in (load_rgb, inspect_image):
+        with pytest.raises(ImageError, match="it is no image: AVIF, BMP"):
+            read(str(tmp_path / "1.png"))

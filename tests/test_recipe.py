@@ -28,6 +28,9 @@ from crosskd_hf.recipe import (
 )
 from crosskd_hf.training_args import DetectionTrainingArguments
 
+# Nine lists of nine references to the one before: a billion values, whoever follows them.
+LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
+
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 ZOO = "https://download.openmmlab.com/mmdetection/v2.0/"
@@ -290,6 +293,8 @@ def test_training_arguments_are_built(tmp_path):
         ("a: &a {b: *a}\n", "some.yaml, line 1"),
         ("model:\n  backbone: \x01\n", "some.yaml, line 2"),
         ("data:\n  path: 2024-13-45\n", "some.yaml: no valid YAML (month"),
+        (LAUGHS, "some.yaml: more than 10000 values, when references (*name) are followed"),
+        ("data: &a\n  - *a\n", "no valid YAML (found unconstructable recursive node)"),
         ("a: " + "[" * 3000, "some.yaml"),
         ("", "some.yaml must hold the sections model, teacher, distillation, data, training, but holds nothing"),
         ("# only a comment\n", "but holds nothing"),

@@ -82,7 +82,12 @@ def is_box(box: Any) -> bool:
 
 def is_finite(value: Any) -> bool:
     """Whether a value is a finite number; True and False are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return False
 
 
 def note_box(box_xywh: list[float], width: int, height: int, where: str, problems: Problems) -> bool:

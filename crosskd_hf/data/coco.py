@@ -172,8 +172,17 @@ def _without_segmentation(record: dict[str, Any]) -> dict[str, Any]:
 def _integer(record: Any, key: str, where: str) -> int:
     value = record.get(key) if isinstance(record, dict) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
-        raise DataError(f"{where}: {key} must be an integer, got {value!r}")
+        raise DataError(f"{where}: {key} must be an integer, got {_shown(value)}")
+    if not -(2**63) <= value < 2**63:
+        raise DataError(f"{where}: {key} must have at most 64 bits, got {_shown(value)}")
     return int(value)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message. Python refuses to print integers of more than some thousand digits."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)[:200]
 
 
 def _check_categories(records: list[Any], path: Path) -> dict[int, str]:
@@ -218,8 +227,9 @@ def _check_images(records: list[Any], path: Path, problems: Problems) -> tuple[l
 
 
 def leaves_folder(file_name: str) -> bool:
-    """Whether a relative name is none, on any system."""
-    return any(p.is_absolute() or ".." in p.parts for p in (PurePosixPath(file_name), PureWindowsPath(file_name)))
+    """Whether a relative name is none, on any system; one that no system can open isn't either."""
+    paths = PurePosixPath(file_name), PureWindowsPath(file_name)
+    return "\0" in file_name or any(path.is_absolute() or ".." in path.parts for path in paths)
 
 
 def _check_annotations(

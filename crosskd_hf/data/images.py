@@ -1,7 +1,9 @@
 """Image files -> 8-bit RGB as people see them; and what is wrong with a file, found before training."""
 
+import functools
 import io
 import os
+import stat
 import struct
 import warnings
 import zlib
@@ -25,6 +27,9 @@ READ_ERRORS = (
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 ImageSource = str | os.PathLike[str] | bytes
+# Kinds of raster images. Of the others that Pillow knows, some are read by programs that it starts (EPS).
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+LARGEST_FILE = 1 << 30  # bytes; twice what the largest image that Pillow thinks safe takes unpacked
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 
 
@@ -39,8 +44,9 @@ def load_rgb(source: ImageSource) -> Image.Image:
         source: path of a file, or its content.
 
     Raises:
-        ImageError: the file is missing, empty, no image, cut off, or larger than Pillow thinks safe.
+        ImageError: the file is missing, empty, no image of `FORMATS`, cut off, or larger than Pillow thinks safe.
     """
+    _check_file(source)
     try:
         with _open(source) as image:
             image.load()
@@ -55,6 +61,7 @@ def load_tensor(source: ImageSource) -> torch.Tensor:
     Raises:
         ImageError: see `load_rgb`.
     """
+    _check_file(source)
     pixels = _decode_plain_jpeg(source)
     return pil_to_tensor(load_rgb(source)) if pixels is None else pixels
 
@@ -122,6 +129,7 @@ def inspect_image(source: ImageSource) -> tuple[int, int]:
     Raises:
         ImageError: see `load_rgb`.
     """
+    _check_file(source)
     try:
         with _open(source) as image:
             width, height = image.size
@@ -139,7 +147,27 @@ def _open(source: ImageSource) -> Image.Image:
     with warnings.catch_warnings():
         # Pillow warns from 89 million pixels on, where large photographs are, and refuses from twice that on.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(file)
+        return Image.open(file, formats=_known_formats())
+
+
+@functools.cache
+def _known_formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]  # some builds lack one
+
+
+def _check_file(source: ImageSource) -> None:
+    """Raise ImageError for what it would be a mistake to open: reading from a pipe waits for ever."""
+    if isinstance(source, bytes):
+        return
+    try:
+        status = os.stat(source)
+    except (OSError, ValueError):  # told when it is opened
+        return
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError("is a folder" if stat.S_ISDIR(status.st_mode) else "is no ordinary file")
+    if status.st_size > LARGEST_FILE:
+        raise ImageError(f"has {status.st_size:,} bytes; no image that is read has more than {LARGEST_FILE:,}")
 
 
 def _reason(source: ImageSource, error: Exception) -> str:
@@ -150,7 +178,7 @@ def _reason(source: ImageSource, error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, which could be a decompression bomb"
     if isinstance(error, UnidentifiedImageError):
-        return "cannot be read (it is no image of a kind that Pillow knows)"
+        return f"cannot be read (it is no image: {', '.join(FORMATS)})"
     return f"cannot be read ({str(error).replace(repr(source), 'it')[:200]})"
 
 

@@ -129,7 +129,7 @@ def _check_objects(record: ImageRecord, box_format: str, unit: str, problems: Pr
         name = f"annotation {obj.id} of {record.file_name} (image id {record.id})"
         area = obj.area
         if not is_box(obj.bbox) or not (area is None or is_finite(area)):
-            problems.add(Kind.BOX, f"{name}: bbox {obj.bbox!r}, area {area!r}")
+            problems.add(Kind.BOX, f"{name}: bbox {repr(obj.bbox)[:200]}, area {repr(area)[:100]}")
             continue
         xywh = to_xywh([obj.bbox], size, box_format, unit)[0].tolist()
         if note_box(xywh, record.width or 0, record.height or 0, name, problems):
