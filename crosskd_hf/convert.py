@@ -1,12 +1,8 @@
 """MMDetection checkpoints -> this package. Nothing in a `.pth` file is ever executed."""
 
 import contextlib
-import hashlib
-import http.client
 import pickletools
 import re
-import urllib.request
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +11,6 @@ from torch import Tensor
 
 from .models.modeling_dense import DenseDetector
 from .models.swin import merge_order
-from .progress import Progress
 
 PREDICTORS = {
     "crosskd_gfl": {"cls_predictor": "gfl_cls", "box_predictor": "gfl_reg"},
@@ -40,14 +35,8 @@ LEGACY_FCOS = re.compile(r"^bbox_head\.fcos_(cls|reg|centerness)\.")
 FOREIGN_PACKAGES = ("mmengine", "mmcv", "mmdet", "numpy")
 # getattr: how mmengine's HistoryBuffer pickles its own methods; as a stand-in it looks nothing up.
 FOREIGN_NAMES = ("_codecs.encode", "builtins.getattr")
-DOWNLOAD_TIMEOUT = 60  # seconds without a byte
-CHUNK = 1 << 20  # bytes of a download between two looks at its progress
 # Magic number, protocol, platform, content: the pickles of the format before torch 1.6.
 LEGACY_PICKLES = 4
-HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[^.]+$")
-
-
-DATE = re.compile(r"20\d{6}")  # 20200131 is made of hexadecimal digits too
 
 
 # The classes of COCO 2017, in the order of their ids: what published checkpoints without names were trained on.
@@ -259,64 +248,3 @@ def _stand_in(name: str) -> type:
 
     StandIn.__name__ = StandIn.__qualname__ = name.rsplit(".", 1)[-1]
     return StandIn
-
-
-def check_hash(path: str | Path) -> None:
-    """Compare a file with the hash in its name (`...-dd12f847.pth`: the first digits of its SHA-256).
-
-    Raises:
-        CheckpointError: if they differ. A name without a hash is taken as it is.
-    """
-    path = Path(path)
-    match = HASH_IN_NAME.search(path.name)
-    if not match or DATE.fullmatch(match[1]):
-        return
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if not digest.hexdigest().startswith(match[1]):
-        raise CheckpointError(
-            f"{path} has SHA-256 {digest.hexdigest()[: len(match[1])]}..., but its name promises {match[1]}: the "
-            "download is damaged or the file was changed. Delete it and fetch it again."
-        )
-
-
-def _download(url: str, path: Path) -> None:
-    request = urllib.request.Request(url, headers={"User-Agent": "crosskd_hf"})
-    with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response, open(path, "wb") as file:
-        promised = response.headers.get("Content-Length")
-        name = path.name.split("-", 2)[-1]  # without what makes the partial file's name its own
-        with Progress(f"download {name}", int(promised) if promised else None, "B") as progress:
-            while chunk := response.read(CHUNK):
-                file.write(chunk)
-                progress.update(len(chunk))
-    if promised and path.stat().st_size != int(promised):
-        raise OSError(f"the connection broke after {path.stat().st_size} of {promised} bytes")
-
-
-def fetch(url: str, folder: str | Path) -> Path:
-    """Download a checkpoint once into `folder`, checking the hash in its name; returns its path.
-
-    Raises:
-        CheckpointError: if the address can't be reached or the content doesn't match the hash.
-    """
-    name = url.rsplit("/", 1)[-1]
-    if not HASH_IN_NAME.search(name):  # nothing else tells two files of one name from each other
-        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}"
-    target = Path(folder) / name
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"partial-{uuid.uuid4().hex}-{target.name}")
-        try:
-            _download(url, partial)
-            check_hash(partial)
-            partial.replace(target)
-        except (OSError, http.client.HTTPException) as error:
-            raise CheckpointError(
-                f"{url} can't be fetched ({error}). Without network, download it elsewhere and give its path instead."
-            ) from error
-        finally:
-            partial.unlink(missing_ok=True)
-    check_hash(target)
-    return target

@@ -18,12 +18,11 @@ from transformers import AutoModelForObjectDetection
 from .convert import (
     COCO_CLASSES,
     CheckpointError,
-    check_hash,
-    fetch,
     first_line,
     load_reference_state,
     read_checkpoint,
 )
+from .download import check_hash, fetch
 from .models import CONFIGS, MODELS
 from .models.configuration_dense import DenseDetectorConfig
 from .models.image_processing_dense import DenseDetectorImageProcessor

@@ -2,12 +2,9 @@
 
 import builtins
 import functools
-import hashlib
-import http.server
 import os
 import pickle
 import sys
-import threading
 import types
 from collections import OrderedDict
 from pathlib import Path
@@ -19,8 +16,6 @@ import torch
 from crosskd_hf import DenseDetector, GFLForObjectDetection
 from crosskd_hf.convert import (
     CheckpointError,
-    check_hash,
-    fetch,
     from_reference,
     load_reference_state,
     read_checkpoint,
@@ -525,129 +520,3 @@ def test_stand_ins_are_gone_afterwards(tmp_path):
     before = set(torch.serialization.get_safe_globals())  # torch keeps them in a set: their order is chance
     read_checkpoint(path)
     assert set(torch.serialization.get_safe_globals()) == before
-
-
-# Fetching -----------------------------------------------------------------------------------------------------------
-
-
-def hash_of(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-@pytest.mark.parametrize("digits", [8, 16, 64])
-def test_hash_in_the_name(tmp_path, digits):
-    content = b"weights"
-    good = tmp_path / f"gfl_r50_fpn_1x_coco_20200629_121244-{hash_of(content)[:digits]}.pth"
-    good.write_bytes(content)
-    check_hash(good)
-    good.write_bytes(b"other")
-    with pytest.raises(CheckpointError, match=r"its name promises .* damaged"):
-        check_hash(good)
-
-
-@pytest.mark.parametrize("name", ["teacher.pth", "gfl_r50_20200629.pth", "gfl-r50.pth", "gfl-1234567.pth"])
-def test_no_hash_in_the_name(tmp_path, name):
-    (tmp_path / name).write_bytes(b"anything")
-    check_hash(tmp_path / name)
-
-
-class Server:
-    """An HTTP server on this machine: path -> content; every request is noted."""
-
-    def __init__(self):
-        self.files: dict[str, bytes] = {}
-        self.promised: dict[str, int] = {}
-        self.requests: list[str] = []
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                outer.requests.append(self.path)
-                if self.path not in outer.files:
-                    self.send_error(404)
-                    return
-                content = outer.files[self.path]
-                self.send_response(200)
-                self.send_header("Content-Length", str(outer.promised.get(self.path, len(content))))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args):
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    served = Server()
-    thread = threading.Thread(target=served.http.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield served
-    served.http.shutdown()
-    served.http.server_close()
-    thread.join()
-
-
-def test_fetches_once(tmp_path, server):
-    content = os.urandom(3000)
-    name = f"gfl-{hash_of(content)[:8]}.pth"
-    server.files[f"/a/{name}"] = content
-    path = fetch(f"{server.url}/a/{name}", tmp_path / "new" / "cache")
-    assert path.read_bytes() == content and path.name == name
-    assert fetch(f"{server.url}/a/{name}", tmp_path / "new" / "cache") == path
-    assert server.requests == [f"/a/{name}"]
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_cached_file_that_was_damaged_is_not_used(tmp_path, server):
-    content = os.urandom(3000)
-    name = f"gfl-{hash_of(content)[:8]}.pth"
-    server.files[f"/{name}"] = content
-    fetch(f"{server.url}/{name}", tmp_path).write_bytes(content[:100])
-    with pytest.raises(CheckpointError, match="Delete it and fetch it again"):
-        fetch(f"{server.url}/{name}", tmp_path)
-
-
-def test_404_leaves_nothing_behind(tmp_path, server):
-    with pytest.raises(CheckpointError, match=r"gone\.pth can't be fetched .*404.*give its path"):
-        fetch(f"{server.url}/gone.pth", tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_no_server(tmp_path, server):
-    server.http.server_close()
-    with pytest.raises(CheckpointError, match="can't be fetched"):
-        fetch(f"{server.url}/a.pth", tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_bad_address(tmp_path):
-    with pytest.raises(CheckpointError, match="can't be fetched"):
-        fetch("nothing://host/a.pth", tmp_path)
-
-
-def test_wrong_hash_leaves_nothing_behind(tmp_path, server):
-    server.files["/gfl-00000000.pth"] = b"weights"
-    with pytest.raises(CheckpointError, match="its name promises 00000000"):
-        fetch(f"{server.url}/gfl-00000000.pth", tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["gfl.pth", f"gfl-{hash_of(b'w' * 3000)[:8]}.pth"], ids=["no hash", "hash"])
-def test_broken_download_leaves_nothing_behind(tmp_path, server, name):
-    server.files[f"/{name}"], server.promised[f"/{name}"] = b"w" * 1000, 3000
-    with pytest.raises(CheckpointError, match=r"can't be fetched .*1000 of 3000"):
-        fetch(f"{server.url}/{name}", tmp_path)
-    assert not list(tmp_path.iterdir())
-    server.files[f"/{name}"] = b"w" * 3000
-    assert fetch(f"{server.url}/{name}", tmp_path).read_bytes() == b"w" * 3000
-
-
-def test_files_of_one_name_without_hash_are_kept_apart(tmp_path, server):
-    server.files |= {"/a/best.pth": b"a", "/b/best.pth": b"b"}
-    paths = [fetch(f"{server.url}/{folder}/best.pth", tmp_path) for folder in "ab"]
-    assert [path.read_bytes() for path in paths] == [b"a", b"b"]
-    assert {Path(path).suffix for path in paths} == {".pth"}

@@ -1,0 +1,207 @@
+"""Fetching checkpoints from a server on this machine: once, checked, going on after a broken connection."""
+
+import hashlib
+import http.server
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from crosskd_hf.convert import CheckpointError
+from crosskd_hf.download import check_hash, fetch
+
+
+def hash_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("digits", [8, 16, 64])
+def test_hash_in_the_name(tmp_path, digits):
+    content = b"weights"
+    good = tmp_path / f"gfl_r50_fpn_1x_coco_20200629_121244-{hash_of(content)[:digits]}.pth"
+    good.write_bytes(content)
+    check_hash(good)
+    good.write_bytes(b"other")
+    with pytest.raises(CheckpointError, match=r"its name promises .* damaged"):
+        check_hash(good)
+
+
+@pytest.mark.parametrize("name", ["teacher.pth", "gfl_r50_20200629.pth", "gfl-r50.pth", "gfl-1234567.pth"])
+def test_no_hash_in_the_name(tmp_path, name):
+    (tmp_path / name).write_bytes(b"anything")
+    check_hash(tmp_path / name)
+
+
+def left(folder: Path) -> list[str]:
+    """What a download leaves, without locks."""
+    return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+class Server:
+    """An HTTP server on this machine: path -> content; every request is noted."""
+
+    def __init__(self):
+        self.files: dict[str, bytes] = {}
+        self.promised: dict[str, int] = {}
+        self.versions: dict[str, str] = {}
+        self.requests: list[str] = []
+        self.ranges: list[int] = []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.requests.append(self.path)
+                if self.path not in outer.files:
+                    self.send_error(404)
+                    return
+                content, version = outer.files[self.path], outer.versions.get(self.path)
+                promised, start = outer.promised.get(self.path, len(content)), 0
+                if self.headers.get("Range") and self.headers.get("If-Range") == version:
+                    start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+                    outer.ranges.append(start)
+                    if start >= promised:
+                        self.send_error(416)
+                        return
+                self.send_response(206 if start else 200)
+                if start:
+                    self.send_header("Content-Range", f"bytes {start}-{promised - 1}/{promised}")
+                if version:
+                    self.send_header("ETag", version)
+                content, promised = content[start:], promised - start
+                self.send_header("Content-Length", str(promised))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    served = Server()
+    thread = threading.Thread(target=served.http.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield served
+    served.http.shutdown()
+    served.http.server_close()
+    thread.join()
+
+
+def test_fetches_once(tmp_path, server):
+    content = os.urandom(3000)
+    name = f"gfl-{hash_of(content)[:8]}.pth"
+    server.files[f"/a/{name}"] = content
+    path = fetch(f"{server.url}/a/{name}", tmp_path / "new" / "cache")
+    assert path.read_bytes() == content and path.name == name
+    assert fetch(f"{server.url}/a/{name}", tmp_path / "new" / "cache") == path
+    assert server.requests == [f"/a/{name}"]
+    assert left(path.parent) == [path.name]
+
+
+def test_a_cached_file_that_was_damaged_is_not_used(tmp_path, server):
+    content = os.urandom(3000)
+    name = f"gfl-{hash_of(content)[:8]}.pth"
+    server.files[f"/{name}"] = content
+    fetch(f"{server.url}/{name}", tmp_path).write_bytes(content[:100])
+    with pytest.raises(CheckpointError, match="Delete it and fetch it again"):
+        fetch(f"{server.url}/{name}", tmp_path)
+
+
+def test_404_leaves_nothing_behind(tmp_path, server):
+    with pytest.raises(CheckpointError, match=r"gone\.pth can't be fetched .*404.*give its path"):
+        fetch(f"{server.url}/gone.pth", tmp_path)
+    assert not left(tmp_path)
+
+
+def test_no_server(tmp_path, server):
+    server.http.server_close()
+    with pytest.raises(CheckpointError, match="can't be fetched"):
+        fetch(f"{server.url}/a.pth", tmp_path)
+    assert not left(tmp_path)
+
+
+def test_bad_address(tmp_path):
+    with pytest.raises(CheckpointError, match="can't be fetched"):
+        fetch("nothing://host/a.pth", tmp_path)
+
+
+def test_wrong_hash_leaves_nothing_behind(tmp_path, server):
+    server.files["/gfl-00000000.pth"] = b"weights"
+    with pytest.raises(CheckpointError, match="its name promises 00000000"):
+        fetch(f"{server.url}/gfl-00000000.pth", tmp_path)
+    assert not left(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gfl.pth", f"gfl-{hash_of(b'w' * 3000)[:8]}.pth"], ids=["no hash", "hash"])
+def test_a_broken_download_of_an_unknown_version_leaves_nothing_behind(tmp_path, server, name):
+    server.files[f"/{name}"], server.promised[f"/{name}"] = b"w" * 1000, 3000
+    with pytest.raises(CheckpointError, match=r"can't be fetched .*1000 of 3000"):
+        fetch(f"{server.url}/{name}", tmp_path)
+    assert not left(tmp_path)
+    server.files[f"/{name}"] = b"w" * 3000
+    assert fetch(f"{server.url}/{name}", tmp_path).read_bytes() == b"w" * 3000
+
+
+def test_files_of_one_name_without_hash_are_kept_apart(tmp_path, server):
+    server.files |= {"/a/best.pth": b"a", "/b/best.pth": b"b"}
+    paths = [fetch(f"{server.url}/{folder}/best.pth", tmp_path) for folder in "ab"]
+    assert [path.read_bytes() for path in paths] == [b"a", b"b"]
+    assert {Path(path).suffix for path in paths} == {".pth"}
+
+
+CONTENT = bytes(range(250)) * 12
+NAMES = pytest.mark.parametrize("name", ["gfl.pth", f"gfl-{hash_of(CONTENT)[:8]}.pth"], ids=["no hash", "hash"])
+
+
+def break_off(server: Server, name: str, tmp_path: Path, after: int, version: str = '"1"') -> None:
+    path = f"/{name}"
+    server.files[path], server.promised[path], server.versions[path] = CONTENT[:after], len(CONTENT), version
+    with pytest.raises(CheckpointError, match=rf"broke after {after} of 3000 bytes, the next try goes on from there"):
+        fetch(f"{server.url}{path}", tmp_path)
+    server.files[path] = CONTENT
+
+
+@NAMES
+def test_a_broken_download_goes_on_where_it_was(tmp_path, server, name):
+    break_off(server, name, tmp_path, 1000)
+    break_off(server, name, tmp_path, 1700)
+    path = fetch(f"{server.url}/{name}", tmp_path)
+    assert path.read_bytes() == CONTENT and server.ranges == [1000, 1700]
+    assert left(tmp_path) == [path.name]
+
+
+@NAMES
+def test_another_version_is_fetched_from_its_beginning(tmp_path, server, name):
+    break_off(server, name, tmp_path, 1000, '"old"')
+    server.versions[f"/{name}"] = '"new"'
+    assert fetch(f"{server.url}/{name}", tmp_path).read_bytes() == CONTENT
+    assert server.ranges == [], "the server didn't take the range"
+
+
+def test_a_weak_version_is_none(tmp_path, server):
+    server.files["/a.pth"], server.promised["/a.pth"], server.versions["/a.pth"] = CONTENT[:10], 3000, 'W/"1"'
+    with pytest.raises(CheckpointError, match="broke after 10 of 3000 bytes"):
+        fetch(f"{server.url}/a.pth", tmp_path)
+    assert not left(tmp_path)
+
+
+def test_a_part_that_is_damaged_costs_another_download(tmp_path, server):
+    name = f"gfl-{hash_of(CONTENT)[:8]}.pth"
+    break_off(server, name, tmp_path, 1000)
+    (tmp_path / f"partial-{name}").write_bytes(b"x" * 1000)
+    with pytest.raises(CheckpointError, match="its name promises"):
+        fetch(f"{server.url}/{name}", tmp_path)
+    assert not left(tmp_path)
+    assert fetch(f"{server.url}/{name}", tmp_path).read_bytes() == CONTENT
+
+
+def test_a_part_that_is_longer_than_the_file_is_given_up(tmp_path, server):
+    break_off(server, "a.pth", tmp_path, 1000)
+    (partial,) = tmp_path.glob("partial-*.pth")
+    partial.write_bytes(b"x" * 5000)
+    assert fetch(f"{server.url}/a.pth", tmp_path).read_bytes() == CONTENT
