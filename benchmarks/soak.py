@@ -10,6 +10,7 @@ samples' correlation. Exit status 1 if the run ended early or badly, or kept too
 
 import argparse
 import json
+import os
 import re
 import signal
 import statistics
@@ -31,23 +32,27 @@ KEPT = 2  # save_total_limit
 OVERRIDES = ("training.max_steps=10000000", "training.save_steps=100", "training.eval_steps=150")
 WARM_UP = 0.2  # of the time
 BLOCKS = 20  # means of which stand for independent samples
-UNITS = {"memory_mb": "MB", "handles": "", "threads": "", "steps_per_second": "steps/s"}
+UNITS = {"memory_mb": "MB"}
 
 
 def sample(pid: int, folder: Path, log: Path, began: float) -> dict[str, float]:
     """What a run and all its workers hold at this moment. Memory that they share counts once (PSS)."""
     found = {"seconds": time.monotonic() - began, "memory_mb": 0.0, "handles": 0, "threads": 0, "processes": 0}
+    found["cpu_seconds"] = 0.0  # other programs on the machine don't change it much
     for member in descendants(pid):
         process = Path(f"/proc/{member}")
         try:
             pss = re.search(r"^Pss:\s+(\d+) kB", (process / "smaps_rollup").read_text(), re.MULTILINE)
             threads = re.search(r"^Threads:\s+(\d+)", (process / "status").read_text(), re.MULTILINE)
             handles = len(list((process / "fd").iterdir()))
+            times = (process / "stat").read_text().rpartition(")")[2].split()[11:15]
         except OSError:  # a worker has just ended
             continue
         if pss is None or threads is None:
             continue
         found["memory_mb"] += int(pss.group(1)) / 1024
+        # Its own time, and that of its children which have ended.
+        found["cpu_seconds"] += sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
         found["threads"] += int(threads.group(1))
         found["handles"] += handles
         found["processes"] += 1
@@ -66,6 +71,8 @@ def _size(path: Path) -> int:
 
 def slope(hours: np.ndarray, values: np.ndarray) -> dict[str, float]:
     """Change an hour with its 95% interval: from means of blocks, neighbouring samples being alike."""
+    if len(values) < BLOCKS:
+        raise SystemExit(f"only {len(values)} samples after the warm-up: let it run longer")
     hours, values = (np.array([block.mean() for block in np.array_split(v, BLOCKS)]) for v in (hours, values))
     (gain, start_value), covariance = np.polyfit(hours, values, 1, cov=True)
     margin = 2.1 * covariance[0, 0] ** 0.5  # Student's t of 18 degrees of freedom
@@ -78,8 +85,11 @@ def summary(samples: list[dict]) -> dict[str, dict[str, float]]:
     late = [entry for entry in samples if entry["seconds"] >= WARM_UP * last]
     times = np.array([entry["seconds"] for entry in late]) / 3600
     found = {name: slope(times, np.array([s[name] for s in late])) for name in ("memory_mb", "handles", "threads")}
-    rates = np.diff([s["steps"] for s in late]) / np.diff([s["seconds"] for s in late])
-    return found | {"steps_per_second": slope((times[1:] + times[:-1]) / 2, rates)}
+    steps, middles = np.diff([s["steps"] for s in late]), (times[1:] + times[:-1]) / 2
+    rates = {"steps_per_second": "seconds", "steps_per_cpu_second": "cpu_seconds"}
+    return found | {
+        name: slope(middles, steps / np.diff([s[clock] for s in late]).clip(min=1e-3)) for name, clock in rates.items()
+    }
 
 
 def draw(samples: list[dict], path: Path) -> None:
@@ -90,15 +100,17 @@ def draw(samples: list[dict], path: Path) -> None:
         "memory of all processes (PSS, MB)": [entry["memory_mb"] for entry in samples],
         "open file handles and threads": [entry["handles"] for entry in samples],
         "size of the run's folder (MB)": [entry["folder_mb"] for entry in samples],
-        "steps a second, minute by minute": None,
+        "steps a second and a CPU second, minute by minute": None,
     }
     for number, (title, values) in enumerate(curves.items(), start=1):
         axes = figure.add_subplot(2, 2, number)
         if values is None:
             edges = range(0, len(samples), max(1, round(60 / statistics.median(np.diff(minutes) * 60))))
             picked = [samples[i] for i in edges]
-            seconds = np.diff([s["seconds"] for s in picked])
-            axes.plot([s["seconds"] / 60 for s in picked[1:]], np.diff([s["steps"] for s in picked]) / seconds)
+            for clock, label in (("seconds", "a second"), ("cpu_seconds", "a CPU second")):
+                rates = np.diff([s["steps"] for s in picked]) / np.diff([s[clock] for s in picked])
+                axes.plot([s["seconds"] / 60 for s in picked[1:]], rates, linewidth=0.8, label=label)
+            axes.legend()
         else:
             axes.plot(minutes, values, linewidth=0.8, label="handles" if number == 2 else None)
         if number == 2:

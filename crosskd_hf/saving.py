@@ -1,9 +1,12 @@
 """When a run saves and evaluates, so that whatever ends it, work that was done stays done."""
 
+import contextlib
 import copy
 import dataclasses
 import json
 import logging
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import set_seed
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME, safe_globals
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType, TrainOutput
 
@@ -26,6 +29,7 @@ from .checkpoints import (
     remove_surplus,
     replace_file,
 )
+from .convert import CheckpointError
 from .termination import Terminated, TerminationSignal
 
 logger = logging.getLogger(__name__)
@@ -242,10 +246,12 @@ class SafeSaving:
         restored whole.
 
         Raises:
+            CheckpointError: a file holds more than numbers; nothing of it was executed.
             ValueError: the optimizer's state is one of other groups of parameters.
         """
         new = [{key: group[key] for key in group if key != "params"} for group in self.optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with _pickles_explained(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not isinstance(self.lr_scheduler, LambdaLR):
             return
         scheduler, groups = self.lr_scheduler, self.optimizer.param_groups
@@ -261,7 +267,30 @@ class SafeSaving:
             return
         name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
         if (Path(checkpoint) / name).is_file():
-            super()._load_rng_state(checkpoint)
+            with _pickles_explained(checkpoint):
+                super()._load_rng_state(checkpoint)
             return
         sequence = np.random.SeedSequence((self.args.seed, self.state.global_step, self.args.process_index))
         set_seed(int(sequence.generate_state(1)[0]))
+
+
+@contextlib.contextmanager
+def _pickles_explained(checkpoint: str | None) -> Iterator[None]:
+    """Say which file of a checkpoint holds what torch refuses to unpickle (it reads with `weights_only`)."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        names = [path.name for path in sorted(Path(checkpoint).glob("*.p*t*")) if not _is_plain(path)]
+        raise CheckpointError(
+            f"{checkpoint}: {', '.join(names) or 'a file'} holds more than numbers and was refused. Nothing was "
+            "executed. Go on only from checkpoints that this program wrote."
+        ) from error
+
+
+def _is_plain(path: Path) -> bool:
+    try:
+        with safe_globals():
+            torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        return False
+    return True

@@ -35,7 +35,7 @@ from .trainer import DetectionTrainer, DistillationTrainer
 
 # What ends in one message while a run is built, and while it trains. Other errors there keep their tracebacks.
 USER_ERRORS = (RecipeError, CheckpointError, OSError, ValueError)
-RUN_ERRORS = (DataError, FolderInUseError, NonFiniteLossError, OSError)
+RUN_ERRORS = (CheckpointError, DataError, FolderInUseError, NonFiniteLossError, OSError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

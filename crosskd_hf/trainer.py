@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -261,7 +262,7 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
 
     def _mark_dynamic(self, inputs: dict) -> None:
         """Have one compiled program serve any number of boxes."""
-        if self.args.torch_compile:
+        if self.args.torch_compile and isinstance(inputs["labels"], Mapping):
             for name in ("boxes", "class_labels", "mask"):
                 torch._dynamo.maybe_mark_dynamic(inputs["labels"][name], 1)
 
@@ -460,9 +461,9 @@ class DistillationTrainer(DetectionTrainer):
         if self.is_world_process_zero():
             for note in pairing.notes:
                 logger.log(logging.WARNING if PARTLY in note else logging.INFO, "%s", note)
-        self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         # Plain, not prepared by accelerate: it has no gradients to average and must not count as the trained model.
-        self._teaching = prepare_teacher(self.teacher, args.fold_teacher_batchnorm).to(self.args.device)
+        self._teaching = prepare_teacher(self.teacher, args.fold_teacher_batchnorm)
         if args.channels_last:
             self._teaching.to(memory_format=torch.channels_last)
         self._distil = self._distillation_terms

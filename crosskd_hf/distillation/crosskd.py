@@ -36,7 +36,7 @@ def cross_pass(
     """
 
     taps: list[list[Tensor]] = []
-    references: list[Tensor] = []
+    references: list[list[Tensor]] = []
     for place, mine, theirs in (
         ("cls", student.cls_taps, own.cls_taps),
         ("reg", student.reg_taps, own.reg_taps),
@@ -44,11 +44,13 @@ def cross_pass(
         if mine is None or theirs is None:
             raise ValueError("the cross pass needs taps of both heads: give both forwards tap_index")
         taps.append(pairing.adapters.adapt(place, pairing.shared_levels(mine, STUDENT)))
-        references += pairing.shared_levels(theirs, TEACHER)
-    cls_taps, reg_taps = taps
-    if all(a is b for a, b in zip(cls_taps, reg_taps, strict=True)):  # FPN levels: both towers start from them
-        reg_taps, references = [], references[: len(cls_taps)]
-    features = align([t.float() for t in cls_taps + reg_taps], [r.float() for r in references], tap_index > 0, sync)
+        references.append(pairing.shared_levels(theirs, TEACHER))
+    # FPN levels: both towers of both models start from them. With different taps only the student's are the same.
+    if all(a is b for both in (taps, references) for a, b in zip(*both, strict=True)):
+        del taps[1], references[1]
+    mine, theirs = ([m.float() for maps in both for m in maps] for both in (taps, references))
+    cls_taps = taps[0]
+    features = align(mine, theirs, tap_index > 0, sync)
     cls_features, reg_features = features[: len(cls_taps)], features[-len(cls_taps) :]
     levels = None if pairing.levels is None else pairing.levels[TEACHER]
     return teacher.head(cls_features, reg_features, start_block=tap_index, levels=levels)

@@ -30,7 +30,10 @@ def fold_batchnorms(backbone: Backbone) -> Backbone:
     expected = backbone(pixels)
     folded = copy.deepcopy(backbone)
     names = {module: name for name, module in folded.named_modules()}
-    for norm, convolution in _pairs(folded, pixels).items():
+    pairs = _pairs(folded, pixels)
+    if not pairs:
+        return backbone
+    for norm, convolution in pairs.items():
         convolution.weight, convolution.bias = fuse_conv_bn_weights(
             convolution.weight,
             convolution.bias,

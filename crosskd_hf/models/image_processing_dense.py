@@ -1,5 +1,6 @@
 """The image processor of the dense detectors: resize, normalise, pad."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -224,6 +225,7 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
         device = images[0].device
         pixel_values = torch.zeros((len(images), channels, height, width), dtype=torch.float32, device=device)
         pixel_mask = torch.zeros((len(images), height, width), dtype=torch.bool, device=device)
+        mean, std = (_on_device(tuple(values), device) for values in (image_mean or (), image_std or ()))
         for index, image in enumerate(images):
             h, w = image.shape[-2:]
             region = pixel_values[index, :, :h, :w]  # filled in place: one pass less over memory than a copy each
@@ -231,7 +233,7 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
             if do_rescale:
                 region.mul_(rescale_factor)
             if do_normalize:
-                self.normalize(region, image_mean, image_std, inplace=True)
+                self.normalize(region, mean, std, inplace=True)
             pixel_mask[index, :h, :w] = True
         return BatchFeature({"pixel_values": pixel_values, "pixel_mask": pixel_mask})
 
@@ -291,3 +293,9 @@ def _as_uint8(image: torch.Tensor) -> torch.Tensor:
     if image.is_floating_point() and high <= 1:
         image = image * 255
     return image.round().to(torch.uint8) if image.is_floating_point() else image.to(torch.uint8)
+
+
+@functools.lru_cache(maxsize=16)
+def _on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Kept, because a GPU's host waits for every copy to it."""
+    return torch.tensor(values, dtype=torch.float32, device=device)

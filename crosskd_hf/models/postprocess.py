@@ -122,6 +122,8 @@ def suppress(score: Tensor, label: Tensor, boxes: Tensor, iou_threshold: float, 
     # Classes are moved apart, as published, but in double precision: in single, the 80th class of a photograph would
     # have coordinates that are multiples of 1/128 pixel. Suppression looks only at better boxes, so that the best ones
     # are decided without the rest.
+    if boxes.device.type == "mps":  # has no double precision
+        return suppress(score.cpu(), label.cpu(), boxes.cpu(), iou_threshold, count).to(boxes.device)
     boxes, score = boxes.double(), score.double()
     size = boxes.max() + 1 if len(boxes) else 0
     apart = boxes + (label * size)[:, None]

@@ -1,0 +1,164 @@
+"""Files from strangers: nothing in them is executed, and the message names the file."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fuzzing import png_header
+from PIL import Image
+from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
+from transformers import AutoModelForObjectDetection
+
+from crosskd_hf.checkpoints import MARKER, mark_complete
+from crosskd_hf.convert import CheckpointError
+from crosskd_hf.data.images import ImageError, inspect_image, load_rgb, load_tensor
+from crosskd_hf.factory import load_detector
+from crosskd_hf.pipeline import DenseDetectionPipeline
+from crosskd_hf.recipe import RecipeError, load_recipe
+from crosskd_hf.trainer import DetectionTrainer
+
+TOKEN = "hf_" + "s" * 34
+
+
+class Evil:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, proof: Path):
+        self.proof = proof
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.proof),)
+
+
+@pytest.fixture
+def proof(tmp_path: Path) -> Path:
+    """A folder that is there if something was executed."""
+    return tmp_path / "executed"
+
+
+def poison(path: Path, proof: Path, legacy: bool) -> None:
+    content = {"state": {"weight": torch.zeros(3)}, "more": Evil(proof)}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+
+
+def test_these_files_are_dangerous(tmp_path: Path, proof: Path) -> None:
+    poison(tmp_path / "evil.pt", proof, legacy=False)
+    torch.load(tmp_path / "evil.pt", weights_only=False)
+    assert proof.is_dir()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """The folder of a model."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pickled_weights_are_not_loaded(saved: Path, proof: Path, legacy: bool) -> None:
+    (saved / "model.safetensors").unlink()
+    poison(saved / "pytorch_model.bin", proof, legacy)
+    with pytest.raises(CheckpointError, match="can't be loaded as a detector"):
+        load_detector(str(saved), None, ())
+    assert not proof.exists()
+
+
+def test_other_pickles_beside_a_model_are_not_looked_at(saved: Path, proof: Path) -> None:
+    for name in ("training_args.bin", "pytorch_model.bin", "optimizer.pt"):
+        poison(saved / name, proof, legacy=False)
+    assert load_detector(str(saved), None, ()).config.num_labels == 2
+    assert not proof.exists()
+
+
+def test_code_that_a_model_brings_is_not_run(saved: Path, proof: Path, tmp_path: Path) -> None:
+    """`auto_map` is how models of the Hub name code of their own; trust_remote_code is never needed here."""
+    config = json.loads((saved / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForObjectDetection": "evil.Model"}
+    (saved / "config.json").write_text(json.dumps(config))
+    (saved / "evil.py").write_text(f"import os\nos.mkdir({str(proof)!r})\n")
+    model = AutoModelForObjectDetection.from_pretrained(saved)
+    assert type(model) is type(tiny_model()) and not proof.exists()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DetectionTrainer]:
+    """Trainers that go on with a run of two steps."""
+    root = tmp_path_factory.mktemp("run")
+    split = tiny_split(root / "data")
+
+    def trainer(name: str) -> DetectionTrainer:
+        model = tiny_model(backbone="test_resnet")
+        args = tiny_args(root / name, max_steps=4, save_strategy="steps", save_steps=2)
+        return DetectionTrainer(model, args, split, None, tiny_processor(model))
+
+    return trainer
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_pickles_of_a_checkpoint_are_not_executed(run: Callable, proof: Path, name: str, legacy: bool) -> None:
+    """Of somebody else's run, with a marker that says all is well."""
+    if not (checkpoint := Path(run("run").args.output_dir) / "checkpoint-2").exists():
+        run("run").train()
+    honest = (checkpoint / name).read_bytes()
+    poison(checkpoint / name, proof, legacy)
+    (checkpoint / MARKER).unlink()
+    mark_complete(checkpoint)
+    try:
+        if name == "training_args.bin":  # nothing reads it
+            run("other").train(resume_from_checkpoint=str(checkpoint))
+        else:
+            with pytest.raises(CheckpointError, match=rf"{name}.*refused.*[Nn]othing was executed"):
+                run("other").train(resume_from_checkpoint=str(checkpoint))
+    finally:
+        (checkpoint / name).write_bytes(honest)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir", "!!python/name:os.system", "!!python/module:os"])
+def test_recipes_make_no_objects(tmp_path: Path, proof: Path, tag: str) -> None:
+    (tmp_path / "evil.yaml").write_text(f"model: {tag} [{str(proof)!r}]\n")
+    with pytest.raises(RecipeError, match=r"evil\.yaml, line 1"):
+        load_recipe(tmp_path / "evil.yaml")
+    with pytest.raises(RecipeError):
+        load_recipe("gfl_r50_crosskd", [f"model.backbone={tag} [{str(proof)!r}]"])
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("read", [load_rgb, load_tensor, inspect_image])
+def test_image_bombs_are_refused(tmp_path: Path, read: Callable) -> None:
+    """A few bytes that say they are 10 gigabytes of pixels."""
+    (tmp_path / "bomb.png").write_bytes(png_header(60_000, 60_000))
+    for source in (str(tmp_path / "bomb.png"), png_header(60_000, 60_000)):
+        with pytest.raises(ImageError, match="decompression bomb"):
+            read(source)
+
+
+def test_the_pipeline_refuses_image_bombs(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "bomb.png").write_bytes(png_header(60_000, 60_000))
+    model = tiny_model()
+    pipe = DenseDetectionPipeline(model=model, image_processor=tiny_processor(model))
+    with pytest.raises((ImageError, Image.DecompressionBombError)):
+        pipe(str(tmp_path / "bomb.png"))
+
+
+def test_recipes_hold_no_token() -> None:
+    """They would be written beside the model, and uploaded."""
+    with pytest.raises(RecipeError, match="hub_token would be written into") as error:
+        load_recipe("gfl_r50_crosskd", [f"training.hub_token={TOKEN}"])
+    assert TOKEN not in str(error.value)
+
+
+def test_tokens_are_in_no_file_of_a_run(run: Callable) -> None:
+    trainer = run("tokens")
+    trainer.args.hub_token = TOKEN
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    files = [path for path in Path(trainer.args.output_dir).rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert [path.name for path in files if TOKEN.encode() in path.read_bytes()] == []
+    assert trainer.args.hub_token == TOKEN, "the run itself still has it"
