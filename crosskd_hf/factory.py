@@ -4,6 +4,7 @@ import copy
 import hashlib
 import logging
 import os
+import pickle
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -178,6 +179,11 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
         model, info = AutoModelForObjectDetection.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True
         )
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{source!r} can't be loaded as a detector: its weights are a pickle that holds more than tensors. "
+            "Nothing in it was executed. Get the model as safetensors, from a source that you trust."
+        ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         absent = "" if os.path.exists(source) else "there is no such folder here, and as a Hub id: "
         raise CheckpointError(

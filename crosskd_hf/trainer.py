@@ -351,7 +351,11 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         # A checkpoint holds the trained weights, and the average beside them; the run's folder is for users.
         if self.average is not None and Path(output_dir or self.run_folder) == self.run_folder:
             state_dict = self.average.model.state_dict()
-        super()._save(output_dir, state_dict)
+        token, self.args.hub_token = self.args.hub_token, None  # transformers writes the arguments, all of them
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
 
     # Evaluation -------------------------------------------------------------------------------------------------
 

@@ -272,3 +272,14 @@ def test_settings_multiply_the_terms():
     weighted = losses(crosskd=0.5, cls_weight=2.0, box_weight=6.0, centerness_weight=10.0)
     for term, factor in (("kd_cls", 1), ("kd_box", 3), ("kd_centerness", 5)):
         torch.testing.assert_close(weighted[term], factor * plain[term])
+
+
+def test_towers_that_start_from_one_map_are_aligned_to_their_own_references():
+    """The student is tapped at FPN levels, which both towers share; the teacher's taps differ."""
+    levels = maps(0)
+    student, own = taps(levels, levels), taps(maps(2), [m + 50 for m in maps(3)])
+    cls, reg, _ = cross_pass(recording_teacher(), student, own, 2)
+    for given, theirs in ((cls, own.cls_taps), (reg, own.reg_taps)):
+        for level, tap, reference in zip(given, levels, theirs, strict=True):
+            (aligned,) = align([tap], [reference], rectify=True)
+            assert torch.equal(level, aligned)

@@ -1,6 +1,7 @@
 """What a step dispatches beyond its convolutions: few operators, no host sync, whatever the batch holds.
 
-The counts are exact and the same on every machine: a change that adds an operator shows here.
+The counts are exact and the same on every machine: a change that adds an operator shows here. (Class maps of over
+2.6 million scores are gone through in parts, with some 40 operators each, to hold less memory; these are smaller.)
 """
 
 import importlib.util
@@ -13,7 +14,8 @@ import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 DETECTORS = ["gfl", "retinanet", "fcos", "atss"]
-MOST = 500  # operators beyond the floor, of any detector (reference: 684 to 2782, more with every image and box)
+# Operators beyond the floor, exactly (reference: 684 to 2782, more with every image and box); 500 is the limit.
+BEYOND = {"gfl": 432, "retinanet": 391, "fcos": 360, "atss": 500}
 SMALL = {"size": (64, 96), "backbones": ("resnet18", "resnet18"), "num_labels": 5}
 
 
@@ -43,7 +45,7 @@ def beyond(detector: str, images: int, boxes: int) -> tuple[int, int]:
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_few_operators_and_no_sync(detector):
     operators, syncs = beyond(detector, 2, 8)
-    assert operators <= MOST and syncs == 0
+    assert operators == BEYOND[detector] <= 500 and syncs == 0
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
