@@ -77,7 +77,7 @@ def read_annotated(path: str | os.PathLike[str]) -> Annotated:
             content = json.load(file)
     except OSError as error:
         raise PredictionError(f"the annotation file {path} can't be read ({words(error)}).") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PredictionError(f"the annotation file {path} is no JSON ({error}).") from error
     try:
         images = [

@@ -25,7 +25,26 @@ SECONDS = 20  # for one data set
 TOLERANCE = 0.01  # pixels
 MODES = ("RGB", "L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "P with transparency", "RGB turned")
 KINDS = {"RGB": ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF"), "CMYK": ("JPEG", "TIFF"), "RGB turned": ("JPEG",)}
-ODD = (None, True, "7", "", [], {}, 1e308, -1e308, 10**400, 2**63, -1, 0, 0.5, 1e-9, float("nan"), float("inf"), [[1]])
+ODD = (
+    None,
+    True,
+    "7",
+    "\ud800",
+    "",
+    [],
+    {},
+    1e308,
+    -1e308,
+    10**400,
+    2**63,
+    -1,
+    0,
+    0.5,
+    1e-9,
+    float("nan"),
+    float("inf"),
+    [[1]],
+)
 IMAGE_FAULTS = {
     "empty file": lambda path: path.write_bytes(b""),
     "cut off": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
@@ -279,7 +298,7 @@ def usable(box: object) -> bool:
     return (
         isinstance(box, list)
         and len(box) == 4
-        and all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) <= 1e308 for v in box)
+        and all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) <= 1e9 for v in box)
     )
 
 

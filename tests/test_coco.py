@@ -123,6 +123,9 @@ def test_pickled_split_maps_the_file_again(write_coco, load):
             "image 5: height must have at most 64 bits, got 9223372036854775808",
         ),
         (lambda c: c["images"][1].update(id=10**400), "must have at most 64 bits, got an integer of 1329 bits"),
+        (lambda c: c["images"][1].update(file_name="\ud800.jpg"), r"file_name must be the image's path .*ud800"),
+        (lambda c: c["categories"][0].update(name="\udfff"), "has no name"),
+        (lambda c: c["annotations"][0].update(iscrowd="no"), "neither 0 nor 1.*iscrowd 'no'"),
         (
             lambda c: c["images"][1].update(file_name="/etc/a.png"),
             r"leaves .*: /etc/a.png \(image id 5\)",

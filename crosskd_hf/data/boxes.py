@@ -1,7 +1,6 @@
 """Box formats, and whether the boxes of a data set are in the one that is claimed."""
 
 import itertools
-import math
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from .problems import DataError, Kind, Problems
 FORMATS, UNITS = ("xywh", "xyxy", "cxcywh"), ("pixel", "relative")
 MIN_SIDE = 1.0  # pixels of the original image; smaller boxes aren't trained on
 SUSPICIOUS_SHARE = 0.05
+LARGEST = 1e9  # of a box's numbers and areas: to there sums of float64 are exact to 1e-6 pixels
 
 
 def to_xywh(boxes: np.ndarray, sizes: np.ndarray, box_format: str = "xywh", unit: str = "pixel") -> np.ndarray:
@@ -76,18 +76,16 @@ def check_format(boxes: np.ndarray, sizes: np.ndarray, box_format: str, unit: st
 
 
 def is_box(box: Any) -> bool:
-    """Whether a value is four finite numbers."""
+    """Whether a value is four numbers that `is_finite`."""
     return isinstance(box, (list, tuple)) and len(box) == 4 and all(map(is_finite, box))
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value is a finite number; True and False are none."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer of more than 308 digits
-        return False
+    """Whether a value is a number from -`LARGEST` to `LARGEST`; True and False are none, nor is NaN.
+
+    Larger ones are mistakes, whose sums and products would overflow.
+    """
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
 def note_box(box_xywh: list[float], width: int, height: int, where: str, problems: Problems) -> bool:

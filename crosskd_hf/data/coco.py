@@ -14,6 +14,8 @@ from .problems import DataError, Kind, Problems
 from .records import ImageRecord, ObjectRecord, arrow_row, cache_note, check_records, read_cache_note
 from .split import SPLIT_NAME, DetectionSplit, detection_features
 
+LARGEST_INTEGER = 2**63 - 1  # that Arrow's int64 holds
+
 
 @dataclass
 class CocoConfig(datasets.BuilderConfig):
@@ -173,7 +175,7 @@ def _integer(record: Any, key: str, where: str) -> int:
     value = record.get(key) if isinstance(record, dict) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
         raise DataError(f"{where}: {key} must be an integer, got {_shown(value)}")
-    if not -(2**63) <= value < 2**63:
+    if abs(value) > LARGEST_INTEGER:
         raise DataError(f"{where}: {key} must have at most 64 bits, got {_shown(value)}")
     return int(value)
 
@@ -182,15 +184,20 @@ def _shown(value: Any) -> str:
     """A value for a message. Python refuses to print integers of more than some thousand digits."""
     if isinstance(value, int) and value.bit_length() > 200:
         return f"an integer of {value.bit_length()} bits"
-    return repr(value)[:200]
+    return ascii(value)[:200]
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is text that can be written: JSON may hold halves of characters, which no file can."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _check_categories(records: list[Any], path: Path) -> dict[int, str]:
     names: dict[int, str] = {}
     for position, record in enumerate(records):
         category_id = _integer(record, "id", f"{path}: category number {position}")
-        if not isinstance(record.get("name"), str):
-            raise DataError(f"{path}: category {category_id} has no name")
+        if not is_text(record.get("name")):
+            raise DataError(f"{path}: category {category_id} has no name, or none that is text")
         if category_id in names:
             raise DataError(f"{path}: category id {category_id} appears twice")
         if record["name"] in names.values():
@@ -215,8 +222,10 @@ def _check_images(records: list[Any], path: Path, problems: Problems) -> tuple[l
         if min(width, height) < 1:
             raise DataError(f"{where}: width and height must be at least 1, got {width} x {height}")
         file_name = record.get("file_name")
-        if not isinstance(file_name, str) or not file_name:
-            raise DataError(f"{where}: file_name must be the image's path in the image folder, got {file_name!r}")
+        if not is_text(file_name) or not file_name:
+            raise DataError(
+                f"{where}: file_name must be the image's path in the image folder, got {_shown(file_name)}"
+            )
         if leaves_folder(file_name):
             problems.add(Kind.FILE_NAME, f"{file_name} (image id {image_id})")
         else:
@@ -255,7 +264,7 @@ def _check_annotations(
                     record.get("bbox"),
                     labels[category_id],
                     record.get("area"),
-                    bool(record.get("iscrowd", 0)),
+                    record.get("iscrowd"),
                 )
             )
         seen.add(annotation_id)

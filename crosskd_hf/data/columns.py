@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..strict import nearest
-from .coco import leaves_folder
+from .coco import LARGEST_INTEGER, leaves_folder
 from .images import ImageSource
 from .problems import DataError, Kind, Problems
 from .records import ImageRecord, ObjectRecord, arrow_row, cache_note, check_records, read_cache_note
@@ -331,6 +331,8 @@ def _records(source: datasets.Dataset, vocabulary: Vocabulary, where: str, probl
     ids = columns.get("image_id", [])
     if not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         ids = list(range(len(source)))
+    if large := [i for i in ids if abs(i) > LARGEST_INTEGER]:
+        raise DataError(f"{where}: image_id must have at most 64 bits, got one of {large[0].bit_length()} bits")
     if len(set(ids)) != len(ids):
         twice = collections.Counter(ids).most_common(1)[0][0]
         raise DataError(f"{where}: image id {twice} appears twice; image ids must be unique")
@@ -353,8 +355,9 @@ def _records(source: datasets.Dataset, vocabulary: Vocabulary, where: str, probl
             if category not in vocabulary.labels:
                 problems.add(Kind.CATEGORY, f"annotation {object_id} of {names[position]}: {category!r}")
                 continue
-            object_id = object_id if isinstance(object_id, int) else number
-            objects.append(ObjectRecord(object_id, box, vocabulary.labels[category], area, bool(crowd)))
+            fits = isinstance(object_id, int) and abs(object_id) <= LARGEST_INTEGER
+            object_id = object_id if fits else number
+            objects.append(ObjectRecord(object_id, box, vocabulary.labels[category], area, crowd))
         size = [columns[name][position] if name in columns else None for name in ("width", "height")]
         records.append(ImageRecord(ids[position], str(names[position]), *size, objects))
     return records

@@ -24,7 +24,7 @@ except ImportError:  # deprecated since torchvision 0.29: Pillow reads everythin
 # Its plugins let most of these through from damaged headers.
 READ_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
+    *(struct.error, zlib.error, Image.DecompressionBombError, MemoryError, AssertionError, RuntimeError),
 )
 ImageSource = str | os.PathLike[str] | bytes
 # Kinds of raster images. Of the others that Pillow knows, some are read by programs that it starts (EPS).
@@ -185,5 +185,5 @@ def _reason(source: ImageSource, error: Exception) -> str:
 def _file_size(path: Path) -> int:
     try:
         return path.stat().st_size
-    except OSError:
+    except (OSError, ValueError):  # the latter: a name that no file can have
         return -1

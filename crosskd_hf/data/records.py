@@ -22,13 +22,16 @@ CHUNK = 256  # images that are in memory at once while they are inspected
 
 @dataclass(frozen=True)
 class ObjectRecord:
-    """One annotation: its box as the source has it, its label 0..C-1, area in pixels^2 (None: of the box)."""
+    """One annotation: its box as the source has it, its label 0..C-1, area in pixels^2 (None: of the box).
+
+    `iscrowd` is the source's, too, until it is checked: 0, 1, False, True, or None for no.
+    """
 
     id: int
     bbox: Any
     label: int
     area: Any = None
-    iscrowd: bool = False
+    iscrowd: Any = False
 
 
 @dataclass(frozen=True)
@@ -131,13 +134,17 @@ def _check_objects(record: ImageRecord, box_format: str, unit: str, problems: Pr
         if not is_box(obj.bbox) or not (area is None or is_finite(area)):
             problems.add(Kind.BOX, f"{name}: bbox {repr(obj.bbox)[:200]}, area {repr(area)[:100]}")
             continue
+        if not (obj.iscrowd is None or (isinstance(obj.iscrowd, (bool, int, float)) and obj.iscrowd in (0, 1))):
+            problems.add(Kind.CROWD, f"{name}: iscrowd {repr(obj.iscrowd)[:100]}")
+            continue
         xywh = to_xywh([obj.bbox], size, box_format, unit)[0].tolist()
         if note_box(xywh, record.width or 0, record.height or 0, name, problems):
             # An area in parts of the image isn't told apart from pixels: the box's stands.
             own = area is not None and unit == "pixel"
             if own and area <= 0 < xywh[2] * xywh[3]:
                 problems.add(Kind.AREA, name)
-            objects.append(replace(obj, bbox=xywh, area=float(area if own else xywh[2] * xywh[3])))
+            area = float(area if own else xywh[2] * xywh[3])
+            objects.append(replace(obj, bbox=xywh, area=area, iscrowd=bool(obj.iscrowd)))
     return replace(record, objects=objects)
 
 
