@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import run_processes
 from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,7 +40,7 @@ def gradients_of_share(rank: int, world: int, store: str, output: str, detector:
 def test_two_processes_give_the_gradients_of_one(tmp_path: Path, detector: str) -> None:
     """RetinaNet isn't among them: its normaliser is a rank's own, as in the reference."""
     output = tmp_path / "gradients.pt"
-    mp.spawn(gradients_of_share, (2, str(tmp_path / "store"), str(output), detector), nprocs=2)
+    run_processes(gradients_of_share, (2, str(tmp_path / "store"), str(output), detector), 2)
     model = tiny_model(detector).double().train()
     model(**double_batch()).loss.backward()
     shared = torch.load(output, weights_only=True)
@@ -79,7 +79,7 @@ def adapter_gradients(rank: int, world: int, store: str, output: str) -> None:
 def test_two_processes_average_the_gradients_of_adapters(tmp_path: Path) -> None:
     """They are used outside the student's forward, which is all that DDP wraps."""
     output = tmp_path / "gradients"
-    mp.spawn(adapter_gradients, (2, str(tmp_path / "store"), str(output)), nprocs=2)
+    run_processes(adapter_gradients, (2, str(tmp_path / "store"), str(output)), 2)
     first, second = (torch.load(f"{output}.{rank}", weights_only=True) for rank in range(2))
     for mine, theirs, averaged, other in zip(
         first["alone"], second["alone"], first["averaged"], second["averaged"], strict=True
@@ -121,7 +121,7 @@ def test_two_processes_give_the_evaluation_numbers_of_one(tmp_path: Path) -> Non
         port = probe.getsockname()[1]
     written = []
     for world in (1, 2):
-        mp.spawn(evaluate_share, (world, port, str(tmp_path)), nprocs=world)
+        run_processes(evaluate_share, (world, port, str(tmp_path)), world)
         folder = tmp_path / f"run{world}" / "evaluation"
         written.append([json.loads((folder / f"eval_{name}.json").read_text()) for name in ("metrics", "predictions")])
     assert written[0] == written[1]
