@@ -8,6 +8,7 @@ from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: several workers share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads of tests that ask for two sleep, and don't spin
 
 import pytest
 from PIL import Image

@@ -3,12 +3,13 @@
 import importlib.util
 import json
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file
+from transformers.initialization import no_init_weights
 
 from crosskd_hf.convert import load_reference_state, reference_keys, to_reference
 from crosskd_hf.distillation.objective import distillation_losses, teacher_forward
@@ -58,6 +59,7 @@ class Comparison:
         return f"{self.count} numbers: " + ", ".join(cells)
 
 
+@cache
 def load_synth(folder: Path):
     """The folder's generator of weights and images."""
     path = folder / "synth.py"
@@ -66,6 +68,12 @@ def load_synth(folder: Path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@lru_cache(maxsize=2000)  # those of four models: cases share most of theirs
+def synth_tensor(synth, key: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """The synthetic weights of a recorded key, to be copied and not written to."""
+    return torch.from_numpy(synth.synth_array(key, shape, seed))
 
 
 def build_model(setup: dict, role: str, state: list, seed: int, synth):
@@ -80,8 +88,9 @@ def build_model(setup: dict, role: str, state: list, seed: int, synth):
         fpn_relu_before_p7=part["fpn_relu_before_p7"],
         num_labels=setup["num_labels"],
     )
-    model = MODELS[setup["detector"]](config)
-    weights = {key: torch.from_numpy(synth.synth_array(key, shape, seed)) for key, shape in state}
+    with no_init_weights():  # every parameter is filled below, or it is an error
+        model = MODELS[setup["detector"]](config)
+    weights = {key: synth_tensor(synth, key, tuple(shape), seed) for key, shape in state}
     load_reference_state(model, weights)
     return model
 
@@ -93,6 +102,11 @@ class GoldenCase:
         self.name, self.synth = self.record["case"], load_synth(folder)
         self.setup, self.noise = self.record["setup"], self.record["noise"]
         self.result = Comparison()
+        self.inputs = self._inputs()
+        self.forward = torch.compile(self._forward, fullgraph=True) if compiled else self._forward
+
+    def build(self) -> None:
+        """The models, which `run` compares."""
         seed = self.record["seed"]
         self.student = build_model(self.setup, "student", self.record["student_state"], seed, self.synth)
         self.keys = reference_keys(self.student)
@@ -112,8 +126,6 @@ class GoldenCase:
                 centerness_weight=spec.centerness_weight,
                 pkd=self.setup["pkd_weight"],
             )
-        self.inputs = self._inputs()
-        self.forward = torch.compile(self._forward, fullgraph=True) if compiled else self._forward
 
     def _inputs(self) -> dict:
         batch, sizes = self.record["batch"], self.record["image_shapes"]
@@ -132,6 +144,7 @@ class GoldenCase:
 
     def run(self) -> Comparison:
         """Compare everything: architecture, targets, probes, losses, gradients, predictions, steps."""
+        self.build()
         self.compare_architecture()
         self.student.eval()
         self.compare_predictions()
@@ -141,7 +154,7 @@ class GoldenCase:
         self.compare_probes(outputs, cross)
         self.compare_losses(terms)
         self.compare_gradients(terms)
-        self.compare_steps()
+        self.compare_steps(terms)
         return self.result
 
     @cached_property
@@ -219,7 +232,8 @@ class GoldenCase:
             from crosskd_hf.distillation.crosskd import cross_pass
 
             maps |= probe_maps("teacher", teacher_output, False)
-            cross = cross_pass(self.teacher, output, teacher_output, self.settings.tap_index)
+            with torch.no_grad():
+                cross = cross_pass(self.teacher, output, teacher_output, self.settings.tap_index)
             maps |= head_maps("cross", cross)
         recorded = {key[len("probe.") :] for key in self.tensors if key.startswith("probe.")}
         assert recorded <= set(maps), sorted(recorded - set(maps))
@@ -265,7 +279,6 @@ class GoldenCase:
             scale = max(norm / gradient.numel() ** 0.5, reference.abs().max().item(), 1e-12)
             error = (ours - reference).abs().max().item() / scale
             self.result.add("grad samples", key, len(samples), error, bar)
-        self.student.zero_grad()
 
     @torch.no_grad()
     def compare_predictions(self) -> None:
@@ -277,7 +290,8 @@ class GoldenCase:
             self.result.equal("predictions", f"number.{i}", len(ours["scores"]), counts[i])
             compare_detections(self.result, f"image {i}", ours, reference)
 
-    def compare_steps(self) -> None:
+    def compare_steps(self, terms) -> None:
+        """From the loss terms and gradients that were just compared: the first step's."""
         recipe = self.record["trajectory"]
         fcos = self.setup["detector"] == "fcos"
         groups = parameter_groups(
@@ -290,10 +304,12 @@ class GoldenCase:
         optimizer = torch.optim.SGD(groups, lr=recipe["lr"], momentum=recipe["momentum"])
         trained = [p for p in self.student.parameters() if p.requires_grad]
         for step, (loss, norm) in enumerate(recipe["total_loss_and_grad_norm"]):
-            terms, _, _ = self.losses()
+            if step > 0:
+                terms, _, _ = self.losses()
             total = torch.stack([term.sum() for term in terms.values()]).sum()
-            optimizer.zero_grad()
-            total.backward()
+            if step > 0:
+                optimizer.zero_grad()
+                total.backward()
             ours_norm = torch.nn.utils.clip_grad_norm_(trained, recipe["clip_grad_norm"]).item()
             optimizer.step()
             bar = self.bar(1e-3, self.noise["step_losses"][step])

@@ -1,9 +1,9 @@
 import json
-import multiprocessing
 import os
 import pickle
 
 import pytest
+from processes import CONTEXT
 
 from crosskd_hf.data import coco
 from crosskd_hf.data.coco import load_coco
@@ -85,10 +85,9 @@ def _load_in_process(root, cache_dir, barrier, results):
 
 def test_processes_may_load_at_once(write_coco, tmp_path):
     root = write_coco(IMAGES)
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(3), context.Queue()
+    barrier, results = CONTEXT.Barrier(3), CONTEXT.Queue()
     arguments = (root, tmp_path / "cache", barrier, results)
-    processes = [context.Process(target=_load_in_process, args=arguments) for _ in range(3)]
+    processes = [CONTEXT.Process(target=_load_in_process, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()
     answers = [results.get(timeout=120) for _ in processes]

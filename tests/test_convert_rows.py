@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import Comparison, GoldenCase, compare_detections, detections, probe_maps
+from golden_cases import Comparison, GoldenCase, compare_detections, detections, probe_maps, synth_tensor
 from transformers import AutoModelForObjectDetection
 
 from crosskd_hf.factory import convert_checkpoint
@@ -75,9 +75,7 @@ def test_row_converts_and_predicts(row: str, version: int, golden: Path, tmp_pat
     if case.setup["num_labels"] != 80:
         pytest.skip("not COCO's labels")
     seed = case.record["seed"] + (1000 if role == "teacher" else 0)
-    state = {
-        key: torch.from_numpy(case.synth.synth_array(key, shape, seed)) for key, shape in case.record[f"{role}_state"]
-    }
+    state = {key: synth_tensor(case.synth, key, tuple(shape), seed) for key, shape in case.record[f"{role}_state"]}
     file = tmp_path / "checkpoint.pth"
     write_checkpoint(file, state, version, legacy_fcos=row.startswith("fcos") and version == 2)
     convert_checkpoint(str(file), tmp_path / "model", recipe.model, DataSection())

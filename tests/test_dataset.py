@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 from PIL import Image
+from processes import CONTEXT
 from torch.utils.data import DataLoader
 
 from crosskd_hf.data.coco import load_coco
@@ -109,7 +110,7 @@ def test_workers_change_nothing(split):
     )
     keys = [SampleKey(epoch, index) for epoch in range(2) for index in range(3)]
     here = [dataset[key]["image"].shape for key in keys]
-    for context in ("fork", "spawn"):
+    for context in ("fork", CONTEXT):
         loader = DataLoader(
             dataset, sampler=keys, batch_size=None, num_workers=2, multiprocessing_context=context, collate_fn=_shape
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import run_processes
 from tiny import tiny_batch, tiny_model, tiny_split
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,7 +42,7 @@ def gradients_of_two(rank: int, port: int, output: str) -> None:
 def gradients_of_halves(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Of two processes with half of the images each."""
     output = tmp_path_factory.mktemp("gradients") / "gradients.pt"
-    mp.spawn(gradients_of_two, (equality.free_port(), str(output)), nprocs=2)
+    run_processes(gradients_of_two, (equality.free_port(), str(output)), 2)
     return torch.load(output, weights_only=True)
 
 
@@ -101,7 +101,7 @@ def adapter_gradients(rank: int, world: int, store: str, output: str) -> None:
 def test_two_processes_average_the_gradients_of_adapters(tmp_path: Path) -> None:
     """They are used outside the student's forward, which is all that DDP wraps."""
     output = tmp_path / "gradients"
-    mp.spawn(adapter_gradients, (2, str(tmp_path / "store"), str(output)), nprocs=2)
+    run_processes(adapter_gradients, (2, str(tmp_path / "store"), str(output)), 2)
     first, second = (torch.load(f"{output}.{rank}", weights_only=True) for rank in range(2))
     for mine, theirs, averaged, other in zip(
         first["alone"], second["alone"], first["averaged"], second["averaged"], strict=True
@@ -115,7 +115,7 @@ def test_two_processes_give_the_evaluation_files_of_one(tmp_path: Path) -> None:
     tiny_split(tmp_path / "data5")
     written = []
     for world in (1, 2):
-        mp.spawn(equality.evaluate_share, (world, equality.free_port(), str(tmp_path), 5), nprocs=world)
+        run_processes(equality.evaluate_share, (world, equality.free_port(), str(tmp_path), 5), world)
         folder = tmp_path / f"run5_{world}" / "evaluation"
         written.append({name: (folder / f"eval_{name}.json").read_bytes() for name in ("metrics", "predictions")})
     assert written[0] == written[1]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_processes
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -570,7 +570,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     expected = [single.compute(), single.results()]
     assert 0.3 < expected[0]["AP"] < 1
 
-    mp.spawn(_evaluate_in_a_process, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    run_processes(_evaluate_in_a_process, (str(tmp_path / "store"), str(tmp_path)), 2)
 
     for rank in range(2):
         assert read(tmp_path / f"{rank}.json") == expected

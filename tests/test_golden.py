@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import Comparison, GoldenCase, build_model, compare_detections, load_synth
+from golden_cases import Comparison, GoldenCase, build_model, compare_detections, load_synth, synth_tensor
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -23,6 +23,13 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def weights_of_all_cases() -> Iterator[None]:
+    """Kept from case to case, given back at the end."""
+    yield
+    synth_tensor.cache_clear()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import CONTEXT, run_processes
 from safetensors.torch import load_file
 from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
 from transformers import TrainerCallback
@@ -224,17 +224,21 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_last_checkpoint(
     assert_same(whole, resumed(tmp_path, "checkpoint-3"))
 
 
+def train_cut(root: Path) -> None:
+    build(root, "cut").train()
+
+
 def test_a_run_killed_while_it_saves_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     """SIGKILL once the second checkpoint's folder is there, before its marker is."""
     whole = undisturbed(tmp_path)
-    code = f"import test_resume, pathlib; test_resume.build(pathlib.Path({str(tmp_path)!r}), 'cut').train()"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL)
+    process = CONTEXT.Process(target=train_cut, args=(tmp_path,))
+    process.start()
     target = tmp_path / "cut" / "checkpoint-6"
-    while not target.exists() and process.poll() is None:
+    while not target.exists() and process.is_alive():
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it ended before it could be killed"
     assert not (target / MARKER).exists()
     assert_same(whole, resumed(tmp_path, "checkpoint-3"))
     assert load_file(tmp_path / "cut" / "checkpoint-7" / "model.safetensors").keys() <= whole.keys()
@@ -314,7 +318,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
         if world == 1:
             elsewhere(0, 1, port, str(tmp_path), steps)
         else:
-            mp.spawn(elsewhere, (world, port, str(tmp_path), steps), nprocs=world)
+            run_processes(elsewhere, (world, port, str(tmp_path), steps), world)
         notes = [json.loads((tmp_path / f"seen_{steps}_{rank}.json").read_text()) for rank in range(world)]
         per_step = zip(*(note["seen"] for note in notes), strict=True)
         images = [[image for batches in step for batch in batches for image in batch] for step in per_step]

@@ -1,6 +1,7 @@
 """SIGTERM during steps, evaluations and epochs' ends: what is saved, and how the run goes on."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import run_processes
 from test_resume import Interrupted, assert_same, build, final_state, undisturbed
 from transformers import TrainerCallback
 
@@ -140,7 +141,7 @@ def test_nothing_is_noted_when_nobody_listens() -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
 def test_a_data_worker_obeys_its_parent_only() -> None:
-    worker = mp.get_context("fork").Process(target=lambda: (obey_parent_only(0), time.sleep(60)))
+    worker = multiprocessing.get_context("fork").Process(target=lambda: (obey_parent_only(0), time.sleep(60)))
     worker.start()
     time.sleep(0.5)
     subprocess.run([sys.executable, "-c", f"import os; os.kill({worker.pid}, {int(signal.SIGTERM)})"], check=True)
@@ -173,7 +174,7 @@ def test_two_processes_end_at_the_same_step(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
+    run_processes(one_of_two, (port, str(tmp_path)), 2)
     steps = {(tmp_path / f"ended_{rank}").read_text() for rank in range(2)}
     assert steps == {"5"}, "noted in the fourth step, agreed during the fifth"
     assert Path(last_complete_checkpoint(tmp_path / "cut")).name == "checkpoint-5"

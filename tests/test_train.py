@@ -1,6 +1,8 @@
 """Recipes from the command line: dry run, training, evaluation, conversion, and what is refused."""
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -216,13 +218,13 @@ def test_an_interrupted_run_goes_on_only_with_its_own_settings(recipe: Path) -> 
     train.main([str(recipe), *save, "training.logging_steps=2"])
 
 
-def test_the_command_runs_as_a_module(recipe: Path) -> None:
-    import subprocess
-    import sys
-
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")  # imported above
+def test_the_command_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     for module in ("crosskd_hf.cli", "crosskd_hf.train"):
-        ended = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
-        assert ended.returncode == 0 and "recipe" in ended.stdout
+        monkeypatch.setattr(sys, "argv", [module, "--help"])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        assert ended.value.code == 0 and "recipe" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_not_run_again(recipe: Path, capsys: pytest.CaptureFixture) -> None:
