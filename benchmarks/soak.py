@@ -181,6 +181,7 @@ def main() -> None:
     # Told to end (`timeout`), it ends its run.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     run, log = folder / "run", folder / "run.log"
+    result = {"machine": machine(), "commit": commit(), "minutes": options.minutes, "workers": options.workers}
     began, samples = time.monotonic(), []
     process = start(recipe, run, 1, log)
     try:
@@ -189,7 +190,6 @@ def main() -> None:
             samples.append(sample(process.pid, run, log, began))
             if len(samples) % 30 == 0:
                 print(samples[-1], flush=True)
-        result = {"machine": machine(), "commit": commit(), "minutes": options.minutes, "workers": options.workers}
         result |= ending(process, run, log)
     finally:
         if process.poll() is None:
@@ -249,7 +249,8 @@ def ending(process: subprocess.Popen, run: Path, log: Path) -> dict[str, object]
         problem = f"step {steps} was logged, {saved} is saved"
     seconds = round(time.monotonic() - began, 1)
     found = {"steps": steps, "saved": saved, "status": process.returncode, "seconds_to_end": seconds}
-    return found | {"last_words": said[:1], "problem": problem}
+    # Without the folder, which is nobody's business where results are published.
+    return found | {"last_words": [words.replace(f"{run}/", "") for words in said[:1]], "problem": problem}
 
 
 if __name__ == "__main__":
