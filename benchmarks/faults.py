@@ -279,7 +279,8 @@ FAULTS = {"kill": kill, "term": terminate, "rank": kill_rank, "disk": fill_disk,
 READY: dict[str, Callable[[subprocess.Popen, Path, Path], bool]] = {
     "rank": lambda process, output, log: bool(ranks(process)),
     "disk": lambda process, output, log: steps_logged(log) > 0,
-    "damage": lambda process, output, log: any((f / MARKER).exists() for f in checkpoint_folders(output)),
+    # One to be damaged and one to go on from.
+    "damage": lambda process, output, log: sum((f / MARKER).exists() for f in checkpoint_folders(output)) > 1,
 }
 
 

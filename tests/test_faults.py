@@ -102,6 +102,13 @@ def test_damage_is_of_the_newest_checkpoint_and_makes_it_count_no_more(tmp_path:
     assert newest_complete(tmp_path / "run") == str(old)
 
 
+def test_damage_waits_for_a_second_checkpoint(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 10)
+    assert not faults.READY["damage"](None, tmp_path, tmp_path / "log")
+    checkpoint(tmp_path, 20)
+    assert faults.READY["damage"](None, tmp_path, tmp_path / "log")
+
+
 def test_nothing_is_damaged_without_a_checkpoint(tmp_path: Path) -> None:
     outcome = faults.damage(target(tmp_path, "print('ready')\ntime.sleep(60)"))
     assert (outcome.problem, outcome.damaged) == ("", "")
