@@ -12,6 +12,7 @@ ended early or badly, or kept too many checkpoints.
 import argparse
 import json
 import math
+import os
 import re
 import signal
 import statistics
@@ -37,7 +38,7 @@ BLOCKS = 20  # means of which stand for independent samples
 FEWEST = 4  # blocks that an interval can be told from
 GRACE = 60  # seconds to save and end within
 WATCHED = {"memory_mb": "MB", "rss_mb": "MB", "handles": "", "threads": "", "folder_mb": "MB", "log_mb": "MB"}
-UNITS = WATCHED | {"steps_per_second": "steps/s"}
+UNITS = WATCHED | {"steps_per_second": "steps/s", "steps_per_cpu_second": "steps/s"}
 
 
 def sample(pid: int, folder: Path, log: Path, began: float) -> dict[str, float]:
@@ -46,6 +47,7 @@ def sample(pid: int, folder: Path, log: Path, began: float) -> dict[str, float]:
     Memory that they share counts once in `memory_mb` (PSS), and in `rss_mb` once in each process that has it.
     """
     counts = dict.fromkeys(("memory_mb", "rss_mb", "handles", "threads", "processes"), 0)
+    counts["cpu_seconds"] = 0  # other programs on the machine don't change it much
     found: dict[str, float] = {"seconds": time.monotonic() - began, **counts}
     for member in descendants(pid):
         process = Path(f"/proc/{member}")
@@ -54,12 +56,15 @@ def sample(pid: int, folder: Path, log: Path, began: float) -> dict[str, float]:
             pss, rss = (re.search(rf"^{name}:\s+(\d+) kB", memory, re.MULTILINE) for name in ("Pss", "Rss"))
             threads = re.search(r"^Threads:\s+(\d+)", (process / "status").read_text(), re.MULTILINE)
             handles = len(list((process / "fd").iterdir()))
+            times = (process / "stat").read_text().rpartition(")")[2].split()[11:15]
         except OSError:  # a worker has just ended
             continue
         if pss is None or rss is None or threads is None:
             continue
         found["memory_mb"] += int(pss.group(1)) / 1024
         found["rss_mb"] += int(rss.group(1)) / 1024
+        # Its own time, and that of its children which have ended.
+        found["cpu_seconds"] += sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
         found["threads"] += int(threads.group(1))
         found["handles"] += handles
         found["processes"] += 1
@@ -118,8 +123,11 @@ def slopes(samples: list[dict]) -> dict[str, dict[str, float]]:
     late = warm(samples)
     times = np.array([entry["seconds"] for entry in late]) / 3600
     found = {name: slope(times, np.array([entry[name] for entry in late])) for name in WATCHED}
-    rates = np.diff([s["steps"] for s in late]) / np.diff([s["seconds"] for s in late])
-    return found | {"steps_per_second": slope((times[1:] + times[:-1]) / 2, rates)}
+    steps, middles = np.diff([s["steps"] for s in late]), (times[1:] + times[:-1]) / 2
+    rates = {"steps_per_second": "seconds", "steps_per_cpu_second": "cpu_seconds"}
+    return found | {
+        name: slope(middles, steps / np.diff([s[clock] for s in late]).clip(min=1e-3)) for name, clock in rates.items()
+    }
 
 
 def rates_of_thirds(samples: list[dict]) -> dict[str, float]:
@@ -143,15 +151,17 @@ def draw(samples: list[dict], path: Path) -> None:
         "memory of all processes (PSS, MB)": [entry["memory_mb"] for entry in samples],
         "open file handles and threads": [entry["handles"] for entry in samples],
         "size of the run's folder (MB)": [entry["folder_mb"] for entry in samples],
-        "steps a second, minute by minute": None,
+        "steps a second and a CPU second, minute by minute": None,
     }
     for number, (title, values) in enumerate(curves.items(), start=1):
         axes = figure.add_subplot(2, 2, number)
         if values is None:
             edges = range(0, len(samples), max(1, round(60 / statistics.median(np.diff(minutes) * 60))))
             picked = [samples[i] for i in edges]
-            seconds = np.diff([s["seconds"] for s in picked])
-            axes.plot([s["seconds"] / 60 for s in picked[1:]], np.diff([s["steps"] for s in picked]) / seconds)
+            for clock, label in (("seconds", "a second"), ("cpu_seconds", "a CPU second")):
+                rates = np.diff([s["steps"] for s in picked]) / np.diff([s[clock] for s in picked])
+                axes.plot([s["seconds"] / 60 for s in picked[1:]], rates, linewidth=0.8, label=label)
+            axes.legend()
         else:
             axes.plot(minutes, values, linewidth=0.8, label="handles" if number == 2 else None)
         if number == 2:

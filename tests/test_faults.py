@@ -153,13 +153,15 @@ def test_slopes_are_an_hour_and_cover_the_truth() -> None:
     times = [10.0 * i for i in range(1, 361)]
     flat = dict.fromkeys(("rss_mb", "handles", "threads", "folder_mb", "log_mb"), 5)
     samples = [
-        {"seconds": s, "memory_mb": 1000 + 7 * s / 3600 + rng.normal(), "steps": 1.2 * s, **flat} for s in times
+        {"seconds": s, "cpu_seconds": 2 * s, "memory_mb": 1000 + 7 * s / 3600 + rng.normal(), "steps": 1.2 * s, **flat}
+        for s in times
     ]
     found = soak.slopes(samples)
     assert found["memory_mb"]["low"] < 7 < found["memory_mb"]["high"]
     assert found["memory_mb"]["low"] > 5
     assert found["handles"]["an_hour"] == pytest.approx(0, abs=1e-9)
     assert found["steps_per_second"]["first"] == pytest.approx(1.2)
+    assert found["steps_per_cpu_second"]["first"] == pytest.approx(0.6)
     assert soak.rates_of_thirds(samples) == {"first_third": pytest.approx(1.2), "last_third": pytest.approx(1.2)}
     with pytest.raises(ValueError, match="too few"):
         soak.slopes(samples[:3])
