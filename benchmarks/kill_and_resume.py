@@ -6,7 +6,7 @@ A small CrossKD recipe on generated noise images is trained twice by the same co
 SIGKILL, SIGTERM, one of two processes killed, a disk that fills up, a checkpoint that is damaged. Some are aimed at
 phases that random moments seldom hit: a checkpoint that is being written or removed, an evaluation, the final save.
 Weights, optimizer, schedule and random states must agree bit for bit; otherwise the exit status is 1. The log gathers
-several calls. Needs Linux (/proc).
+several calls, `--log F.json --table` prints it. Needs Linux (/proc); the faults themselves are in `faults.py`.
 """
 
 import argparse
@@ -24,25 +24,37 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
+from faults import (
+    FAULTS,
+    READY,
+    DiskSkipped,
+    Target,
+    kill_all,
+    last_step,
+    resumed_at,
+    small_disk,
+    steps_logged,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
-from crosskd_hf.checkpoints import MARKER, checkpoint_folders, newest_complete
+from crosskd_hf.checkpoints import MARKER, checkpoint_folders
 from crosskd_hf.files import write_atomically
 from crosskd_hf.recipe import load_recipe
+from crosskd_hf.run_folder import is_finished
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"detector": "gfl", "backbone": "resnet18", "fpn_channels": 64, "head_channels": 64}
 SAVE_STEPS = 10
 EVAL_STEPS = 15
-AIMS = ("any", "saving", "evaluation", "any", "end")  # in turn
+AIMS = ("any", "saving", "evaluation", "any")  # in turn; the last of several faults is aimed at the end
 STATES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
 LONGEST_DELAY = 0.3  # seconds between the start of the phase that is aimed at and the kill
 POLL = 0.002  # seconds
@@ -136,49 +148,7 @@ def start(recipe: Path, output: Path, processes: int, log: Path) -> subprocess.P
         )
 
 
-def steps_logged(log: Path) -> int:
-    """The last optimizer step that a run has logged; 0 if none."""
-    found = re.findall(r"^step (\d+)/\d+ ", log.read_text(errors="replace"), re.MULTILINE)
-    return int(found[-1]) if found else 0
-
-
-# Killing --------------------------------------------------------------------------------------------------------
-
-
-def descendants(pid: int) -> list[int]:
-    """A process and all that came from it: torch starts each rank in a session, so not all are in its group."""
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:  # it has just ended
-                continue
-            parents.setdefault(int(fields[1]), []).append(int(entry.name))
-    family = [pid]
-    for member in family:
-        family += parents.get(member, [])
-    return family
-
-
-def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL to a run and everything it started, and wait until all are gone."""
-    family = descendants(process.pid)
-    for pid in family:  # the launcher first, so that it has no time to end the others in its own way
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-    process.wait()
-    while any(is_alive(pid) for pid in family):
-        time.sleep(0.05)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+# Moments --------------------------------------------------------------------------------------------------------
 
 
 def is_changing(output: Path, since: float) -> bool:
@@ -192,8 +162,10 @@ def is_changing(output: Path, since: float) -> bool:
     return False
 
 
-def phase(output: Path, log: Path, steps: int, since: float) -> str:
-    """What a run is at, from its log and its folders."""
+def phase(output: Path, log: Path, steps: int, since: float, finished: bool) -> str:
+    """What a run is at, from its log and its folders; `finished` was it before it was started."""
+    if finished:
+        return "finished"
     text = log.read_text(errors="replace")
     if "trained to step" in text:
         return "end"
@@ -212,7 +184,7 @@ class Disturbance:
 
     Attributes:
         steps_lost: steps that were logged and have to be taken again.
-        problem: what should not have happened, or nothing.
+        problem, note: see `Outcome`.
     """
 
     number: int
@@ -226,6 +198,7 @@ class Disturbance:
     left_behind: str
     status: int
     problem: str = ""
+    note: str = ""
 
 
 @dataclass
@@ -269,18 +242,15 @@ def wait_for_moment(
     return None
 
 
-def last_step(output: Path) -> int:
-    """Step of the checkpoint that the next process goes on from."""
-    return int(Path(newest_complete(output) or "checkpoint-0").name.removeprefix("checkpoint-"))
-
-
 @dataclass
 class Series:
-    """What is done to one run.
+    """What is done to one run, and what came of it.
 
     Attributes:
         fault: a key of `FAULTS`.
-        limit: seconds that the run has to end by itself, where the fault doesn't end it.
+        number: of faults.
+        grace, limit: see `Target`.
+        done, starts: the faults so far, and how many processes there were.
     """
 
     recipe: Path
@@ -290,7 +260,10 @@ class Series:
     fault: str
     number: int
     seed: int
+    grace: float
     limit: float
+    done: list[Disturbance] = field(default_factory=list)
+    starts: int = 0
 
     @property
     def output(self) -> Path:
@@ -298,156 +271,93 @@ class Series:
         return self.folder / "killed"
 
 
-def run_disturbed(series: Series) -> tuple[list[Disturbance], int]:
-    """Disturb a run and start it again until all faults are spent and it has ended by itself.
+class SeriesError(Exception):
+    """A run didn't come back from a fault."""
 
-    Returns:
-        the faults, and how many processes there were.
+
+def run_disturbed(series: Series) -> None:
+    """Disturb a run and start it again until all faults are spent, or it is over, and it has ended by itself.
+
+    Raises:
+        SeriesError: a start failed that nothing was done to.
     """
-    rng, done, starts, output, timing = random.Random(series.seed), [], 0, series.output, series.timing
+    rng, done, output, timing = random.Random(series.seed), series.done, series.output, series.timing
+    ready, damaged = READY.get(series.fault), []
     print(HEADER, flush=True)
     while True:
-        number, resumed = len(done) + 1, last_step(output)
-        # A run that is over doesn't save or evaluate any more.
-        aim = "any" if resumed == timing.steps else AIMS[(number - 1) % len(AIMS)]
+        number, resumed, finished = len(done) + 1, last_step(output), is_finished(output)
+        aim = next_aim(number, series.number, resumed == timing.steps)
         moment = plan(rng, timing, resumed, series.number - len(done))
         if number == 2:  # whatever the dice say, faults hit after the first checkpoint
             moment = max(moment, timing.first_step + 1.2 * SAVE_STEPS * timing.step)
-        moment = moment if number <= series.number else float("inf")
-        log, since = series.folder / f"killed_{starts}.log", time.time()
+        # A run that is over survives anything: one fault shows that, more would only be counted.
+        if number > series.number or any(fault.phase == "finished" for fault in done):
+            moment = float("inf")
+        log, since = series.folder / f"killed_{series.starts}.log", time.time()
         process = start(series.recipe, output, series.processes, log)
-        starts += 1
-        now = functools.partial(phase, output, log, timing.steps, since)
+        series.starts += 1
+        now = functools.partial(phase, output, log, timing.steps, since, finished)
         delay = 0.0 if aim == "any" else rng.uniform(0, LONGEST_DELAY)
-        seconds = wait_for_moment(process, moment, lambda aim=aim, now=now: aim == "any" or now() == aim, delay)
-        if done and series.fault == "damage" and "is left out" not in log.read_text(errors="replace"):
-            done[-1].problem = done[-1].problem or "the damage was not noticed" * ("damaged" in done[-1].left_behind)
+
+        def is_due(aim=aim, now=now, process=process, log=log) -> bool:
+            return (aim == "any" or now() == aim) and (ready is None or ready(process, output, log))
+
+        try:
+            seconds = wait_for_moment(process, moment, is_due, delay)
+            if seconds is not None:
+                seen = now()
+                limits = {"grace": series.grace, "limit": series.limit + 2 * SAVE_STEPS * timing.step}
+                target = Target(process, series.processes, output, log, number, rng, **limits)
+                outcome = FAULTS[series.fault](target)
+        finally:
+            if process.poll() is None:
+                kill_all(process)
+        text = log.read_text(errors="replace")
+        if done and (problem := wrong_start(text, resumed, damaged)):
+            done[-1].problem = done[-1].problem or problem
+            print(f"      then: {problem}", flush=True)
         if seconds is None:
             if process.returncode:
-                raise SystemExit(f"a run ended with status {process.returncode}:\n{log.read_text()[-3000:]}")
-            return done, starts  # by itself, maybe before its fault
-        seen = now()
-        problem = FAULTS[series.fault](process, series, log, rng)
+                raise SeriesError(f"a run ended with status {process.returncode}:\n{text[-3000:]}")
+            return  # by itself, maybe before its fault
+        if resumed_at(text) is not None:  # it has told
+            damaged = []
+        damaged += [outcome.damaged] if outcome.damaged else []
         reached = max(resumed, steps_logged(log))
         times, lost = (round(moment, 2), round(seconds, 2)), reached - last_step(output)
-        left = left_behind(output)
-        done.append(Disturbance(number, aim, *times, resumed, reached, lost, seen, left, process.returncode, problem))
+        if series.fault == "term" and lost:
+            outcome.problem = outcome.problem or f"{lost} steps are lost"
+        state = seen, left_behind(output), process.returncode, outcome.problem, outcome.note
+        done.append(Disturbance(number, aim, *times, resumed, reached, lost, *state))
         print(row(done[-1]), flush=True)
 
 
-# Faults. Each ends a run and tells what went wrong about that, or nothing ------------------------------------------
+def next_aim(number: int, of: int, trained: bool) -> str:
+    """What a fault is aimed at.
+
+    A run waits for its end only once, with the last of several faults: otherwise those that follow would hit a run
+    that has nothing left to lose. One that is trained doesn't save or evaluate any more.
+    """
+    if trained:
+        return "any"
+    return "end" if number == of >= len(AIMS) else AIMS[(number - 1) % len(AIMS)]
 
 
-def kill(process: subprocess.Popen, series: Series, log: Path, rng: random.Random) -> str:
-    """SIGKILL to all at once."""
-    kill_all(process)
-    return ""
+def wrong_start(text: str, expected: int, damaged: list[str]) -> str:
+    """What is wrong with how a run went on, from its output; nothing if it is right or didn't come that far.
 
-
-def terminate(process: subprocess.Popen, series: Series, log: Path, rng: random.Random) -> str:
-    """SIGTERM to the program, or to the launcher of several: it saves and says so, and loses no step."""
-    process.send_signal(signal.SIGTERM)
-    if not ends(process, series.limit):
-        return f"it didn't end within {series.limit:g} s"
-    text = log.read_text(errors="replace")
-    said = re.search(r"ended by SIGTERM after step (\d+): its state is saved", text)
-    if said:
-        saved = last_step(series.output)
-        if saved != int(said.group(1)) or saved < steps_logged(log):
-            return f"step {saved} is saved, {said.group(1)} was said, {steps_logged(log)} logged"
-        # A launcher has a status of its own.
-        return "" if process.returncode == 0 or series.processes > 1 else f"its status is {process.returncode}"
-    began, over = "goes on from" in text or steps_logged(log), "trained to step" in text
-    return "" if over or not began else "it didn't say what it saved"
-
-
-def kill_rank(process: subprocess.Popen, series: Series, log: Path, rng: random.Random) -> str:
-    """SIGKILL to one of several processes: all others end, with an error."""
-    ranks = [pid for pid in descendants(process.pid) if is_rank(pid)]
-    if ranks:  # none while the launcher is starting
-        os.kill(rng.choice(ranks), signal.SIGKILL)
-    else:
-        process.kill()
-    if not ends(process, series.limit):
-        return f"the others didn't end within {series.limit:g} s"
-    return "" if process.returncode else "the launcher says that all is well"
-
-
-def fill_disk(process: subprocess.Popen, series: Series, log: Path, rng: random.Random) -> str:
-    """A file that takes all space where the run writes; it ends at the next checkpoint, the last one is intact."""
-    before, filler = newest_complete(series.output), series.output / "filler"
-    with open(filler, "wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(1 << 20))
-        except OSError:
-            pass
-    ended = ends(process, series.limit)
-    filler.unlink()
-    if not ended:
-        return f"it didn't end within {series.limit:g} s"
-    if "trained to step" in log.read_text(errors="replace") and not process.returncode:
-        return ""  # nothing was left to be saved
-    if not process.returncode or not re.search(
-        "disk is full|GB are free|No space left", log.read_text(errors="replace")
-    ):
-        return f"status {process.returncode}, and no word of the disk"
-    # It may have been the last to fit.
-    step = int(before.rpartition("-")[2]) if before else 0
-    return "" if last_step(series.output) >= step else "the last checkpoint isn't there any more"
-
-
-def damage(process: subprocess.Popen, series: Series, log: Path, rng: random.Random) -> str:
-    """SIGKILL, and a file of the newest whole checkpoint is cut short, changed in one bit, or gone."""
-    kill_all(process)
-    if (newest := newest_complete(series.output)) is None:
+    Args:
+        text: its output.
+        expected: step of the newest whole checkpoint, 0 for none.
+        damaged: names of checkpoints that it has to call damaged.
+    """
+    at = resumed_at(text)
+    if at is None:
         return ""
-    path = rng.choice([path for path in sorted(Path(newest).iterdir()) if path.suffix in (".pt", ".safetensors")])
-    how = rng.choice(("cut", "bit", "gone"))
-    if how == "cut":
-        os.truncate(path, path.stat().st_size // 2)
-    elif how == "bit":
-        with open(path, "r+b") as file:
-            file.seek(rng.randrange(path.stat().st_size))
-            byte = file.read(1)[0]
-            file.seek(-1, os.SEEK_CUR)
-            file.write(bytes([byte ^ 1]))
-    else:
-        path.unlink()
-    print(f"      {path.name} of {Path(newest).name}: {how}", flush=True)
-    return "" if newest_complete(series.output) != newest else "it still counts as whole"
-
-
-FAULTS = {"kill": kill, "term": terminate, "rank": kill_rank, "disk": fill_disk, "damage": damage}
-
-
-def ends(process: subprocess.Popen, seconds: float) -> bool:
-    """Wait until a run and all it started are gone; kill what is left."""
-    family = descendants(process.pid)
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and (process.poll() is None or any(is_alive(pid) for pid in family)):
-        time.sleep(0.05)
-    ended = process.poll() is not None and not any(is_alive(pid) for pid in family)
-    for pid in [] if ended else family:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-    process.wait()
-    return ended
-
-
-def is_rank(pid: int) -> bool:
-    """Whether a process is one of those that train, and not their launcher or a data worker of theirs."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-        parent_words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    ranked = any(word.startswith(b"LOCAL_RANK=") for word in environment)
-    return ranked and b"crosskd_hf.train" in words and b"accelerate.commands.launch" in b" ".join(parent_words)
+    silent = [name for name in damaged if not re.search(rf"/{name} is left out: it is damaged", text)]
+    if silent:
+        return f"it says nothing of the damage of {', '.join(silent)}"
+    return "" if at == expected else f"it went on from step {at} instead of {expected}"
 
 
 def left_behind(output: Path) -> str:
@@ -460,26 +370,31 @@ def left_behind(output: Path) -> str:
 
 COLUMNS = "{:>4}  {:<10}  {:>7}  {:>12}  {:>9}  {:>4}  {:<10}  {:>6}  {:<12}  {}"
 HEADER = COLUMNS.format(
-    *("no.", "aim", "seconds", "resumed from", "last step", "lost", "while", "status", "checkpoints", "problem")
+    *("no.", "aim", "seconds", "resumed from", "last step", "lost", "while", "status", "checkpoints", "remarks")
 )
 
 
 def row(fault: Disturbance) -> str:
     origin, left = fault.resumed_from or "start", fault.left_behind or "-"
     steps = origin, fault.steps_reached, fault.steps_lost
+    remarks = f"PROBLEM: {fault.problem}" if fault.problem else fault.note
     return COLUMNS.format(
-        fault.number, fault.aim, fault.seconds, *steps, fault.phase, fault.status, left, fault.problem or "-"
-    )
+        fault.number, fault.aim, fault.seconds, *steps, fault.phase, fault.status, left, remarks
+    ).rstrip()
 
 
 def run_undisturbed(recipe: Path, output: Path, processes: int, log: Path, steps: int) -> Timing:
     """Run to the end and note how long it took."""
     began, first = time.monotonic(), None
     process = start(recipe, output, processes, log)
-    while process.poll() is None:
-        if first is None and steps_logged(log):
-            first = time.monotonic() - began
-        time.sleep(0.05)
+    try:
+        while process.poll() is None:
+            if first is None and steps_logged(log):
+                first = time.monotonic() - began
+            time.sleep(0.05)
+    finally:
+        if process.poll() is None:
+            kill_all(process)
     if process.returncode:
         raise SystemExit(f"the undisturbed run ended with status {process.returncode}:\n{log.read_text()[-3000:]}")
     return Timing(first or 0.0, time.monotonic() - began, steps)
@@ -543,10 +458,13 @@ def add_to_log(path: Path, entry: dict) -> list[dict]:
 
 
 def table(entries: list[dict]) -> str:
-    """Fault and processes -> times tried, survived, most steps lost, where they hit."""
+    """Fault and processes -> times planned, tried, survived, most steps lost, where they hit.
+
+    None of a series survived whose run didn't come back or ended otherwise than the undisturbed one.
+    """
     lines = [
-        "| fault | processes | workers | tried | survived | most steps lost | while |",
-        "|---|---|---|---|---|---|---|",
+        "| fault | processes | workers | planned | tried | survived | most steps lost | while |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for key in sorted({(entry["fault"], entry["processes"], entry["workers"]) for entry in entries}):
         mine = [entry for entry in entries if (entry["fault"], entry["processes"], entry["workers"]) == key]
@@ -555,34 +473,58 @@ def table(entries: list[dict]) -> str:
         phases = Counter(fault["phase"] for fault in faults)
         where = ", ".join(f"{name} {number}" for name, number in phases.most_common())
         lost = max((fault["steps_lost"] for fault in faults), default=0)
-        lines.append("| " + " | ".join(map(str, (*key, len(faults), len(good), lost, where))) + " |")
-    return "\n".join(lines)
+        planned = sum(entry["planned"] for entry in mine)
+        lines.append("| " + " | ".join(map(str, (*key, planned, len(faults), len(good), lost, where))) + " |")
+    errors = [f"{e['fault']}, seed {e['seed']}: {e['error'].splitlines()[0]}" for e in entries if e.get("error")]
+    return "\n".join([*lines, *errors])
 
 
 def main() -> None:
-    """Run both, print the tables, write `result.json`."""
+    """Print the table of a log, or run a series."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fault", choices=FAULTS, default="kill", help="what is done to the run")
-    parser.add_argument("--kills", type=int, default=5, help="how often")
+    parser.add_argument("--kills", type=int, default=5, help="how often; no more than a twelfth of the steps")
     parser.add_argument("--workers", type=int, default=0, help="data workers a process")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="of the training and of the faults' moments")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps of the run")
     parser.add_argument("--images", type=int, default=50)
-    parser.add_argument("--limit", type=float, default=60, help="seconds to end within, of faults that don't kill")
+    parser.add_argument("--grace", type=float, default=30, help="seconds to save and end within after SIGTERM")
+    parser.add_argument(
+        "--limit", type=float, default=60, help="seconds to end within after other faults, beside those of 20 steps"
+    )
     parser.add_argument("--output", type=Path, help="a new or empty folder")
     parser.add_argument("--log", type=Path, help="JSON of several series, to which this one is added")
     parser.add_argument("--table", action="store_true", help="only print the table of --log")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="other values for the recipe")
     options = parser.parse_args()
     if options.table:
+        if options.log is None or not options.log.is_file():
+            parser.error("--table needs the --log of earlier series")
         print(table(json.loads(options.log.read_text())))
         return
-    if options.output is None or (options.fault == "rank" and options.processes < 2):
-        parser.error("--output is missing" if options.output is None else "--fault rank needs --processes 2")
+    if options.output is None:
+        parser.error("--output is missing")
+    if options.fault == "rank" and options.processes < 2:
+        parser.error("--fault rank needs --processes 2")
     folder = options.output.resolve()
     if folder.exists() and any(folder.iterdir()):
         parser.error(f"{folder} isn't empty")
+    # Told to end (`timeout`), it ends its run and unmounts the disk.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # Mounted first: without root nothing has to be trained to find that out.
+    disk = small_disk(folder / "killed") if options.fault == "disk" else contextlib.nullcontext()
+    try:
+        with disk:
+            passed = run_series(options, folder)
+    except DiskSkipped as reason:
+        print(f"skipped: {reason}")
+        return
+    sys.exit(not passed)
+
+
+def run_series(options: argparse.Namespace, folder: Path) -> bool:
+    """Run both, print the tables, write `result.json`. Whether all went well."""
     write_noise_coco(folder / "data", options.images)
     recipe = write_recipe(folder, options.steps, options.workers, options.seed)
     if options.overrides:
@@ -596,36 +538,31 @@ def main() -> None:
     )
     # The cache of the data set is a part of the run, so the killed one makes its own.
     shutil.rmtree(folder / "cache")
-    settings = options.processes, timing, options.fault, options.kills, options.seed, options.limit
-    series = Series(recipe, folder, *settings)
-    with small_disk(series.output) if options.fault == "disk" else contextlib.nullcontext():
-        faults, starts = run_disturbed(series)
+    settings = options.fault, options.kills, options.seed, options.grace, options.limit
+    series = Series(recipe, folder, options.processes, timing, *settings)
+    rows, error = [], ""
+    try:
+        run_disturbed(series)
         rows = compare(whole, series.output, options.steps)
+    except (SeriesError, OSError) as problem:  # it is logged as the others are: the worst outcome must not be left out
+        error = f"{type(problem).__name__}: {problem}"
     for entry in rows:
         digest = "sha256 equal" if len(set(entry.get("sha256", [""]))) == 1 else "sha256 differs"
         text = f"{len(entry['different'])} differ: {entry['different'][:5]}" if entry["different"] else "identical"
         print(f"{entry['file']:<40} {entry['values']:>5} values, {text}{', ' + digest if 'sha256' in entry else ''}")
-    equal = not any(entry["different"] for entry in rows)
-    problems = [fault for fault in faults if fault.problem]
-    print(f"{len(faults)} faults, {starts} starts: " + ("the same bit for bit" if equal else "DIFFERENT"))
+    equal = not error and not any(entry["different"] for entry in rows)
+    verdict = error or ("the same bit for bit" if equal else "DIFFERENT")
+    print(f"{len(series.done)} of {options.kills} faults, {series.starts} starts: {verdict}")
     result = {name: getattr(options, name) for name in ("fault", "processes", "workers", "seed", "steps")}
-    result |= {"planned": options.kills, "equal": equal, "starts": starts, "timing": asdict(timing)}
-    result |= {"faults": [asdict(fault) for fault in faults]}
+    result |= {"planned": options.kills, "done": len(series.done), "equal": equal, "error": error}
+    result |= {"survived": sum(equal and not fault.problem for fault in series.done)}
+    result |= {"most_steps_lost": max((fault.steps_lost for fault in series.done), default=0)}
+    result |= {"phases": Counter(fault.phase for fault in series.done)}
+    result |= {"starts": series.starts, "timing": asdict(timing), "faults": [asdict(fault) for fault in series.done]}
     if options.log is not None:
         print(table(add_to_log(options.log, result)))
     (folder / "result.json").write_text(json.dumps(result | {"files": rows}, indent=1))
-    sys.exit(not equal or bool(problems))
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[None]:
-    """A file system in memory for a folder, a little larger than a run's checkpoints. Needs root."""
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700m", "tmpfs", str(folder)], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
+    return equal and not any(fault.problem for fault in series.done)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@
 A small CrossKD run on generated noise images, with evaluations and checkpoints every minute or so, by the ordinary
 command in a process of its own. It is sampled from outside (/proc, so Linux only) and ended by SIGTERM. Slopes are of
 straight lines through the samples after a warm-up of a fifth of the time, with 95% intervals that allow for the
-samples' correlation. Exit status 1 if the run ended early or badly, or kept too many checkpoints.
+samples' correlation. The folder and the log grow by what is logged; that is reported as such. Exit status 1 if the run
+ended early or badly, or kept too many checkpoints.
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -20,7 +22,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from kill_and_resume import descendants, ends, start, steps_logged, write_noise_coco, write_recipe
+from faults import descendants, ends, kill_all, last_step, steps_logged
+from kill_and_resume import start, write_noise_coco, write_recipe
 from reporting import commit, machine
 
 from crosskd_hf.checkpoints import checkpoint_folders
@@ -32,25 +35,34 @@ KEPT = 2  # save_total_limit
 OVERRIDES = ("training.max_steps=10000000", "training.save_steps=100", "training.eval_steps=150")
 WARM_UP = 0.2  # of the time
 BLOCKS = 20  # means of which stand for independent samples
-UNITS = {"memory_mb": "MB"}
+FEWEST = 4  # blocks that an interval can be told from
+GRACE = 60  # seconds to save and end within
+WATCHED = {"memory_mb": "MB", "rss_mb": "MB", "handles": "", "threads": "", "folder_mb": "MB", "log_mb": "MB"}
+UNITS = WATCHED | {"steps_per_second": "steps/s", "steps_per_cpu_second": "steps/s"}
 
 
 def sample(pid: int, folder: Path, log: Path, began: float) -> dict[str, float]:
-    """What a run and all its workers hold at this moment. Memory that they share counts once (PSS)."""
-    found = {"seconds": time.monotonic() - began, "memory_mb": 0.0, "handles": 0, "threads": 0, "processes": 0}
-    found["cpu_seconds"] = 0.0  # other programs on the machine don't change it much
+    """What a run and all its workers hold at this moment.
+
+    Memory that they share counts once in `memory_mb` (PSS), and in `rss_mb` once in each process that has it.
+    """
+    counts = dict.fromkeys(("memory_mb", "rss_mb", "handles", "threads", "processes"), 0)
+    counts["cpu_seconds"] = 0  # other programs on the machine don't change it much
+    found: dict[str, float] = {"seconds": time.monotonic() - began, **counts}
     for member in descendants(pid):
         process = Path(f"/proc/{member}")
         try:
-            pss = re.search(r"^Pss:\s+(\d+) kB", (process / "smaps_rollup").read_text(), re.MULTILINE)
+            memory = (process / "smaps_rollup").read_text()
+            pss, rss = (re.search(rf"^{name}:\s+(\d+) kB", memory, re.MULTILINE) for name in ("Pss", "Rss"))
             threads = re.search(r"^Threads:\s+(\d+)", (process / "status").read_text(), re.MULTILINE)
             handles = len(list((process / "fd").iterdir()))
             times = (process / "stat").read_text().rpartition(")")[2].split()[11:15]
         except OSError:  # a worker has just ended
             continue
-        if pss is None or threads is None:
+        if pss is None or rss is None or threads is None:
             continue
         found["memory_mb"] += int(pss.group(1)) / 1024
+        found["rss_mb"] += int(rss.group(1)) / 1024
         # Its own time, and that of its children which have ended.
         found["cpu_seconds"] += sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
         found["threads"] += int(threads.group(1))
@@ -58,8 +70,9 @@ def sample(pid: int, folder: Path, log: Path, began: float) -> dict[str, float]:
         found["processes"] += 1
     found["checkpoints"] = len(checkpoint_folders(folder))
     found["folder_mb"] = sum(_size(path) for path in folder.rglob("*")) / 1e6
+    found["log_mb"] = log.stat().st_size / 1e6
     found["steps"] = steps_logged(log)
-    return {name: round(value, 2) for name, value in found.items()}
+    return {name: round(value, 4 if name == "log_mb" else 2) for name, value in found.items()}
 
 
 def _size(path: Path) -> int:
@@ -70,25 +83,63 @@ def _size(path: Path) -> int:
 
 
 def slope(hours: np.ndarray, values: np.ndarray) -> dict[str, float]:
-    """Change an hour with its 95% interval: from means of blocks, neighbouring samples being alike."""
-    if len(values) < BLOCKS:
-        raise SystemExit(f"only {len(values)} samples after the warm-up: let it run longer")
-    hours, values = (np.array([block.mean() for block in np.array_split(v, BLOCKS)]) for v in (hours, values))
-    (gain, start_value), covariance = np.polyfit(hours, values, 1, cov=True)
-    margin = 2.1 * covariance[0, 0] ** 0.5  # Student's t of 18 degrees of freedom
-    return {"start": start_value, "an_hour": gain, "low": gain - margin, "high": gain + margin}
+    """Change an hour with its 95% interval, by least squares: of means of blocks, neighbouring samples being alike.
+
+    Raises:
+        ValueError: there are too few samples.
+    """
+    blocks = min(BLOCKS, len(values))
+    if blocks < FEWEST:
+        raise ValueError(f"{len(values)} samples after the warm-up are too few for a slope: take more --minutes")
+    hours, values = (np.array([block.mean() for block in np.array_split(v, blocks)]) for v in (hours, values))
+    (gain, offset), covariance = np.polyfit(hours, values, 1, cov=True)
+    margin = student_t(blocks - 2) * covariance[0, 0] ** 0.5
+    first = gain * hours[0] + offset
+    return {"first": float(first), "an_hour": float(gain), "low": float(gain - margin), "high": float(gain + margin)}
 
 
-def summary(samples: list[dict]) -> dict[str, dict[str, float]]:
-    """Slope of each thing watched, after the warm-up."""
-    last = samples[-1]["seconds"]
-    late = [entry for entry in samples if entry["seconds"] >= WARM_UP * last]
+def student_t(freedom: int) -> float:
+    """The 97.5% quantile of Student's t, for two degrees of freedom and more.
+
+    From the normal one by the expansion of Cornish and Fisher (Abramowitz and Stegun 26.7.5); within 1% of the truth.
+    """
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
+
+
+def warm(samples: list[dict]) -> list[dict]:
+    """Those after the warm-up."""
+    return [entry for entry in samples if entry["seconds"] >= WARM_UP * samples[-1]["seconds"]]
+
+
+def slopes(samples: list[dict]) -> dict[str, dict[str, float]]:
+    """Of each thing watched, after the warm-up."""
+    late = warm(samples)
     times = np.array([entry["seconds"] for entry in late]) / 3600
-    found = {name: slope(times, np.array([s[name] for s in late])) for name in ("memory_mb", "handles", "threads")}
+    found = {name: slope(times, np.array([entry[name] for entry in late])) for name in WATCHED}
     steps, middles = np.diff([s["steps"] for s in late]), (times[1:] + times[:-1]) / 2
     rates = {"steps_per_second": "seconds", "steps_per_cpu_second": "cpu_seconds"}
     return found | {
         name: slope(middles, steps / np.diff([s[clock] for s in late]).clip(min=1e-3)) for name, clock in rates.items()
+    }
+
+
+def rates_of_thirds(samples: list[dict]) -> dict[str, float]:
+    """Steps a second in the first and in the last third of the time after the warm-up."""
+    late = warm(samples)
+    begin, end = late[0]["seconds"], late[-1]["seconds"]
+    first = [entry for entry in late if entry["seconds"] <= begin + (end - begin) / 3]
+    last = [entry for entry in late if entry["seconds"] >= end - (end - begin) / 3]
+    parts = {"first_third": (late[0], first[-1]), "last_third": (last[0], late[-1])}
+    return {
+        name: (b["steps"] - a["steps"]) / (b["seconds"] - a["seconds"]) if b["seconds"] > a["seconds"] else math.nan
+        for name, (a, b) in parts.items()
     }
 
 
@@ -132,49 +183,84 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="PNG")
     options = parser.parse_args()
     folder = options.folder.resolve()
+    if folder.exists() and any(folder.iterdir()):
+        parser.error(f"{folder} isn't empty")
     write_noise_coco(folder / "data", 100)
     recipe = write_recipe(folder, 1000, options.workers, seed=0)
     load_recipe(recipe, OVERRIDES).save(recipe)
+    # Told to end (`timeout`), it ends its run.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     run, log = folder / "run", folder / "run.log"
-    began, samples, most_kept = time.monotonic(), [], 0
+    result = {"machine": machine(), "commit": commit(), "minutes": options.minutes, "workers": options.workers}
+    began, samples = time.monotonic(), []
     process = start(recipe, run, 1, log)
-    while time.monotonic() - began < 60 * options.minutes and process.poll() is None:
-        time.sleep(options.every)
-        samples.append(sample(process.pid, run, log, began))
-        most_kept = max(most_kept, samples[-1]["checkpoints"])
-        if len(samples) % 30 == 0:
-            print(samples[-1], flush=True)
-    early = process.poll() is not None
-    finish_status(process)
+    try:
+        while time.monotonic() - began < 60 * options.minutes and process.poll() is None:
+            time.sleep(options.every)
+            samples.append(sample(process.pid, run, log, began))
+            if len(samples) % 30 == 0:
+                print(samples[-1], flush=True)
+        result |= ending(process, run, log)
+    finally:
+        if process.poll() is None:
+            kill_all(process)
     text = log.read_text(errors="replace")
-    said = re.findall(r"ended by SIGTERM .*", text)
-    samples = [entry for entry in samples if entry["steps"] > 0]
-    result = {
-        **{"machine": machine(), "commit": commit(), "minutes": options.minutes, "workers": options.workers},
-        **{"steps": steps_logged(log), "evaluations": len(re.findall(r"^evaluation at step", text, re.MULTILINE))},
-        **{"checkpoints_at_most": most_kept, "status": process.returncode, "last_words": said[:1]},
-        **{"slopes": summary(samples), "log_mb": round(len(text) / 1e6, 2), "samples": samples},
-    }
-    print(f"{'':<18} {'at the start':>12} {'an hour':>9}   95%")
-    for name, values in result["slopes"].items():
-        low, high = values["low"], values["high"]
-        print(
-            f"{name:<18} {values['start']:>12.2f} {values['an_hour']:>+9.3f}   {low:+.3f} to {high:+.3f} {UNITS[name]}"
-        )
-    print({name: result[name] for name in ("steps", "evaluations", "checkpoints_at_most", "status", "last_words")})
+    result["evaluations"] = len(re.findall(r"^evaluation at step", text, re.MULTILINE))
+    result["checkpoints_at_most"] = most_kept = max((entry["checkpoints"] for entry in samples), default=0)
+    print(json.dumps(result, indent=1))
+    samples = [entry for entry in samples if entry["steps"] > 0 and entry["processes"] > 0]  # the others: start, end
+    problem = result["problem"]
+    try:
+        if not samples:
+            raise ValueError(f"no sample shows a step:\n{text[-3000:]}")
+        result |= {"slopes": slopes(samples), "steps_per_second": rates_of_thirds(samples)}
+        print(table(result))
+    except ValueError as error:
+        problem = problem or str(error)
+    if most_kept > KEPT + 1:
+        problem = problem or f"{most_kept} checkpoints were kept"
+    result |= {"problem": problem, "samples": samples}
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(options.output, json.dumps(result) + "\n")
-    if options.picture:
+    if options.picture and len(samples) > 1:
         draw(samples, options.picture)
-    sys.exit(early or process.returncode != 0 or not said or most_kept > KEPT + 1)
+    sys.exit(problem or 0)
 
 
-def finish_status(process: subprocess.Popen) -> None:
-    """SIGTERM, and a minute to save."""
-    if process.poll() is None:
+def table(result: dict) -> str:
+    """Slopes and rates, for people."""
+    lines = [f"{'after the warm-up':<18} {'at first':>10} {'an hour':>9}   95%"]
+    for name, values in result["slopes"].items():
+        interval = f"{values['low']:+.3f} to {values['high']:+.3f} {UNITS[name]}"
+        lines.append(f"{name:<18} {values['first']:>10.2f} {values['an_hour']:>+9.3f}   {interval}".rstrip())
+    rates = result["steps_per_second"]
+    lines.append(
+        f"steps a second: {rates['first_third']:.3f} in the first third, {rates['last_third']:.3f} in the last"
+    )
+    return "\n".join(lines)
+
+
+def ending(process: subprocess.Popen, run: Path, log: Path) -> dict[str, object]:
+    """SIGTERM, and how the run ended: it has to save its last step, say so, and have the status 0."""
+    early, began, problem = process.poll() is not None, time.monotonic(), ""
+    if not early:
         process.send_signal(signal.SIGTERM)
-        ends(process, 60)
+    in_time = ends(process, GRACE)
+    said = re.findall(r"ended by SIGTERM after step .*", log.read_text(errors="replace"))
+    steps, saved = steps_logged(log), last_step(run)
+    if early:
+        problem = "it ended by itself, before its time"
+    elif not in_time:
+        problem = f"it didn't end within {GRACE} s after SIGTERM"
+    elif process.returncode or not said:
+        problem = f"status {process.returncode} after SIGTERM, {'' if said else 'not '}saying what it saved"
+    elif saved < steps:
+        problem = f"step {steps} was logged, {saved} is saved"
+    seconds = round(time.monotonic() - began, 1)
+    found = {"steps": steps, "saved": saved, "status": process.returncode, "seconds_to_end": seconds}
+    # Without the folder, which is nobody's business where results are published.
+    return found | {"last_words": [words.replace(f"{run}/", "") for words in said[:1]], "problem": problem}
 
 
 if __name__ == "__main__":
