@@ -25,7 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=str(Path(__file__).parent / "golden"),
         help="folder that holds the golden cases (default: tests/golden)",
     )
-    parser.addoption("--torch-compile", action="store_true", help="golden cases by compiled models and losses")
+    text = "golden cases by compiled models and losses; with a backend of torch.compile: by that one"
+    parser.addoption("--torch-compile", nargs="?", const="inductor", metavar="BACKEND", help=text)
 
 
 def _folder(path: Path) -> Path:

@@ -96,14 +96,16 @@ def build_model(setup: dict, role: str, state: list, seed: int, synth):
 
 
 class GoldenCase:
-    def __init__(self, folder: Path, name: str, compiled: bool = False):
+    def __init__(self, folder: Path, name: str, backend: str | None = None):
         self.record = json.loads((folder / f"{name}.json").read_text())
         self.tensors = load_file(folder / f"{name}.safetensors")
         self.name, self.synth = self.record["case"], load_synth(folder)
         self.setup, self.noise = self.record["setup"], self.record["noise"]
         self.result = Comparison()
         self.inputs = self._inputs()
-        self.forward = torch.compile(self._forward, fullgraph=True) if compiled else self._forward
+        self.forward = self._forward
+        if backend:
+            self.forward = torch.compile(self._forward, fullgraph=True, backend=backend)
 
     def build(self) -> None:
         """The models, which `run` compares."""

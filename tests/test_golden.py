@@ -41,7 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_case(case: str, golden: Path, golden_report: dict[str, str], request: pytest.FixtureRequest) -> None:
     torch._dynamo.reset()
-    result = GoldenCase(golden, case, compiled=request.config.getoption("--torch-compile")).run()
+    result = GoldenCase(golden, case, backend=request.config.getoption("--torch-compile")).run()
     golden_report[case] = result.summary()
     assert not result.failures, "\n".join(result.failures[:20])
 
