@@ -40,7 +40,11 @@ def rows(labels, scores, boxes) -> list[dict]:
 
 
 def same(found: list[dict], expected: list[dict]) -> None:
-    assert [(row["label"], row["box"]) for row in found] == [(row["label"], row["box"]) for row in expected]
+    assert [row["label"] for row in found] == [row["label"] for row in expected]
+    for one, other in zip(found, expected, strict=True):
+        # Whole pixels: what is 70 alone may be 69.99999 in a batch, and is cut to 69.
+        assert one["box"].keys() == other["box"].keys()
+        assert all(abs(one["box"][side] - other["box"][side]) <= 1 for side in one["box"])
     assert [row["score"] for row in found] == pytest.approx([row["score"] for row in expected], abs=1e-5)
 
 
