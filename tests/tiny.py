@@ -1,7 +1,9 @@
 """Tiny models and data sets for tests of the training machinery."""
 
 import copy
+import io
 import json
+import os
 from collections import OrderedDict
 from pathlib import Path
 
@@ -76,7 +78,10 @@ def tiny_split(folder: Path, images: int = 5, name: str = "mini") -> DetectionSp
 
 
 def write_tiny_coco(folder: Path, images: int = 5, name: str = "mini") -> None:
-    """Noise images of several sizes with one or two boxes each, in COCO layout."""
+    """Noise images of several sizes with one or two boxes each, in COCO layout.
+
+    What is there already stays untouched, so that a process may call this while another reads what it wrote.
+    """
     rng = np.random.default_rng(0)
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     (folder / name).mkdir(exist_ok=True)
@@ -88,13 +93,24 @@ def write_tiny_coco(folder: Path, images: int = 5, name: str = "mini") -> None:
     for i in range(1, images + 1):
         width, height = (96, 64) if i % 2 else (64, 90)
         pixels = rng.integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((width, height)).save(folder / name / f"{i}.png")
+        encoded = io.BytesIO()
+        Image.fromarray(pixels).resize((width, height)).save(encoded, "png")
+        write_if_changed(folder / name / f"{i}.png", encoded.getvalue())
         content["images"].append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
         for j in range(1 + i % 2):
             box = [5 + 10 * j, 8, 30 + i, 25 + j]
             record = {"id": 10 * i + j, "image_id": i, "category_id": 3 if j else 7, "bbox": box}
             content["annotations"].append(record | {"area": box[2] * box[3], "iscrowd": 0})
-    (folder / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
+    write_if_changed(folder / "annotations" / f"instances_{name}.json", json.dumps(content).encode())
+
+
+def write_if_changed(path: Path, content: bytes) -> None:
+    """Writes a file whole, in one move, unless it has this content."""
+    if path.is_file() and path.read_bytes() == content:
+        return
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_bytes(content)
+    part.replace(path)
 
 
 def tiny_args(output: Path, **options) -> DetectionTrainingArguments:
