@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from .data.dataset import DetectionDataset
+from .data.transforms import resize
 from .visualization import draw_boxes, label_color
 
 THRESHOLD = 0.3  # detections with a lower score aren't drawn
@@ -41,7 +42,7 @@ def example(dataset: DetectionDataset, index: int) -> tuple[int, Image.Image, Bo
         image id; the resized image; its ground truth; (x, y) factors from original to resized pixels.
     """
     split, item = dataset.split, dataset[index]
-    image = Image.fromarray(item["image"].permute(1, 2, 0).numpy())
+    image = Image.fromarray(resize(item["image"], item["size"]).permute(1, 2, 0).numpy())
     height, width = item["original_size"]
     factors = image.width / width, image.height / height
     objects = split.dataset.with_format("arrow", columns=["objects"])[index].to_pylist()[0]["objects"]

@@ -279,7 +279,7 @@ def follow_boxes(folder: Path, split: DetectionSplit) -> None:
         data = DetectionDataset(split, train=True, short_side=48, long_side=80, flip_probability=flip)
         for i in range(len(data)):
             item = data[i]
-            height, width = item["image"].shape[-2:]
+            height, width = item["size"]
             original_height, original_width = item["original_size"]
             scale_x, scale_y = width / original_width, height / original_height
             expected = []

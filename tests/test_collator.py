@@ -7,12 +7,14 @@ from crosskd_hf.data.collator import DetectionCollator, padded_number
 from crosskd_hf.data.dataset import DetectionDataset
 from crosskd_hf.data.sampler import OrientationBatchSampler
 from crosskd_hf.data.split import keep_for_training
+from crosskd_hf.data.transforms import resize
 from crosskd_hf.models.image_processing_dense import BGR_CAFFE, DenseDetectorImageProcessor
 
 
 def item(image_id, height, width, boxes=None):
     made = {
         "image": torch.full((3, height, width), image_id, dtype=torch.uint8),
+        "size": (height, width),
         "image_id": image_id,
         "original_size": (height // 2, width // 2),
     }
@@ -57,6 +59,25 @@ def test_boxes_are_padded_to_few_lengths(collator, boxes, length):
     assert labels["mask"].sum(1).tolist() == [0, boxes] and labels["class_labels"][1, :boxes].tolist() == list(
         range(boxes)
     )
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_images_are_resized_into_the_batch(normalize):
+    """Each as it is alone, also one that stays as it is, and nothing but zeros beside them."""
+    pixels = torch.Generator().manual_seed(0)
+    sizes = {(20, 30): (40, 60), (50, 20): (25, 10), (12, 70): (12, 70)}
+    items = [
+        item(1, *old) | {"image": torch.randint(1, 256, (3, *old), dtype=torch.uint8, generator=pixels), "size": new}
+        for old, new in sizes.items()
+    ]
+    processor = DenseDetectorImageProcessor(image_mean=[0.0] * 3, image_std=[1.0] * 3, size_divisor=1)
+    values = DetectionCollator(processor, normalize=normalize)(items)["pixel_values"]
+    assert values.shape == (3, 3, 40, 70)
+    for made, given in zip(values.clone(), items, strict=True):
+        h, w = given["size"]
+        assert torch.equal(made[:, :h, :w].to(torch.uint8), resize(given["image"], (h, w)))
+        made[:, :h, :w] = 0
+        assert not made.any()
 
 
 def test_evaluation_batch(collator):

@@ -24,9 +24,9 @@ def split(write_coco, tmp_path):
 
 def test_training_item(split):
     item = DetectionDataset(split, train=True, short_side=40, long_side=90, flip_probability=0)[0]
-    assert set(item) == {"image", "image_id", "original_size", "class_labels", "boxes"}
+    assert set(item) == {"image", "size", "image_id", "original_size", "class_labels", "boxes"}
     assert type(item["image"]) is torch.Tensor and type(item["boxes"]) is torch.Tensor
-    assert (item["image"].shape, item["image"].dtype) == ((3, 40, 80), torch.uint8)
+    assert (item["image"].shape, item["image"].dtype, item["size"]) == ((3, 20, 40), torch.uint8, (40, 80))
     assert (item["image_id"], item["original_size"]) == (1, (20, 40))
     assert item["class_labels"].tolist() == [1] and item["class_labels"].dtype == torch.int64
     assert item["boxes"].tolist() == [[8, 4, 28, 14]] and item["boxes"].dtype == torch.float32
@@ -42,8 +42,8 @@ def test_evaluation_item_has_no_boxes_and_no_augmentation(split):
         split, train=False, **SMALL, multiscale="range", multiscale_short_sides=(4, 8), flip_probability=1
     )
     item = dataset[2]
-    assert set(item) == {"image", "image_id", "original_size"}
-    assert item["image"].shape == (3, 20, 20) and item["original_size"] == (30, 30)
+    assert set(item) == {"image", "size", "image_id", "original_size"}
+    assert item["size"] == (20, 20) and item["original_size"] == (30, 30)
 
 
 @pytest.mark.parametrize(
@@ -87,15 +87,15 @@ def augmented(split, key, seed=0):
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_index(split):
-    shape = augmented(split, SampleKey(3, 0))["image"].shape
+    size = augmented(split, SampleKey(3, 0))["size"]
     torch.rand(5)
     state = torch.get_rng_state()
-    assert augmented(split, SampleKey(3, 0))["image"].shape == shape
+    assert augmented(split, SampleKey(3, 0))["size"] == size
     assert torch.equal(torch.get_rng_state(), state)  # the model's dropout is not disturbed
-    assert augmented(split, SampleKey(4, 0))["image"].shape != shape
-    assert augmented(split, SampleKey(3, 0), seed=1)["image"].shape != shape
-    assert augmented(split, SampleKey(3, 1))["image"].shape != shape[:1] + shape[:0:-1]  # image 2 is image 1 turned
-    assert augmented(split, 0)["image"].shape == augmented(split, SampleKey(0, 0))["image"].shape
+    assert augmented(split, SampleKey(4, 0))["size"] != size
+    assert augmented(split, SampleKey(3, 0), seed=1)["size"] != size
+    assert augmented(split, SampleKey(3, 1))["size"] != size[::-1]  # image 2 is image 1 turned
+    assert augmented(split, 0)["size"] == augmented(split, SampleKey(0, 0))["size"]
 
 
 def test_both_flips_occur(split):
@@ -109,16 +109,16 @@ def test_workers_change_nothing(split):
         split, train=True, short_side=8, long_side=400, multiscale="choice", multiscale_short_sides=range(8, 200)
     )
     keys = [SampleKey(epoch, index) for epoch in range(2) for index in range(3)]
-    here = [dataset[key]["image"].shape for key in keys]
+    here = [dataset[key]["size"] for key in keys]
     for context in ("fork", CONTEXT):
         loader = DataLoader(
-            dataset, sampler=keys, batch_size=None, num_workers=2, multiprocessing_context=context, collate_fn=_shape
+            dataset, sampler=keys, batch_size=None, num_workers=2, multiprocessing_context=context, collate_fn=_size
         )
         assert list(loader) == here
 
 
-def _shape(item):
-    return item["image"].shape
+def _size(item):
+    return item["size"]
 
 
 def test_dataset_is_light_to_send_to_workers(split):
@@ -174,7 +174,7 @@ def test_rotation_in_the_file_is_undone(split):
     image.paste((255, 255, 255), (0, 0, 20, 20))
     image.save(path, format="PNG", exif=exif)
     item = DetectionDataset(split, train=False, **SMALL)[0]
-    assert item["original_size"] == (20, 40)
+    assert item["original_size"] == item["size"] == (20, 40)
     assert item["image"][0, 0, [0, 19, 20, 39]].tolist() == [0, 0, 255, 255]  # up goes right
 
 
@@ -184,7 +184,7 @@ def test_real_coco(coco_mini, tmp_path):
     upright = dataset.orientations()
     for index in range(0, len(dataset), 5):
         item = dataset[index]
-        height, width = item["image"].shape[1:]
+        height, width = item["size"]
         assert (min(height, width) == 800 and max(height, width) <= 1333) or max(height, width) == 1333
         assert bool(upright[index]) == (width < height)
         boxes = item["boxes"]

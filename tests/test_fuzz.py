@@ -65,7 +65,7 @@ def test_a_box_comes_back_through_every_transform(case: tuple) -> None:
     )
     image = torch.zeros(3, height, width, dtype=torch.uint8)
     sample = transform({"image": image, "boxes": torch.tensor([box]), "class_labels": torch.tensor([0])})
-    new_height, new_width = sample["image"].shape[-2:]
+    new_height, new_width = sample["size"]
     left, top, right, bottom = sample["boxes"][0].tolist()
     if flip:
         left, right = new_width - right, new_width - left

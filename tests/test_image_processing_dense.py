@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from crosskd_hf.data.transforms import ResizeToFit
+from crosskd_hf.data.transforms import SizeToFit, resize
 from crosskd_hf.models.image_processing_dense import BGR_CAFFE, RGB_IMAGENET, DenseDetectorImageProcessor
 
 TINY = {"shortest_edge": 8, "longest_edge": 16}
@@ -51,7 +51,7 @@ def test_training_and_inference_pixels_are_equal():
     image = noise(37, 53)
     tensor = torch.from_numpy(image).permute(2, 0, 1)
     processor = DenseDetectorImageProcessor(size={"shortest_edge": 61, "longest_edge": 90})
-    training = processor.normalize_and_pad([ResizeToFit(61, 90)({"image": tensor})["image"]])
+    training = processor.normalize_and_pad([resize(tensor, SizeToFit(61, 90)({"image": tensor})["size"])])
     for given in (Image.fromarray(image), image, tensor, tensor.contiguous(), tensor.float()):
         inference = processor(images=given, return_tensors="pt")
         assert torch.equal(inference["pixel_values"], training["pixel_values"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from crosskd_hf.data.transforms import ResizeToFit, build_transform, resized_size
+from crosskd_hf.data.transforms import SizeToFit, build_transform, resize, resized_size
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def sample(height, width, boxes=((0, 0, 1, 1),), image=None):
 
 def test_pixels_are_bilinear_and_rounded():
     row = torch.tensor([0, 100, 255], dtype=torch.uint8).expand(3, 3, 3).clone()
-    out = ResizeToFit(6, 6)(sample(3, 3, image=row))["image"]
+    out = resize(row, (6, 6))
     assert out.dtype == torch.uint8
     # Centres of the 6 new pixels lie at -0.25, 0.25, 0.75, 1.25, ...: 0, 25, 75, 138.75, 216.25, 255.
     assert out[0, 0].tolist() == [0, 25, 75, 139, 216, 255]
@@ -54,12 +54,12 @@ def test_pixels_are_bilinear_and_rounded():
 def test_shrinking_does_not_antialias():
     row = torch.tensor([0, 0, 0, 200, 0, 0, 0, 0, 0], dtype=torch.uint8).expand(3, 9, 9).clone()
     # A third of the size samples pixels 1, 4, 7 alone; antialiasing would spread the 200.
-    assert ResizeToFit(3, 3)(sample(9, 9, image=row))["image"][0, 0].tolist() == [0, 0, 0]
+    assert resize(row, (3, 3))[0, 0].tolist() == [0, 0, 0]
 
 
 def test_boxes_scale_by_the_rounded_factors_and_are_clipped():
-    out = ResizeToFit(800, 1333)(sample(427, 640, [(10, 20, 110, 220), (-5, 400, 700, 500)]))
-    assert out["image"].shape == (3, 800, 1199)
+    out = SizeToFit(800, 1333)(sample(427, 640, [(10, 20, 110, 220), (-5, 400, 700, 500)]))
+    assert out["size"] == (800, 1199) and out["image"].shape == (3, 427, 640)
     across, down = torch.tensor(1199 / 640), torch.tensor(800 / 427)  # not 800 / 427 for both
     expected = torch.tensor([[10, 20, 110, 220]]) * torch.stack([across, down, across, down])
     assert torch.equal(out["boxes"][:1].as_subclass(torch.Tensor), expected)
@@ -68,7 +68,7 @@ def test_boxes_scale_by_the_rounded_factors_and_are_clipped():
 
 
 def test_boxes_are_clipped_when_the_size_stays():
-    assert ResizeToFit(10, 10)(sample(10, 10, [(-1, 2, 12, 11)]))["boxes"].tolist() == [[0, 2, 10, 10]]
+    assert SizeToFit(10, 10)(sample(10, 10, [(-1, 2, 12, 11)]))["boxes"].tolist() == [[0, 2, 10, 10]]
 
 
 def test_no_boxes():
@@ -91,7 +91,8 @@ def test_flipping_before_resizing_gives_the_pixels_of_flipping_after():
         build_transform(train=True, short_side=90, long_side=200, flip_probability=p)(sample(37, 53, image=image))
         for p in (0, 1)
     )
-    assert torch.equal(flipped["image"], straight["image"].flip(-1))
+    assert straight["size"] == flipped["size"] == (90, 129)
+    assert torch.equal(resize(flipped["image"], (90, 129)), resize(straight["image"], (90, 129)).flip(-1))
 
 
 @pytest.mark.parametrize("probability", [-0.1, 1.1])
@@ -102,16 +103,16 @@ def test_a_flip_probability_must_be_one(probability):
 
 def short_sides(transform, draws=400):
     torch.manual_seed(0)
-    return Counter(min(transform(sample(4, 4))["image"].shape[1:]) for _ in range(draws))
+    return Counter(min(transform(sample(4, 4))["size"]) for _ in range(draws))
 
 
 def test_range_draws_each_integer_both_ends_included():
-    counts = short_sides(ResizeToFit(4, 20, "range", (6, 9)))
+    counts = short_sides(SizeToFit(4, 20, "range", (6, 9)))
     assert set(counts) == {6, 7, 8, 9} and min(counts.values()) > 60
 
 
 def test_choice_draws_the_given_sides_alone():
-    counts = short_sides(ResizeToFit(4, 20, "choice", (6, 9)))
+    counts = short_sides(SizeToFit(4, 20, "choice", (6, 9)))
     assert set(counts) == {6, 9} and min(counts.values()) > 150
 
 
@@ -121,7 +122,8 @@ def test_evaluation_neither_draws_nor_flips():
     )
     image = torch.arange(4, dtype=torch.uint8).expand(3, 4, 4).clone()
     state = torch.get_rng_state()
-    assert torch.equal(transform({"image": tv_tensors.Image(image)})["image"], image)
+    out = transform({"image": tv_tensors.Image(image)})
+    assert torch.equal(out["image"], image) and out["size"] == (4, 4)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -139,4 +141,4 @@ def test_evaluation_neither_draws_nor_flips():
 )
 def test_settings_that_do_not_go_together(arguments, message):
     with pytest.raises(ValueError, match=message):
-        ResizeToFit(**{"short_side": 8, "long_side": 20, **arguments})
+        SizeToFit(**{"short_side": 8, "long_side": 20, **arguments})

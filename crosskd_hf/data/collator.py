@@ -1,4 +1,4 @@
-"""Items -> batch, with the pixels made by the image processor: training and inference run the same code."""
+"""Items -> batch: resized, with the pixels made by the image processor, whose code inference runs, too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from crosskd_hf.data.transforms import resize
 
 if TYPE_CHECKING:
     from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor
@@ -29,7 +31,7 @@ class DetectionCollator:
     with the images of a batch, and a compiled model needn't be compiled again for every number of boxes.
 
     Args:
-        processor: whose `normalize_and_pad` makes the pixels.
+        processor: whose `normalize_and_pad` makes the pixels of resized images.
         normalize: False leaves that to `finish`, on the device that trains. Then `pixel_values` are (N, 3, H, W) uint8
             with H and W the largest of the batch, and instead of the mask there are `pixel_sizes` (N, 2), (height,
             width): a sixth of the bytes for a worker to write and send.
@@ -42,8 +44,11 @@ class DetectionCollator:
         """Collate. Raises ValueError for no items, or for a mixture of training and evaluation items."""
         if len({"boxes" in item for item in items}) != 1:
             raise ValueError("a batch needs at least one item, and training items only or evaluation items only")
-        images = [item["image"] for item in items]
-        batch = dict(self.processor.normalize_and_pad(images)) if self.normalize else _stack(images)
+        batch: dict[str, Any] = _resize_and_stack(items)
+        if self.normalize:
+            sizes = (item["size"] for item in items)
+            images = [image[:, :h, :w] for image, (h, w) in zip(batch["pixel_values"], sizes, strict=True)]
+            batch = dict(self.processor.normalize_and_pad(images))
         if "boxes" in items[0]:
             return {**batch, "labels": _labels(items)}
         image_ids = torch.tensor([item["image_id"] for item in items], dtype=torch.int64)
@@ -62,14 +67,20 @@ class DetectionCollator:
         return {**made, **{name: value for name, value in batch.items() if not name.startswith("pixel_")}}
 
 
-def _stack(images: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    sizes = torch.tensor([image.shape[-2:] for image in images])
-    height, width = sizes.amax(0).tolist()
+def _resize_and_stack(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Resized one after another and copied at once, each into the memory that the one before has just left.
+
+    To resize all and then stack them takes a tenth of the loader's time more, spent on waiting for memory.
+    """
+    height, width = (max(sides) for sides in zip(*(item["size"] for item in items), strict=True))
     # Channels last, as images are decoded and resized: copied row by row.
-    stacked = torch.zeros((len(images), height, width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    for image, target in zip(images, stacked, strict=True):
-        target[:, : image.shape[1], : image.shape[2]] = image
-    return {"pixel_values": stacked, "pixel_sizes": sizes}
+    stacked = torch.empty((len(items), height, width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    for item, target in zip(items, stacked, strict=True):
+        h, w = item["size"]
+        target[:, :h, :w] = resize(item["image"], (h, w))
+        target[:, :h, w:] = 0
+        target[:, h:] = 0
+    return {"pixel_values": stacked, "pixel_sizes": torch.tensor([item["size"] for item in items])}
 
 
 def padded_number(boxes: int) -> int:
@@ -89,6 +100,6 @@ def _labels(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         "boxes": boxes,
         "mask": torch.arange(length) < counts[:, None],
         "image_id": torch.tensor([item["image_id"] for item in items]),
-        "size": torch.tensor([item["image"].shape[-2:] for item in items]),
+        "size": torch.tensor([item["size"] for item in items]),
         "orig_size": torch.tensor([item["original_size"] for item in items]),
     }

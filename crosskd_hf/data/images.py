@@ -74,18 +74,20 @@ def _decode_plain_jpeg(source: ImageSource) -> torch.Tensor | None:
     if decode_jpeg is None:
         return None
     try:
-        content = source if isinstance(source, bytes) else Path(source).read_bytes()
-        if content.endswith(JPEG_END) and _is_plain_jpeg(content):
-            # Not `torch.frombuffer(content)`, which warns that bytes can't be written to.
-            return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-    except (OSError, LookupError, struct.error, RuntimeError, AttributeError):  # the last: built without libjpeg
+        # Not bytes, of which `torch.frombuffer` warns that they can't be written to.
+        content = bytearray(source) if isinstance(source, bytes) else np.fromfile(source, np.uint8)
+        view = memoryview(content)
+        if view[-2:] == JPEG_END and _is_plain_jpeg(view):
+            return decode_jpeg(torch.frombuffer(content, dtype=torch.uint8), ImageReadMode.RGB)
+    # The last two: a name that no file can have; built without libjpeg.
+    except (OSError, LookupError, struct.error, RuntimeError, ValueError, AttributeError):
         pass
     return None
 
 
-def _is_plain_jpeg(content: bytes) -> bool:
+def _is_plain_jpeg(content: memoryview) -> bool:
     """Whether it is a JPEG of three components that nothing may turn, of a size that Pillow does not warn of."""
-    position = 2 if content.startswith(JPEG_START) else len(content)
+    position = 2 if content[:2] == JPEG_START else len(content)
     while content[position] == 0xFF:
         marker, length = struct.unpack_from(">xBH", content, position)
         if marker in (0xC0, 0xC1, 0xC2):  # the frame: baseline, extended or progressive

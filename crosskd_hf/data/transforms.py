@@ -1,7 +1,7 @@
-"""Resizing, multi-scale and flip, on uint8 images and their boxes."""
+"""Flip, multi-scale and resizing, on uint8 images and their boxes."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ from torchvision.transforms.v2 import Compose
 from torchvision.transforms.v2.functional import resize_image
 
 # `image` (3, H, W) uint8; in training `boxes` (G, 4) xyxy in its pixels, and `class_labels` (G,). Tensors without the
-# types of torchvision, whose dispatching took nearly half as long as resizing.
-Sample = dict[str, Tensor]
+# types of torchvision, whose dispatching took nearly half as long as resizing. After `SizeToFit` also `size`.
+Sample = dict[str, Any]
 Multiscale = Literal["none", "range", "choice"]
 
 
@@ -34,11 +34,20 @@ def resized_size(height: int, width: int, short_side: int, long_side: int) -> tu
     return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
-class ResizeToFit:
-    """Resize an image to `resized_size`, its boxes by the two rounded per-axis factors, clipped to the image.
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """An image (3, h, w) uint8 at another (height, width) in pixels.
 
     Bilinear without antialiasing on uint8, within 1 grey level of the published training; with antialiasing the two
-    differ by up to 41. Draws come from torch's global generator.
+    differ by up to 41.
+    """
+    return resize_image(image, list(size), antialias=False)
+
+
+class SizeToFit:
+    """Choose the `size` of an image, by `resized_size`, and give its boxes at that size.
+
+    The boxes scale by the two rounded per-axis factors and are clipped to the image. The image itself is left as small
+    as it is: the collator resizes it straight into its batch. Draws come from torch's global generator.
 
     Args:
         short_side: in pixels; not used with `multiscale`.
@@ -75,14 +84,14 @@ class ResizeToFit:
         self.multiscale_short_sides = sides
 
     def __call__(self, sample: Sample) -> Sample:
-        """The sample at its new size."""
+        """The sample with `size`, (height, width) in pixels, and its boxes in those pixels."""
         height, width = sample["image"].shape[-2:]
         size = resized_size(height, width, self._draw_short_side(), self.long_side)
-        resized = {**sample, "image": resize_image(sample["image"], list(size), antialias=False)}
+        sized = {**sample, "size": size}
         if "boxes" in sample:
             factors = torch.tensor([size[1] / width, size[0] / height]).repeat(2)
-            resized["boxes"] = (sample["boxes"] * factors).clamp(min=torch.zeros(4), max=torch.tensor(size[::-1] * 2))
-        return resized
+            sized["boxes"] = (sample["boxes"] * factors).clamp(min=torch.zeros(4), max=torch.tensor(size[::-1] * 2))
+        return sized
 
     def _draw_short_side(self) -> int:
         sides = self.multiscale_short_sides
@@ -124,14 +133,14 @@ def build_transform(
 
     Args:
         train: with False there is neither multi-scale nor flip.
-        short_side, long_side, multiscale, multiscale_short_sides: see `ResizeToFit`.
+        short_side, long_side, multiscale, multiscale_short_sides: see `SizeToFit`.
         flip_probability: of a horizontal flip.
 
     Raises:
-        ValueError: see `ResizeToFit`; a probability outside [0, 1].
+        ValueError: see `SizeToFit`; a probability outside [0, 1].
     """
     if not train:
-        return ResizeToFit(short_side, long_side)
-    resize = ResizeToFit(short_side, long_side, multiscale, multiscale_short_sides)
+        return SizeToFit(short_side, long_side)
+    fit = SizeToFit(short_side, long_side, multiscale, multiscale_short_sides)
     # Flipped first, while the image is small: the pixels are the same.
-    return Compose([RandomFlip(flip_probability), resize])
+    return Compose([RandomFlip(flip_probability), fit])

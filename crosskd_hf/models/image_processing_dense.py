@@ -152,7 +152,7 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
         antialias: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """(..., h, w) uint8 resized as `ResizeToFit` does it in training.
+        """(..., h, w) uint8 resized to the size and with the pixels of training (`SizeToFit`, `resize`).
 
         Raises:
             ValueError: a `size` without `shortest_edge` and `longest_edge`.
