@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 EPS = 1e-6  # lower bound of unions, enclosing areas and of the IoU inside a logarithm
 TINY = 1e-30  # of a base that may have a negative exponent
-MAX_CLASS_SCORES = 5 * 2**19  # gone through at once: every intermediate takes 10 MB at most
+MAX_CLASS_SCORES = 5 * 2**19  # gone through at once, if three parts are enough for that
+MAX_PARTS = 3  # so that operators don't grow with images; more of them don't lower a step's peak any more
 
 
 def quality_focal_loss(logits: Tensor, targets: Tensor, beta: float = 2.0) -> Tensor:
@@ -74,8 +75,9 @@ class _ScaledCrossEntropy(torch.autograd.Function):
             loss = _scaled_cross_entropy(logits, targets, *options, gradient)
         else:
             loss = logits.new_empty(logits.shape[:-1])
-            size = max(1, MAX_CLASS_SCORES // (logits.numel() // logits.shape[-2]))
-            for start in range(0, logits.shape[-2], size):
+            priors = logits.shape[-2]
+            size = -(-priors // min(MAX_PARTS, -(-logits.numel() // MAX_CLASS_SCORES)))
+            for start in range(0, priors, size):
                 part = slice(start, start + size)
                 of_part = None if gradient is None else gradient[..., part, :]
                 loss[..., part] = _scaled_cross_entropy(logits[..., part, :], targets[..., part, :], *options, of_part)
