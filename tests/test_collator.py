@@ -63,7 +63,7 @@ def test_boxes_are_padded_to_few_lengths(collator, boxes, length):
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_images_are_resized_into_the_batch(normalize):
-    """Each as it is alone, also one that stays as it is, and nothing but zeros beside them."""
+    """Each as it is alone, also one that has its size already, and nothing but zeros beside them."""
     pixels = torch.Generator().manual_seed(0)
     sizes = {(20, 30): (40, 60), (50, 20): (25, 10), (12, 70): (12, 70)}
     items = [

@@ -67,6 +67,14 @@ def test_boxes_scale_by_the_rounded_factors_and_are_clipped():
     assert out["class_labels"].tolist() == [0, 1]
 
 
+def test_an_image_is_never_larger_than_it_has_to_be():
+    """One that shrinks is resized at once, one that grows by the collator."""
+    image = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    smaller, larger = (SizeToFit(side, 200)({"image": image}) for side in (20, 80))
+    assert smaller["size"] == (20, 30) and torch.equal(smaller["image"], resize(image, (20, 30)))
+    assert larger["size"] == (80, 120) and larger["image"] is image
+
+
 def test_boxes_are_clipped_when_the_size_stays():
     assert SizeToFit(10, 10)(sample(10, 10, [(-1, 2, 12, 11)]))["boxes"].tolist() == [[0, 2, 10, 10]]
 

@@ -23,10 +23,11 @@ ROWS_AT_ONCE = 1000
 class DetectionDataset(Dataset[dict[str, Any]]):
     """Decodes and augments the images of a split.
 
-    Items are dicts: `image` (3, h, w) uint8 RGB, decoded and flipped, but not resized yet; `size`, the (height, width)
-    in pixels that the collator resizes it to, straight into the batch; `image_id` int; `original_size` (height, width)
-    in pixels; and, in training, `class_labels` (G,) int64 and `boxes` (G, 4) float32, xyxy in pixels of the resized
-    image. Evaluation items have no boxes: the metrics read the ground truth from the split.
+    Items are dicts: `image` (3, h, w) uint8 RGB, decoded and flipped; `size`, the (height, width) in pixels that it
+    gets, at the latest from the collator (an image that grows is resized straight into the batch); `image_id` int;
+    `original_size` (height, width) in pixels; and, in training, `class_labels` (G,) int64 and `boxes` (G, 4) float32,
+    xyxy in pixels of the resized image. Evaluation items have no boxes: the metrics read the ground truth from the
+    split.
 
     Augmentation is a function of (seed, epoch, index) alone, so that neither the number of workers, nor prefetching,
     nor a resumed run changes it. Training leaves out crowd boxes, boxes less than 1 pixel wide or high, those of no

@@ -46,8 +46,9 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 class SizeToFit:
     """Choose the `size` of an image, by `resized_size`, and give its boxes at that size.
 
-    The boxes scale by the two rounded per-axis factors and are clipped to the image. The image itself is left as small
-    as it is: the collator resizes it straight into its batch. Draws come from torch's global generator.
+    The boxes scale by the two rounded per-axis factors and are clipped to the image. The image itself is resized only
+    if that makes it smaller. One that grows waits for the collator, which resizes it straight into its batch: until
+    then it is small. Draws come from torch's global generator.
 
     Args:
         short_side: in pixels; not used with `multiscale`.
@@ -87,7 +88,8 @@ class SizeToFit:
         """The sample with `size`, (height, width) in pixels, and its boxes in those pixels."""
         height, width = sample["image"].shape[-2:]
         size = resized_size(height, width, self._draw_short_side(), self.long_side)
-        sized = {**sample, "size": size}
+        smaller = size[0] * size[1] < height * width
+        sized = {**sample, "image": resize(sample["image"], size) if smaller else sample["image"], "size": size}
         if "boxes" in sample:
             factors = torch.tensor([size[1] / width, size[0] / height]).repeat(2)
             sized["boxes"] = (sample["boxes"] * factors).clamp(min=torch.zeros(4), max=torch.tensor(size[::-1] * 2))
