@@ -35,6 +35,7 @@ CHUNK = 1 << 22  # bytes
 DISK_FULL = "the disk is full"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # How safetensors (Rust) and torch.save (C++) report a write that failed: neither raises an OSError.
+SHARED_MEMORY = "unable to write to file </torch_"  # how torch says that /dev/shm is full
 FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "inline_container", "PytorchStreamWriter")
 
 
@@ -134,11 +135,12 @@ def checkpoint_folders(output_dir: str | Path) -> list[Path]:
     output_dir = Path(output_dir)
     if not output_dir.is_dir():
         return []
-    return sorted((path for path in output_dir.iterdir() if NAME.fullmatch(path.name) and path.is_dir()), key=_step)
+    return sorted((path for path in output_dir.iterdir() if NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
 
 
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("checkpoint-"))
+def step_of(folder: str | Path) -> int:
+    """N of a folder `checkpoint-N`."""
+    return int(Path(folder).name.removeprefix("checkpoint-"))
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
@@ -243,7 +245,7 @@ def remove_surplus(output_dir: str | Path, limit: int | None, newest: Path, best
     surplus = [folder for folder in folders if folder not in marked and (folder / REMOVING).exists()]
     if limit and limit > 0:
         protected = {newest.name, *([Path(best).name] if best else [])}
-        marked.sort(key=lambda folder: (_step(folder) <= _step(newest), _step(folder)))
+        marked.sort(key=lambda folder: (step_of(folder) <= step_of(newest), step_of(folder)))
         old = [folder for folder in marked if folder.name not in protected]
         surplus += old[: max(0, len(marked) - max(limit, len(protected)))]
     for folder in surplus:
@@ -257,12 +259,13 @@ def remove_surplus(output_dir: str | Path, limit: int | None, newest: Path, best
 
 
 @contextlib.contextmanager
-def disk_errors_explained(folder: Path, needed_bytes: int) -> Iterator[None]:
+def disk_errors_explained(folder: Path, needed_bytes: int, remove: bool = True) -> Iterator[None]:
     """Around the writing of a checkpoint: remove what a failed write leaves, and say it if the disk was full.
 
     Args:
         folder: of the checkpoint.
         needed_bytes: about what it takes.
+        remove: False on processes that share the folder with the one that removes it.
 
     Raises:
         OSError: the disk is full (`errno` ENOSPC). Other errors pass as they are.
@@ -273,9 +276,11 @@ def disk_errors_explained(folder: Path, needed_bytes: int) -> Iterator[None]:
         if not is_disk_full(error):
             raise
         free = shutil.disk_usage(_existing(folder)).free  # before the removal
-        shutil.rmtree(folder, ignore_errors=True)
         text = f"{folder} needs about {_gb(needed_bytes)} GB, {_gb(free)} GB were free when writing failed"
-        raise _disk_full(f"{text}. The partial folder was removed", folder.parent) from error
+        if remove:
+            shutil.rmtree(folder, ignore_errors=True)
+            text += ". The partial folder was removed"
+        raise _disk_full(text, folder.parent) from error
 
 
 @contextlib.contextmanager
@@ -284,10 +289,17 @@ def full_disk_explained(output_dir: Path) -> Iterator[None]:
 
     Raises:
         OSError: the disk is full (`errno` ENOSPC). Other errors pass as they are, and explained ones.
+        RuntimeError: the memory that data workers share is full, not the disk.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
+        if SHARED_MEMORY in str(error):
+            raise RuntimeError(
+                "the shared memory (/dev/shm) through which data workers hand over batches is full: give the container"
+                " more (docker run --shm-size=8g), lower training.dataloader_num_workers or "
+                f"training.dataloader_prefetch_factor, and start the same command again to go on ({error})"
+            ) from error
         if not is_disk_full(error) or DISK_FULL in str(error):
             raise
         raise _disk_full(str(error), output_dir) from error
@@ -302,7 +314,7 @@ def _disk_full(what: str, output_dir: Path) -> OSError:
 
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an error, or one that it came from, is that of a full disk, as Python, safetensors or torch says it."""
-    while error is not None:
+    while error is not None and SHARED_MEMORY not in str(error):
         full = isinstance(error, OSError) and error.errno in FULL
         if full or (not isinstance(error, OSError) and any(text in str(error) for text in FULL_TEXTS)):
             return True
@@ -321,9 +333,14 @@ def checkpoint_bytes(model: nn.Module, args: DetectionTrainingArguments) -> int:
     return weights * (1 if args.ema_decay is None else 2) + state
 
 
-def checkpoints_at_once(save_total_limit: int | None) -> int:
-    """Checkpoints that are on the disk at the same time: an old one goes when the new one is whole; at least 2."""
-    return max(save_total_limit or 0, 1) + 1
+def checkpoints_at_once(save_total_limit: int | None, keeps_best: bool = False) -> int:
+    """Checkpoints that are on the disk at the same time: an old one goes when the new one is whole; at least 2.
+
+    Args:
+        save_total_limit: None or 0 for no limit.
+        keeps_best: evaluations choose a best one, which stays beside the last.
+    """
+    return max(save_total_limit or 0, 2 if keeps_best else 1) + 1
 
 
 def check_disk_space(output_dir: str | Path, needed_bytes: int, checkpoints: int) -> None:
@@ -341,8 +358,8 @@ def check_disk_space(output_dir: str | Path, needed_bytes: int, checkpoints: int
     free = shutil.disk_usage(_existing(Path(output_dir))).free + taken
     if free < needed_bytes:
         raise ValueError(
-            f"training.output_dir {output_dir} needs about {_gb(needed_bytes)} GB for {checkpoints} checkpoints (one "
-            f"more than save_total_limit while a new one is written), but only {_gb(free)} GB are free: free some "
+            f"training.output_dir {output_dir} needs about {_gb(needed_bytes)} GB for {checkpoints} checkpoints "
+            f"(those that are kept and the new one while it is written), but only {_gb(free)} GB are free: free some "
             "space, lower training.save_total_limit, or name another training.output_dir."
         )
 

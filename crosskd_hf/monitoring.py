@@ -10,6 +10,7 @@ logger = logging.getLogger(__name__)
 
 STEP_CLOCKS = ("data_time", "step_time")
 GRADIENT = "gradient"
+TERMS = ("loss_", "kd_", "mimic_")  # what the names of loss terms begin with
 
 
 class NonFiniteLossError(RuntimeError):
@@ -25,12 +26,14 @@ class StepMonitor:
 
     Attributes:
         skipped: steps that were not finite, up to the last log.
+        untold: name -> first step that was not finite, from before a resumed run's checkpoint and after its last log.
     """
 
     def __init__(self, device: torch.device, may_skip: int = 0):
         self.device = device
         self.may_skip = may_skip
         self.skipped = 0
+        self.untold: dict[str, int] = {}
         self._bad_step = torch.zeros((), dtype=torch.bool, device=device)  # the one under way
         self._bad_steps, self._good_batches = torch.zeros(2, device=device).unbind()  # since the last log
         self.zero = torch.zeros((), device=device)
@@ -78,6 +81,11 @@ class StepMonitor:
         """Steps that were not finite, on this rank. Reads the device."""
         return self.skipped + (int(self._bad_steps) if self.may_skip else 0)
 
+    def not_finite(self) -> dict[str, int]:
+        """Name -> first step that was not finite since the last log, on this rank. Reads the device."""
+        found = {name: step for name, step in zip(self.names, self.first_bad.tolist(), strict=True) if step >= 0}
+        return found | self.untold
+
     def _start(self, names: list[str]) -> None:
         self.names = names
         self.sums = torch.zeros(len(names), device=self.device)
@@ -112,6 +120,8 @@ class StepMonitor:
             if max(column) >= 0
         }
         skipped = int(counts[:, 0].max()) if self.may_skip else 0
+        steps |= self.untold
+        self.untold = {}
         if steps:
             self._refuse_or_skip(steps, skipped)
         logs = dict(zip(self.names, means.mean(dim=0).tolist(), strict=True))

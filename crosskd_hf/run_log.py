@@ -6,7 +6,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from .evaluation import SUMMARY_NAMES, percent
-from .monitoring import STEP_CLOCKS
+from .monitoring import STEP_CLOCKS, TERMS
 from .progress import Progress, duration, is_quiet
 
 
@@ -79,7 +79,7 @@ def log_line(logs: dict[str, float], step: int, steps: int, remaining: float | N
         values = (f"{name} {percent(logs[f'eval_{name}'])}" for name in SUMMARY_NAMES[:6] if f"eval_{name}" in logs)
         return f"evaluation at step {step}: " + "  ".join(values)
     parts = [f"step {step}/{steps}", f"epoch {logs.get('epoch', 0):.2f}"]
-    terms = [f"{name} {value:.4f}" for name, value in logs.items() if name.startswith(("loss_", "kd_"))]
+    terms = [f"{name} {value:.4f}" for name, value in logs.items() if name.startswith(TERMS)]
     if "loss" in logs:
         parts.append(f"loss {logs['loss']:.4f}" + (f" = {' + '.join(terms)}" if terms else ""))
     if "learning_rate" in logs:

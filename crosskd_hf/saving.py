@@ -22,12 +22,14 @@ from .averaging import WeightAverage
 from .checkpoints import (
     MARKER,
     checkpoint_bytes,
+    checkpoint_folders,
     disk_errors_explained,
     mark_complete,
     newest_complete,
     remove_checkpoint,
     remove_surplus,
     replace_file,
+    step_of,
 )
 from .convert import CheckpointError
 from .termination import Terminated, TerminationSignal
@@ -46,6 +48,7 @@ class SafeSaving:
     termination: TerminationSignal
     average: WeightAverage | None = None
     _resumed_from: str | None = None
+    _saved_at = -1  # the last step that this run has saved whole, or went on from
     _asked_at = -1  # the last step at whose end all processes were asked
     _ends = False  # and their answer
 
@@ -56,6 +59,7 @@ class SafeSaving:
             Terminated: SIGTERM came. The step under way was finished and saved.
         """
         self._resumed_from = None
+        self._saved_at = -1
         with self.termination.listening():
             return super().train(*args, **kwargs)
 
@@ -121,12 +125,13 @@ class SafeSaving:
         return float(self.state.epoch or 0).is_integer()
 
     def _terminated(self) -> Terminated:
-        step, found = self.state.global_step, newest_complete(self.args.output_dir)
-        state = f"its state is saved in {found}" if found else "nothing is saved"
-        message = f"ended by SIGTERM after step {step}: {state}; the same command goes on from there"
-        if self.is_world_process_zero():
-            logger.warning(message)
-        return Terminated(message)
+        step = self.state.global_step
+        if self._saved_at == step:
+            state = f": its state is saved in {self._latest_checkpoint()}; the same command goes on from there"
+        else:
+            found = newest_complete(self.args.output_dir) if self.is_world_process_zero() else None
+            state = f", which isn't saved; the same command goes on from {found or 'the beginning'}"
+        return Terminated(f"ended by SIGTERM after step {step}{state}")
 
     def catch_up_evaluation(self) -> None:
         """Evaluate what a resumed run's checkpoint says is due: its process ended between saving and evaluating.
@@ -155,18 +160,24 @@ class SafeSaving:
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """Save a checkpoint that counts only once all of it, from every process, is on the disk.
 
+        One of this step that is whole only learns what is new: to write it again would put it at risk.
+
         Raises:
             OSError: the disk is full; the partial folder is removed, older checkpoints are as they were.
         """
+        if self._saved_at == self.state.global_step:
+            self._update_saved_state()
+            return
         folder = self._latest_checkpoint(trial)
         if self.args.should_save:
             remove_checkpoint(folder)  # what an interrupted run left of it
         self.accelerator.wait_for_everyone()
-        with disk_errors_explained(folder, checkpoint_bytes(self.model, self.args)):
+        with disk_errors_explained(folder, checkpoint_bytes(self.model, self.args), self.args.should_save):
             self._write_checkpoint(model, trial, folder)
             self.accelerator.wait_for_everyone()  # every process has written its random state
             if self.args.should_save:
                 mark_complete(folder)
+        self._saved_at = self.state.global_step
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _write_checkpoint(self, model: nn.Module, trial, folder: Path) -> None:
@@ -183,6 +194,14 @@ class SafeSaving:
             torch.save(args, folder / TRAINING_ARGS_NAME)  # it was written without the limit
             if self.average is not None:
                 self.average.save(folder)
+
+    def _finalize_training(self, trial, *args, **kwargs) -> TrainOutput:
+        """Without the removal of checkpoints, which transformers does before the final model is saved."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(trial, *args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _keep_checkpoint(self, trial) -> None:
         """Remove the checkpoints that the one just saved makes needless, and have it uploaded."""
@@ -232,6 +251,9 @@ class SafeSaving:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._resumed_from = resume_from_checkpoint
+        folder = Path(resume_from_checkpoint).absolute()
+        if folder in checkpoint_folders(Path(self.args.output_dir).absolute()):
+            self._saved_at = step_of(folder)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

@@ -1,6 +1,7 @@
 """SIGTERM: a scheduler's or a cloud's word that a run has seconds left."""
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import distributed as dist
+
+logger = logging.getLogger(__name__)
 
 
 class Terminated(SystemExit):
@@ -42,15 +45,23 @@ class TerminationSignal:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Note SIGTERM within. May be nested. Outside of the main thread, where Python has no signals, nothing is."""
+        """Note SIGTERM within. May be nested. Outside of the main thread, where Python has no signals, nothing is.
+
+        The outermost one tells what was saved, once: in between it may not be saved yet.
+        """
         if self._depth or threading.current_thread() is not threading.main_thread():
             yield
             return
+        self.noted = False  # what ended an earlier training is no reason to end this one
         before = signal.signal(signal.SIGTERM, self._note)
         self._depth += 1
         self._group = dist.new_group(backend="gloo") if _several_processes() else None
         try:
             yield
+        except Terminated as end:
+            if not _several_processes() or dist.get_rank() == 0:
+                logger.warning("%s", end)
+            raise
         finally:
             self._depth -= 1
             self._finish_round()
@@ -92,20 +103,21 @@ def _several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def obey_parent_only(worker: int) -> None:
-    """For a data worker's start (`worker_init_fn`): SIGTERM ends it only if its own process sends it.
+def obey_parent_only(parent: int, worker: int) -> None:
+    """For a data worker's start (`worker_init_fn`): SIGTERM ends it only if the process that trains sends it.
 
     Schedulers send the signal to every process of a job. A worker that ended at once would take its parent with it,
     before anything is saved. To ignore the signal is no way out: that is how torch ends its workers. Without
     `sigwaitinfo` (macOS, Windows) a worker ends at anybody's signal.
 
     Args:
+        parent: process number of the one that trains. Not `os.getppid()`: with the start method `forkserver` that is
+            the server.
         worker: its number, not used.
     """
     if not hasattr(signal, "sigwaitinfo"):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return
-    parent = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:

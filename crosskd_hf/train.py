@@ -198,7 +198,8 @@ def prepare(recipe: Recipe, dry_run: bool = False, accept_changes: bool = False)
 def check_space(trainer: DetectionTrainer) -> None:
     """Refuse a run whose checkpoints don't fit on the disk."""
     args = trainer.args
-    count = checkpoints_at_once(args.save_total_limit) if args.save_strategy != "no" else 1
+    keeps_best = args.eval_strategy != "no"
+    count = checkpoints_at_once(args.save_total_limit, keeps_best) if args.save_strategy != "no" else 1
     check_disk_space(args.output_dir, checkpoint_bytes(trainer.model, args) * count, count)
 
 

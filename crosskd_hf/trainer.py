@@ -1,7 +1,9 @@
 """Trainers of dense detectors, alone and with a teacher, on transformers.Trainer."""
 
+import functools
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +32,7 @@ from .factory import load_detector
 from .hub import HubUpload
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .models.modeling_dense import DenseDetector, DenseDetectorOutput
-from .monitoring import NonFiniteLossError, StepMonitor
+from .monitoring import TERMS, NonFiniteLossError, StepMonitor
 from .optimization import build_optimizer, multistep_scheduler, parameter_groups
 from .recipe import DistillationSection
 from .saving import SafeSaving
@@ -150,7 +152,7 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
             "pin_memory": self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             "persistent_workers": self.args.dataloader_persistent_workers and workers > 0,
             "prefetch_factor": self.args.dataloader_prefetch_factor if workers > 0 else None,
-            "worker_init_fn": obey_parent_only,
+            "worker_init_fn": functools.partial(obey_parent_only, os.getpid()),
             # Its own, since an iterator draws a seed: from the global generator, a resumed run, which starts another
             # number of iterators, would go on with other dropout. The data sets don't use that seed.
             "generator": torch.Generator().manual_seed(self.args.seed),
@@ -274,7 +276,8 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         """Have the optimizer leave everything as it is if a gradient isn't finite, without the host knowing.
 
         Fused optimizers read `found_inf` (it is how GradScaler talks to them) and then change neither parameters nor
-        their own state. For others a copy of both is kept over the step, and put back in `restore_masked_step`.
+        their own state. For others a copy of both is kept over the step, and put back in `restore_masked_step`, where
+        the host waits once a step for those that count steps on the CPU.
         """
         if self.accelerator.scaler is not None:  # it skips steps by itself
             self.monitor.end_step()
@@ -299,8 +302,9 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         if self._before_step is None:
             return
         bad, tensors = self._before_step
+        where = {device: bad.to(device) for device in {tensor.device for tensor, _ in tensors}}
         for tensor, before in tensors:
-            tensor.copy_(torch.where(bad.to(tensor.device), before, tensor))
+            tensor.copy_(torch.where(where[tensor.device], before, tensor))
         self._before_step = None
 
     # Log --------------------------------------------------------------------------------------------------------
@@ -329,7 +333,7 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         if averages.get("skipped_steps", 0) > self._skipped_at_log:
             self._skipped_at_log = averages["skipped_steps"]
             # The loss is a mean over skipped steps too, the norm is the last step's.
-            terms = [value for name, value in averages.items() if name.startswith(("loss_", "kd_"))]
+            terms = [value for name, value in averages.items() if name.startswith(TERMS)]
             logs["loss"] = sum(terms) if terms else math.nan
             logs = {name: value for name, value in logs.items() if math.isfinite(value)}
         super().log({**logs, **averages}, start_time)
@@ -337,15 +341,16 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
     # Checkpoints: see `SafeSaving` ------------------------------------------------------------------------------
 
     def begin_monitoring(self) -> None:
-        """Start the count of skipped steps, or go on with the checkpoint's."""
+        """Start the count of skipped steps, or go on with the checkpoint's, and with what no log has told yet."""
         saved = self.state.stateful_callbacks.get(MONITOR, {}) if self._resumed_from is not None else {}
-        self.monitor.skipped = self._skipped_at_log = saved.get("attributes", {}).get("skipped", 0)
+        saved = saved.get("attributes", {})
+        self.monitor.skipped = self._skipped_at_log = saved.get("skipped", 0)
+        self.monitor.untold = saved.get("untold", {})
 
     def _export_callbacks(self) -> None:
         super()._export_callbacks()
-        if self.monitor.may_skip:
-            attributes = {"skipped": self.monitor.skipped_so_far()}
-            self.state.stateful_callbacks[MONITOR] = {"args": {}, "attributes": attributes}
+        attributes = {"skipped": self.monitor.skipped_so_far(), "untold": self.monitor.not_finite()}
+        self.state.stateful_callbacks[MONITOR] = {"args": {}, "attributes": attributes}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # A checkpoint holds the trained weights, and the average beside them; the run's folder is for users.

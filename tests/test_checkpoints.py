@@ -281,6 +281,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
         (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
         (RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598"), True),
         (RuntimeError("CUDA error"), False),
+        (RuntimeError("unable to write to file </torch_7_8_9>: No space left on device (28)"), False),
         (OSError(errno.EACCES, "Permission denied"), False),
         (None, False),
     ],
@@ -345,9 +346,12 @@ def test_a_run_that_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         check_disk_space(tmp_path, 3001 + size, 2)
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(None, 2), (1, 2), (2, 3), (5, 6)])
-def test_one_more_than_the_limit_is_on_the_disk_while_saving(limit: int | None, expected: int) -> None:
-    assert checkpoints_at_once(limit) == expected
+@pytest.mark.parametrize(
+    ("limit", "keeps_best", "expected"),
+    [(None, False, 2), (1, False, 2), (2, False, 3), (5, False, 6), (None, True, 3), (1, True, 3), (2, True, 3)],
+)
+def test_one_more_than_is_kept_is_on_the_disk_while_saving(limit: int | None, keeps_best: bool, expected: int) -> None:
+    assert checkpoints_at_once(limit, keeps_best) == expected
 
 
 def test_torch_and_safetensors_report_full_disks_as_they_did(tmp_path: Path) -> None:
@@ -378,6 +382,23 @@ def test_whatever_a_full_disk_stops_is_told_with_what_is_safe(tmp_path: Path) ->
     with pytest.raises(OSError) as error, full_disk_explained(tmp_path):
         raise told
     assert error.value is told
+
+
+def test_full_shared_memory_is_no_full_disk(tmp_path: Path) -> None:
+    """What torch says of it in a data worker, when a container has too little."""
+    told = "Caught RuntimeError in DataLoader worker process 0.\nunable to write to file </torch_7_8_9>: No space left"
+    with pytest.raises(RuntimeError, match=r"shared memory .* --shm-size=8g.*dataloader_num_workers"):
+        with full_disk_explained(tmp_path):
+            raise RuntimeError(told)
+
+
+def test_only_one_process_removes_what_several_write(tmp_path: Path) -> None:
+    partial = tmp_path / "checkpoint-8"
+    partial.mkdir()
+    with pytest.raises(OSError, match="the disk is full") as error:
+        with disk_errors_explained(partial, 1, remove=False):
+            raise FULL
+    assert partial.is_dir() and "removed" not in str(error.value)
 
 
 def test_a_file_that_does_not_fit_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

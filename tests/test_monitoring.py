@@ -120,6 +120,19 @@ def test_other_terms_start_anew():
     assert (logs["loss_cls"], logs["kd_cls"]) == (1.0, 3.0)
 
 
+def test_what_no_log_has_told_goes_on_with_a_resumed_run():
+    monitor = StepMonitor(CPU)
+    monitor.record(terms(loss_cls=NAN, loss_box=1.0), 3)
+    assert monitor.not_finite() == {"loss_cls": 3}
+    again = StepMonitor(CPU)
+    again.untold = monitor.not_finite()
+    again.record(terms(loss_cls=1.0, loss_box=1.0), 6)
+    assert again.not_finite() == {"loss_cls": 3}
+    with pytest.raises(NonFiniteLossError, match="loss_cls was not finite at step 3"):
+        again.averages(one_rank)
+    assert StepMonitor(CPU).not_finite() == {}
+
+
 def test_memory_of_this_process():
     assert 0.05 < memory_gb(CPU) < 1000
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run_processes
+from processes import CONTEXT, run_processes
 from test_resume import Interrupted, assert_same, build, final_state, undisturbed
 from transformers import TrainerCallback
 
-from crosskd_hf.checkpoints import last_complete_checkpoint
+from crosskd_hf import saving
+from crosskd_hf.checkpoints import MARKER, last_complete_checkpoint
 from crosskd_hf.termination import Terminated, TerminationSignal, obey_parent_only
 
 
@@ -124,6 +125,75 @@ def test_a_best_checkpoint_waits_for_its_evaluation(tmp_path: Path) -> None:
     assert Path(last_complete_checkpoint(tmp_path / "cut")).name == "checkpoint-6"
 
 
+@pytest.mark.parametrize(
+    ("options", "event"),
+    [
+        ({"save_steps": 4, "eval_strategy": "epoch"}, "on_prediction_step"),
+        ({"save_steps": 4, "eval_strategy": "epoch"}, "on_step_begin"),
+    ],
+    ids=["in the epoch's evaluation", "in its last step"],
+)
+def test_a_whole_checkpoint_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict, event: str
+) -> None:
+    """While that is done, there would be none of this step, and maybe none at all."""
+    whole = undisturbed(tmp_path, **options)
+    removed = []
+
+    def remove(folder: Path) -> None:
+        removed.append((folder.name, (folder / MARKER).exists()))
+
+    monkeypatch.setattr(saving, "remove_checkpoint", remove)
+    ended(tmp_path, At(event, 4 if event == "on_prediction_step" else 3), **options)
+    monkeypatch.undo()
+    assert removed == [("checkpoint-4", False)]
+    trainer = go_on(tmp_path, "checkpoint-4", **options)
+    assert evaluated_steps(trainer) == [4, 7]
+    assert_same(whole, final_state(trainer))
+
+
+def test_what_is_saved_is_told_once_and_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not when the evaluation is left, since what came before it is saved after that."""
+    ended(tmp_path, At("on_prediction_step", 4), save_steps=3)
+    told = [message for message in caplog.messages if "ended by SIGTERM" in message]
+    assert len(told) == 1 and "after step 4: its state is saved in" in told[0] and "checkpoint-4;" in told[0]
+
+
+def test_the_last_checkpoint_stays_until_the_run_is_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With a limit of 1 transformers would remove it, and whatever else is called so, before the model is saved."""
+    trainer = build(tmp_path, "cut", save_steps=2, eval_steps=2, save_total_limit=1)
+    measured = trainer._metrics
+    trainer._metrics = lambda *args: measured(*args) | {"AP": -float(trainer.state.global_step)}
+    (tmp_path / "cut" / "checkpoint-999").mkdir(parents=True)
+    trainer.train()
+    assert trainer.state.best_global_step == 2
+    assert sorted(path.name for path in (tmp_path / "cut").glob("checkpoint-*")) == [
+        *("checkpoint-2", "checkpoint-7", "checkpoint-999")
+    ]
+    with pytest.raises(Terminated, match=r"after step 7: its state is saved in .*checkpoint-7;"):
+        with trainer.termination.listening():
+            os.kill(os.getpid(), signal.SIGTERM)
+            trainer.evaluate()
+
+
+def test_an_unsaved_step_is_told_to_be_lost(tmp_path: Path) -> None:
+    trainer = build(tmp_path, "cut", save_strategy="no", eval_strategy="no")
+    trainer.train()
+    with pytest.raises(Terminated, match=r"after step 7, which isn't saved; .* goes on from the beginning"):
+        with trainer.termination.listening():
+            os.kill(os.getpid(), signal.SIGTERM)
+            trainer.evaluate()
+
+
+def test_training_that_was_ended_can_go_on_in_the_same_program(tmp_path: Path) -> None:
+    trainer = build(tmp_path, "cut", eval_strategy="no")
+    trainer.add_callback(At("on_step_begin", 2))
+    with pytest.raises(Terminated):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path / "cut"))
+    assert trainer.state.global_step == 7
+
+
 def test_nothing_is_noted_when_nobody_listens() -> None:
     termination = TerminationSignal()
     seen: list[int] = []
@@ -139,11 +209,20 @@ def test_nothing_is_noted_when_nobody_listens() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+def wait_as_a_worker(parent: int, ready) -> None:
+    obey_parent_only(parent, 0)
+    ready.set()
+    time.sleep(60)
+
+
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
-def test_a_data_worker_obeys_its_parent_only() -> None:
-    worker = multiprocessing.get_context("fork").Process(target=lambda: (obey_parent_only(0), time.sleep(60)))
+@pytest.mark.parametrize("context", [multiprocessing.get_context("fork"), CONTEXT], ids=["fork", "forkserver"])
+def test_a_data_worker_obeys_its_parent_only(context) -> None:
+    """With a fork server, the parent isn't the process that the system calls so."""
+    ready = context.Event()
+    worker = context.Process(target=wait_as_a_worker, args=(os.getpid(), ready))
     worker.start()
-    time.sleep(0.5)
+    assert ready.wait(60)
     subprocess.run([sys.executable, "-c", f"import os; os.kill({worker.pid}, {int(signal.SIGTERM)})"], check=True)
     time.sleep(0.3)
     assert worker.is_alive()

@@ -128,6 +128,7 @@ def test_finite_gradients_of_an_infinite_loss_are_masked_too(tmp_path: Path) -> 
 
 def test_steps_that_are_not_finite_may_be_skipped(tmp_path: Path) -> None:
     def run(name: str, **options) -> DistillationTrainer:
+        options |= {"distillation": DistillationSection(mimic=1.0)}
         trainer = distiller(tmp_path / name, tiny_model(seed=2), max_steps=6, skip_nonfinite_steps=2, **options)
         original = trainer.loss_terms
 
@@ -144,13 +145,38 @@ def test_steps_that_are_not_finite_may_be_skipped(tmp_path: Path) -> None:
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry.get("skipped_steps", 0) for entry in logs] == [1, 2, 2]
     for entry in logs:
-        terms = sum(value for name, value in entry.items() if name.startswith(("loss_", "kd_")))
+        terms = sum(value for name, value in entry.items() if name.startswith(("loss_", "kd_", "mimic_")))
+        assert "mimic_cls" in entry
         assert entry["loss"] == pytest.approx(terms, rel=1e-5)
     assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
     again = run("whole", logging_steps=2)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "run" / "checkpoint-4"))
     assert [entry.get("skipped_steps") for entry in again.state.log_history if "loss" in entry] == [1, 2, 2]
     assert again.monitor.skipped == 2
+
+
+def test_a_step_that_was_not_finite_stops_a_run_that_was_ended_before_it_told(tmp_path: Path) -> None:
+    def run(poison: bool) -> DistillationTrainer:
+        trainer = distiller(
+            tmp_path, tiny_model(seed=2), max_steps=6, logging_steps=6, save_strategy="steps", save_steps=4
+        )
+        original = trainer.loss_terms
+
+        def poisoned(model, inputs):
+            terms, outputs = original(model, inputs)
+            if trainer.state.global_step == 4:
+                raise KeyboardInterrupt
+            factor = float("nan") if trainer.state.global_step == 1 else 1.0
+            return {**terms, "kd_box": terms["kd_box"] * factor}, outputs
+
+        if poison:
+            trainer.loss_terms = poisoned
+        return trainer
+
+    with pytest.raises(KeyboardInterrupt):
+        run(True).train()
+    with pytest.raises(NonFiniteLossError, match=r"kd_box.* was not finite at step 2\b"):
+        run(False).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
 
 
 def test_evaluation_writes_results_and_finds_the_best_checkpoint(tmp_path: Path) -> None:
