@@ -43,6 +43,7 @@ from faults import (
     steps_logged,
 )
 from PIL import Image
+from reporting import commit
 from safetensors.torch import load_file
 
 from crosskd_hf.checkpoints import MARKER, checkpoint_folders
@@ -554,7 +555,7 @@ def run_series(options: argparse.Namespace, folder: Path) -> bool:
     verdict = error or ("the same bit for bit" if equal else "DIFFERENT")
     print(f"{len(series.done)} of {options.kills} faults, {series.starts} starts: {verdict}")
     result = {name: getattr(options, name) for name in ("fault", "processes", "workers", "seed", "steps")}
-    result |= {"planned": options.kills, "done": len(series.done), "equal": equal, "error": error}
+    result |= {"commit": commit(), "planned": options.kills, "done": len(series.done), "equal": equal, "error": error}
     result |= {"survived": sum(equal and not fault.problem for fault in series.done)}
     result |= {"most_steps_lost": max((fault.steps_lost for fault in series.done), default=0)}
     result |= {"phases": Counter(fault.phase for fault in series.done)}
