@@ -1,12 +1,11 @@
 """Fetching checkpoints from a server on this machine: once, checked, going on after a broken connection."""
 
 import hashlib
-import http.server
 import os
-import threading
 from pathlib import Path
 
 import pytest
+from file_server import FileServer
 
 from crosskd_hf.convert import CheckpointError
 from crosskd_hf.download import check_hash, fetch
@@ -36,60 +35,6 @@ def test_no_hash_in_the_name(tmp_path, name):
 def left(folder: Path) -> list[str]:
     """What a download leaves, without locks."""
     return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-
-
-class Server:
-    """An HTTP server on this machine: path -> content; every request is noted."""
-
-    def __init__(self):
-        self.files: dict[str, bytes] = {}
-        self.promised: dict[str, int] = {}
-        self.versions: dict[str, str] = {}
-        self.requests: list[str] = []
-        self.ranges: list[int] = []
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                outer.requests.append(self.path)
-                if self.path not in outer.files:
-                    self.send_error(404)
-                    return
-                content, version = outer.files[self.path], outer.versions.get(self.path)
-                promised, start = outer.promised.get(self.path, len(content)), 0
-                if self.headers.get("Range") and self.headers.get("If-Range") == version:
-                    start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-                    outer.ranges.append(start)
-                    if start >= promised:
-                        self.send_error(416)
-                        return
-                self.send_response(206 if start else 200)
-                if start:
-                    self.send_header("Content-Range", f"bytes {start}-{promised - 1}/{promised}")
-                if version:
-                    self.send_header("ETag", version)
-                content, promised = content[start:], promised - start
-                self.send_header("Content-Length", str(promised))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args):
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    served = Server()
-    thread = threading.Thread(target=served.http.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield served
-    served.http.shutdown()
-    served.http.server_close()
-    thread.join()
 
 
 def test_fetches_once(tmp_path, server):
@@ -158,7 +103,7 @@ CONTENT = bytes(range(250)) * 12
 NAMES = pytest.mark.parametrize("name", ["gfl.pth", f"gfl-{hash_of(CONTENT)[:8]}.pth"], ids=["no hash", "hash"])
 
 
-def break_off(server: Server, name: str, tmp_path: Path, after: int, version: str = '"1"') -> None:
+def break_off(server: FileServer, name: str, tmp_path: Path, after: int, version: str = '"1"') -> None:
     path = f"/{name}"
     server.files[path], server.promised[path], server.versions[path] = CONTENT[:after], len(CONTENT), version
     with pytest.raises(CheckpointError, match=rf"broke after {after} of 3000 bytes, the next try goes on from there"):
