@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoImageProcessor
 from transformers.utils import cached_file
 
 from .data.transforms import resized_size
 from .evaluation import SUMMARY_NAMES, percent
-from .factory import count_parameters, load_detector
+from .factory import count_parameters, load_detector, load_processor
 from .hub import METRICS_FILE
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .models.modeling_dense import DenseDetector
@@ -84,7 +83,7 @@ def run(arguments: argparse.Namespace) -> ModelInfo:
     """`crosskd info`: print what `describe_model` finds.
 
     Raises:
-        CheckpointError: the model can't be loaded.
+        CheckpointError: the model or its image processor can't be loaded.
         ValueError: a size, batch size or number of runs below 1.
     """
     for name, value in (("--batch-size", arguments.batch_size), ("--runs", arguments.runs)):
@@ -93,7 +92,7 @@ def run(arguments: argparse.Namespace) -> ModelInfo:
     if arguments.size and min(arguments.size) < 1:
         raise ValueError(f"--size must be at least 1 pixel, got {arguments.size}")
     model = load_detector(arguments.model, None, ())
-    processor = AutoImageProcessor.from_pretrained(arguments.model)
+    processor = load_processor(arguments.model)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     size = tuple(arguments.size) if arguments.size else None
     info = describe_model(model.to(device), processor, arguments.model, size, arguments.batch_size, arguments.runs)
