@@ -19,6 +19,12 @@ DOWNLOAD_TIMEOUT = 60  # seconds without a byte
 CHUNK = 1 << 20  # bytes of a download between two looks at its progress
 
 
+def hash_in(name: str) -> str | None:
+    """The hash at the end of a file's name; None if there is none, or a date."""
+    match = HASH_IN_NAME.search(name)
+    return match[1] if match and not DATE.fullmatch(match[1]) else None
+
+
 def check_hash(path: str | Path) -> None:
     """Compare a file with the hash in its name (`...-dd12f847.pth`: the first digits of its SHA-256).
 
@@ -26,16 +32,16 @@ def check_hash(path: str | Path) -> None:
         CheckpointError: if they differ. A name without a hash is taken as it is.
     """
     path = Path(path)
-    match = HASH_IN_NAME.search(path.name)
-    if not match or DATE.fullmatch(match[1]):
+    promised = hash_in(path.name)
+    if promised is None:
         return
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    if not digest.hexdigest().startswith(match[1]):
+    if not digest.hexdigest().startswith(promised):
         raise CheckpointError(
-            f"{path} has SHA-256 {digest.hexdigest()[: len(match[1])]}..., but its name promises {match[1]}: the "
+            f"{path} has SHA-256 {digest.hexdigest()[: len(promised)]}..., but its name promises {promised}: the "
             "download is damaged or the file was changed. Delete it and fetch it again."
         )
 
@@ -50,7 +56,7 @@ def fetch(url: str, folder: str | Path) -> Path:
         CheckpointError: if the address can't be reached or the content doesn't match the hash.
     """
     name = url.rsplit("/", 1)[-1]
-    if not HASH_IN_NAME.search(name):  # nothing else tells two files of one name from each other
+    if hash_in(name) is None:  # nothing else tells two files of one name from each other
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}"
     target = Path(folder) / name
     if not target.is_file():

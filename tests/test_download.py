@@ -92,9 +92,10 @@ def test_a_broken_download_of_an_unknown_version_leaves_nothing_behind(tmp_path,
     assert fetch(f"{server.url}/{name}", tmp_path).read_bytes() == b"w" * 3000
 
 
-def test_files_of_one_name_without_hash_are_kept_apart(tmp_path, server):
-    server.files |= {"/a/best.pth": b"a", "/b/best.pth": b"b"}
-    paths = [fetch(f"{server.url}/{folder}/best.pth", tmp_path) for folder in "ab"]
+@pytest.mark.parametrize("name", ["best.pth", "model-20200131.pth"], ids=["no hash", "date"])
+def test_files_of_one_name_without_hash_are_kept_apart(tmp_path, server, name):
+    server.files |= {f"/a/{name}": b"a", f"/b/{name}": b"b"}
+    paths = [fetch(f"{server.url}/{folder}/{name}", tmp_path) for folder in "ab"]
     assert [path.read_bytes() for path in paths] == [b"a", b"b"]
     assert {Path(path).suffix for path in paths} == {".pth"}
 
