@@ -12,6 +12,7 @@ from pathlib import Path
 from .convert import CheckpointError
 from .files import write_atomically
 from .progress import Progress
+from .public import public_url, without_credentials
 
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[^.]+$")
 DATE = re.compile(r"20\d{6}")  # 20200131 is made of hexadecimal digits too
@@ -55,7 +56,7 @@ def fetch(url: str, folder: str | Path) -> Path:
     Raises:
         CheckpointError: if the address can't be reached or the content doesn't match the hash.
     """
-    name = url.rsplit("/", 1)[-1]
+    name = public_url(url).rsplit("/", 1)[-1]
     if hash_in(name) is None:  # nothing else tells two files of one name from each other
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}"
     target = Path(folder) / name
@@ -65,12 +66,21 @@ def fetch(url: str, folder: str | Path) -> Path:
             with _one_at_a_time(target):
                 if not target.is_file():
                     _fetch_to(url, target)
+        except CheckpointError:
+            raise
+        except (http.client.InvalidURL, ValueError):  # they quote the URL, with its password: not even as the cause
+            raise _unfetchable(url, "the address, or what its server says, isn't valid") from None
         except (OSError, http.client.HTTPException) as error:
-            raise CheckpointError(
-                f"{url} can't be fetched ({error}). Without network, download it elsewhere and give its path instead."
-            ) from error
+            raise _unfetchable(url, without_credentials(str(error))) from error
     check_hash(target)
     return target
+
+
+def _unfetchable(url: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{public_url(url)} can't be fetched ({reason}). Without network, download it elsewhere and give its path "
+        "instead."
+    )
 
 
 def _fetch_to(url: str, target: Path) -> None:

@@ -28,6 +28,7 @@ from .models import CONFIGS, MODELS
 from .models.configuration_dense import DenseDetectorConfig
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .models.modeling_dense import DenseDetector
+from .public import public_url, without_credentials
 from .recipe import ArchitectureSection, DataSection, ModelSection, TeacherSection
 
 logger = logging.getLogger(__name__)
@@ -156,9 +157,10 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
     Raises:
         CheckpointError: if it can't be read, isn't one of this package's detectors, or lacks weights.
     """
+    shown = public_url(source) if "://" in source else source
     if source.endswith(".pth"):
         if section is None:
-            raise CheckpointError(f"{source!r} doesn't say which detector it holds: name it in a recipe instead.")
+            raise CheckpointError(f"{shown!r} doesn't say which detector it holds: name it in a recipe instead.")
         # One process of each machine downloads and converts, the others then find the result.
         with PartialState().local_main_process_first():
             path = fetch(source, CACHE / "downloads") if "://" in source else Path(source)
@@ -169,10 +171,10 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
     folder = Path(source).expanduser()
     if folder.is_absolute() or (folder.parent != Path() and folder.parent.is_dir()):
         if not folder.is_dir():  # before the Hub is asked for it, again and again
-            raise CheckpointError(f"{source!r} can't be loaded as a detector: there is no such folder.")
+            raise CheckpointError(f"{shown!r} can't be loaded as a detector: there is no such folder.")
         if not (folder / "config.json").is_file():
             raise CheckpointError(
-                f"{source!r} can't be loaded as a detector: that folder holds no config.json. If a run writes to it, "
+                f"{shown!r} can't be loaded as a detector: that folder holds no config.json. If a run writes to it, "
                 "it isn't finished."
             )
     try:
@@ -181,24 +183,25 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
         )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{source!r} can't be loaded as a detector: its weights are a pickle that holds more than tensors. "
+            f"{shown!r} can't be loaded as a detector: its weights are a pickle that holds more than tensors. "
             "Nothing in it was executed. Get the model as safetensors, from a source that you trust."
         ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, ValueError) and (problem := _foreign_type(source)):
-            raise CheckpointError(f"{source!r} can't be loaded as a detector: {problem}") from error
+            raise CheckpointError(f"{shown!r} can't be loaded as a detector: {problem}") from error
         absent = "" if os.path.exists(source) else "there is no such folder here, and as a Hub id: "
+        reason = without_credentials(first_line(error))
         raise CheckpointError(
-            f"{source!r} can't be loaded as a detector ({absent}{first_line(error)}). Give the folder of a saved "
-            "model, a Hub id, or an MMDetection .pth file."
+            f"{shown!r} can't be loaded as a detector ({absent}{reason}). Give the folder of a saved model, a Hub id, "
+            "or an MMDetection .pth file."
         ) from error
     if not isinstance(model, DenseDetector):
         raise CheckpointError(
-            f"{source!r} is a {type(model).__name__}; only the dense detectors of this package can be used."
+            f"{shown!r} is a {type(model).__name__}; only the dense detectors of this package can be used."
         )
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
-            f"{source!r} lacks {len(missing)} weights of its model, such as {', '.join(missing[:3])}: save it again."
+            f"{shown!r} lacks {len(missing)} weights of its model, such as {', '.join(missing[:3])}: save it again."
         )
     return model
 

@@ -19,6 +19,7 @@ from .hub import METRICS_FILE
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .models.modeling_dense import DenseDetector
 from .monitoring import memory_gb
+from .public import without_credentials
 from .recipe import RECIPE_FILE, RecipeError, load_recipe
 
 ASPECT = 4 / 3  # of the image that costs are told for: COCO's most frequent
@@ -207,11 +208,11 @@ def _origin(model: DenseDetector, source: str) -> list[str]:
     except RecipeError as error:
         print(f"{path} can't be read: {error}", file=sys.stderr)
         return lines
-    start = recipe.model.checkpoint or f"{recipe.model.backbone_weights} backbone weights"
+    start = without_credentials(recipe.model.checkpoint or "") or f"{recipe.model.backbone_weights} backbone weights"
     lines.append(f"trained on {recipe.data.path or recipe.data.layout} ({recipe.data.train_split}), from {start}")
     if recipe.teacher is not None and recipe.distillation is not None:
         terms = [name for name in ("crosskd", "pkd", "mimic") if getattr(recipe.distillation, name)]
-        lines.append(f"distilled ({', '.join(terms)}) from {recipe.teacher.checkpoint}")
+        lines.append(f"distilled ({', '.join(terms)}) from {without_credentials(recipe.teacher.checkpoint)}")
     return lines
 
 

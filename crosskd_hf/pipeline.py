@@ -17,6 +17,7 @@ from .convert import first_line
 from .data.images import LARGEST_FILE, ImageError, load_rgb, to_rgb, upright
 from .inference import detect_images
 from .models.modeling_dense import DenseDetector
+from .public import without_credentials
 
 TASK = "object-detection"
 
@@ -95,7 +96,7 @@ def _fetched(url: str, timeout: float | None) -> bytes:
     except httpx.InvalidURL:  # quotes it, with its password
         raise ImageError("can't be fetched (the address isn't valid)") from None
     except httpx.HTTPError as error:
-        raise ImageError(f"can't be fetched ({first_line(error)})") from error
+        raise ImageError(f"can't be fetched ({without_credentials(first_line(error))})") from error
     return bytes(content)
 
 

@@ -75,6 +75,40 @@ def test_bad_address(tmp_path):
         fetch("nothing://host/a.pth", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "{url}/gone.pth?token=secret&user=secret#secret",
+        "http://someone:secret@127.0.0.1/gone.pth",
+        "http://secret@127.0.0.1:1/gone.pth",
+        "http://someone:[secret]@127.0.0.1/gone.pth",
+        "{url}/gone.pth?token=secret with a space",
+        "{url}/gone.pth?token=sécret",
+        "nothing://someone:secret@127.0.0.1/gone.pth",
+    ],
+)
+def test_no_credentials_in_messages(tmp_path, server, address):
+    with pytest.raises(CheckpointError, match=r"127\.0\.0\.1[:\d]*/gone\.pth can't be fetched \(.*") as raised:
+        fetch(address.format(url=server.url), tmp_path)
+    error: BaseException | None = raised.value
+    while error:  # a traceback shows the causes, too
+        assert not any(word in str(error) for word in ("secret", "sécret", "someone"))
+        error = error.__cause__
+    assert not left(tmp_path)
+
+
+def test_no_credentials_in_names(tmp_path, server, capsys):
+    """The query of an address is no part of the file's name: it would be in the cache, progress and messages."""
+    name = f"gfl-{hash_of(CONTENT)[:8]}.pth"
+    server.files |= {f"/{name}?sig=secret": CONTENT, "/a.pth?sig=secret": CONTENT, "/a.pth?sig=other": b"other"}
+    assert fetch(f"{server.url}/{name}?sig=secret", tmp_path).name == name
+    paths = [fetch(f"{server.url}/a.pth?sig={sig}", tmp_path) for sig in ("secret", "other")]
+    assert [path.read_bytes() for path in paths] == [CONTENT, b"other"]
+    assert all(path.name.endswith("_a.pth") for path in paths)
+    assert not any("secret" in path.name for path in tmp_path.iterdir())
+    assert "secret" not in "".join(capsys.readouterr())
+
+
 def test_wrong_hash_leaves_nothing_behind(tmp_path, server):
     server.files["/gfl-00000000.pth"] = b"weights"
     with pytest.raises(CheckpointError, match="its name promises 00000000"):

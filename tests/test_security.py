@@ -19,6 +19,7 @@ from crosskd_hf.convert import CheckpointError
 from crosskd_hf.data.images import ImageError, inspect_image, load_rgb, load_tensor
 from crosskd_hf.factory import load_detector
 from crosskd_hf.pipeline import DenseDetectionPipeline
+from crosskd_hf.public import without_credentials
 from crosskd_hf.recipe import RecipeError, load_recipe
 from crosskd_hf.trainer import DetectionTrainer
 
@@ -192,6 +193,22 @@ def test_the_pipeline_refuses_image_bombs(saved: Path, tmp_path: Path) -> None:
     pipe = DenseDetectionPipeline(model=model, image_processor=tiny_processor(model))
     with pytest.raises((ImageError, Image.DecompressionBombError)):
         pipe(str(tmp_path / "bomb.png"))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://a.org/b.pth?sig=x#y", "https://a.org/b.pth"),
+        ("https://me:p'w\"<@a.org:80/b.pth", "https://a.org:80/b.pth"),
+        ("from 'http://me@a.org/b?x=1', or s3://key:pw@c/d.", "from 'http://a.org/b', or s3://c/d."),
+        ("http://a.org?x/y@z", "http://a.org"),
+        ("http://[bad/x?y", "http://[bad/x"),
+        (f"https://a.org/{TOKEN}/b {TOKEN}", "https://a.org/REMOVED/b REMOVED"),
+        ("runs/a?b, me@a.org, C:/x://y", "runs/a?b, me@a.org, C:/x://y"),
+    ],
+)
+def test_credentials_in_texts(text: str, shown: str) -> None:
+    assert without_credentials(text) == shown
 
 
 def test_recipes_hold_no_token() -> None:
