@@ -158,7 +158,9 @@ def run_pair(pair: Pair, data: Path, output: Path, steps: int) -> dict:
         if student is students[1]:
             kill_after_checkpoint(command(recipe, words), student, log)
         train(command(recipe, words), log)
-    model, info = AutoModelForObjectDetection.from_pretrained(students[0], output_loading_info=True)
+    model, info = AutoModelForObjectDetection.from_pretrained(
+        students[0], output_loading_info=True, trust_remote_code=False
+    )
     losses = kd_losses(students[0])
     tenth = max(1, len(losses) // 10)
     adapters = sorted((students[0] / f"checkpoint-{steps}").glob(ADAPTERS_FILE))

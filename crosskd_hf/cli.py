@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import AutoImageProcessor
 
 from . import check_data, demo, export, info, predict, train
 from .data.dataset import DetectionDataset
 from .data.load import load_split
 from .evaluation import format_metrics
-from .factory import convert_checkpoint, count_parameters, load_detector
+from .factory import convert_checkpoint, count_parameters, load_detector, load_processor
 from .progress import say
 from .recipe import RECIPE_FILE, DataSection, RecipeError, load_recipe
 from .run_log import use_run_log
@@ -46,7 +45,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, float]:
     recipe = arguments.recipe or (saved if saved.is_file() else None)
     data = load_recipe(recipe).data if recipe else DataSection()
     model = load_detector(arguments.model, None, ())
-    processor = AutoImageProcessor.from_pretrained(arguments.model)
+    processor = load_processor(arguments.model)
     if arguments.data:
         data = dataclasses.replace(data, path=arguments.data)
     # The recipe's limit is for its own validation set.

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
 
 from . import train
 from .data.dataset import DetectionDataset
 from .data.load import load_split
 from .evaluation import SUMMARY_NAMES
 from .examples import THRESHOLD, Boxes, drawn, evenly_spaced, example
-from .factory import load_detector
+from .factory import load_detector, load_processor
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .models.modeling_dense import DenseDetector
 from .plots import learning_curves
@@ -131,7 +130,7 @@ def draw_contact_sheet(runs: list[Stage], path: Path) -> None:
     dataset = DetectionDataset(split, train=False, short_side=data.short_side, long_side=data.long_side)
     students = [stage for stage in runs if stage.name != TEACHER]
     models = [load_detector(str(stage.output), None, ()).eval() for stage in students]
-    processor = AutoImageProcessor.from_pretrained(students[0].output)
+    processor = load_processor(str(students[0].output))
     rows = []
     for index in evenly_spaced(SHEET_IMAGES, len(split)):
         _, image, truth, _ = example(dataset, index)

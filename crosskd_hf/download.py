@@ -12,11 +12,18 @@ from pathlib import Path
 from .convert import CheckpointError
 from .files import write_atomically
 from .progress import Progress
+from .public import public_url, without_credentials
 
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[^.]+$")
 DATE = re.compile(r"20\d{6}")  # 20200131 is made of hexadecimal digits too
 DOWNLOAD_TIMEOUT = 60  # seconds without a byte
 CHUNK = 1 << 20  # bytes of a download between two looks at its progress
+
+
+def hash_in(name: str) -> str | None:
+    """The hash at the end of a file's name; None if there is none, or a date."""
+    match = HASH_IN_NAME.search(name)
+    return match[1] if match and not DATE.fullmatch(match[1]) else None
 
 
 def check_hash(path: str | Path) -> None:
@@ -26,16 +33,16 @@ def check_hash(path: str | Path) -> None:
         CheckpointError: if they differ. A name without a hash is taken as it is.
     """
     path = Path(path)
-    match = HASH_IN_NAME.search(path.name)
-    if not match or DATE.fullmatch(match[1]):
+    promised = hash_in(path.name)
+    if promised is None:
         return
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    if not digest.hexdigest().startswith(match[1]):
+    if not digest.hexdigest().startswith(promised):
         raise CheckpointError(
-            f"{path} has SHA-256 {digest.hexdigest()[: len(match[1])]}..., but its name promises {match[1]}: the "
+            f"{path} has SHA-256 {digest.hexdigest()[: len(promised)]}..., but its name promises {promised}: the "
             "download is damaged or the file was changed. Delete it and fetch it again."
         )
 
@@ -49,8 +56,8 @@ def fetch(url: str, folder: str | Path) -> Path:
     Raises:
         CheckpointError: if the address can't be reached or the content doesn't match the hash.
     """
-    name = url.rsplit("/", 1)[-1]
-    if not HASH_IN_NAME.search(name):  # nothing else tells two files of one name from each other
+    name = public_url(url).rsplit("/", 1)[-1]
+    if hash_in(name) is None:  # nothing else tells two files of one name from each other
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}"
     target = Path(folder) / name
     if not target.is_file():
@@ -59,12 +66,21 @@ def fetch(url: str, folder: str | Path) -> Path:
             with _one_at_a_time(target):
                 if not target.is_file():
                     _fetch_to(url, target)
+        except CheckpointError:
+            raise
+        except (http.client.InvalidURL, ValueError):  # they quote the URL, with its password: not even as the cause
+            raise _unfetchable(url, "the address, or what its server says, isn't valid") from None
         except (OSError, http.client.HTTPException) as error:
-            raise CheckpointError(
-                f"{url} can't be fetched ({error}). Without network, download it elsewhere and give its path instead."
-            ) from error
+            raise _unfetchable(url, without_credentials(str(error))) from error
     check_hash(target)
     return target
+
+
+def _unfetchable(url: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{public_url(url)} can't be fetched ({reason}). Without network, download it elsewhere and give its path "
+        "instead."
+    )
 
 
 def _fetch_to(url: str, target: Path) -> None:

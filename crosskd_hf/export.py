@@ -48,9 +48,8 @@ import torch.fx.experimental._config as symbolic_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms as nms_of_one_class
-from transformers import AutoImageProcessor
 
-from .factory import load_detector
+from .factory import load_detector, load_processor
 from .image_files import words
 from .models.head import HeadOutput, flatten_levels
 from .models.image_processing_dense import DenseDetectorImageProcessor
@@ -303,14 +302,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     Raises:
         ExportError: see `export_detector`.
-        CheckpointError: the model can't be loaded.
+        CheckpointError: the model or its image processor can't be loaded.
     """
     folder = Path(arguments.model) if os.path.isdir(arguments.model) else Path()
     path = Path(arguments.output) if arguments.output else folder / f"model{SUFFIXES[arguments.format]}"
     model = load_detector(arguments.model, None, ())
     difference = export_detector(
         model,
-        _load_processor(arguments.model),
+        load_processor(arguments.model),
         path,
         format=arguments.format,
         nms=arguments.nms,
@@ -603,16 +602,6 @@ def _need(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f'ONNX needs {", ".join(missing)}: pip install "crosskd-hf[onnx]"')
-
-
-def _load_processor(source: str) -> DenseDetectorImageProcessor:
-    try:
-        return AutoImageProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ExportError(
-            f"{source!r} has no image processor that can be read ({words(error)}). Save it beside the model with "
-            "DenseDetectorImageProcessor.for_model(model.config).save_pretrained(...)."
-        ) from error
 
 
 def _unwritable(path: Path, error: OSError) -> ExportError:

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForObjectDetection
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTrainedConfig
 
 from .convert import (
     COCO_CLASSES,
@@ -28,6 +28,7 @@ from .models import CONFIGS, MODELS
 from .models.configuration_dense import DenseDetectorConfig
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .models.modeling_dense import DenseDetector
+from .public import public_url, without_credentials
 from .recipe import ArchitectureSection, DataSection, ModelSection, TeacherSection
 
 logger = logging.getLogger(__name__)
@@ -156,49 +157,86 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
     Raises:
         CheckpointError: if it can't be read, isn't one of this package's detectors, or lacks weights.
     """
+    shown = public_url(source) if "://" in source else source
     if source.endswith(".pth"):
         if section is None:
-            raise CheckpointError(f"{source!r} doesn't say which detector it holds: name it in a recipe instead.")
+            raise CheckpointError(f"{shown!r} doesn't say which detector it holds: name it in a recipe instead.")
         # One process of each machine downloads and converts, the others then find the result.
         with PartialState().local_main_process_first():
             path = fetch(source, CACHE / "downloads") if "://" in source else Path(source)
             if path.is_file():
                 check_hash(path)
             folder = converted(path, section, label_names)
-        return AutoModelForObjectDetection.from_pretrained(folder)
+        return AutoModelForObjectDetection.from_pretrained(folder, trust_remote_code=False)
     folder = Path(source).expanduser()
     if folder.is_absolute() or (folder.parent != Path() and folder.parent.is_dir()):
         if not folder.is_dir():  # before the Hub is asked for it, again and again
-            raise CheckpointError(f"{source!r} can't be loaded as a detector: there is no such folder.")
+            raise CheckpointError(f"{shown!r} can't be loaded as a detector: there is no such folder.")
         if not (folder / "config.json").is_file():
             raise CheckpointError(
-                f"{source!r} can't be loaded as a detector: that folder holds no config.json. If a run writes to it, "
+                f"{shown!r} can't be loaded as a detector: that folder holds no config.json. If a run writes to it, "
                 "it isn't finished."
             )
     try:
         model, info = AutoModelForObjectDetection.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True
+            source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{source!r} can't be loaded as a detector: its weights are a pickle that holds more than tensors. "
+            f"{shown!r} can't be loaded as a detector: its weights are a pickle that holds more than tensors. "
             "Nothing in it was executed. Get the model as safetensors, from a source that you trust."
         ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, ValueError) and (problem := _foreign_type(source)):
+            raise CheckpointError(f"{shown!r} can't be loaded as a detector: {problem}") from error
         absent = "" if os.path.exists(source) else "there is no such folder here, and as a Hub id: "
+        reason = without_credentials(first_line(error))
         raise CheckpointError(
-            f"{source!r} can't be loaded as a detector ({absent}{first_line(error)}). Give the folder of a saved "
-            "model, a Hub id, or an MMDetection .pth file."
+            f"{shown!r} can't be loaded as a detector ({absent}{reason}). Give the folder of a saved model, a Hub id, "
+            "or an MMDetection .pth file."
         ) from error
     if not isinstance(model, DenseDetector):
         raise CheckpointError(
-            f"{source!r} is a {type(model).__name__}; only the dense detectors of this package can be used."
+            f"{shown!r} is a {type(model).__name__}; only the dense detectors of this package can be used."
         )
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
-            f"{source!r} lacks {len(missing)} weights of its model, such as {', '.join(missing[:3])}: save it again."
+            f"{shown!r} lacks {len(missing)} weights of its model, such as {', '.join(missing[:3])}: save it again."
         )
     return model
+
+
+def _foreign_type(source: str) -> str | None:
+    """What is wrong with the model type of a folder or Hub id; None if nothing is, or it isn't known."""
+    try:
+        model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+    except (OSError, ValueError):
+        return None
+    own = [config.model_type for config in CONFIGS.values()]
+    if model_type in own:
+        return None
+    return (
+        f"its model type, {model_type!r}, isn't one of this package's ({', '.join(own)}). Code that a model brings is "
+        "never run here."
+    )
+
+
+def load_processor(source: str) -> DenseDetectorImageProcessor:
+    """The image processor beside a saved detector, by its folder or Hub id.
+
+    Raises:
+        CheckpointError: if there is none, or it can't be read.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        # transformers advises to trust the code.
+        own = "it is code of the model's own, which is never run here"
+        reason = own if "trust_remote_code" in str(error) else getattr(error, "strerror", None) or first_line(error)
+        raise CheckpointError(
+            f"{source!r} has no image processor that can be read ({reason}). Save it beside the model with "
+            "DenseDetectorImageProcessor.for_model(model.config).save_pretrained(...)."
+        ) from error
 
 
 def converted(path: Path, section: ArchitectureSection, label_names: Sequence[str]) -> Path:

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoImageProcessor
 from transformers.utils import cached_file
 
 from .data.transforms import resized_size
 from .evaluation import SUMMARY_NAMES, percent
-from .factory import count_parameters, load_detector
+from .factory import count_parameters, load_detector, load_processor
 from .hub import METRICS_FILE
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .models.modeling_dense import DenseDetector
 from .monitoring import memory_gb
+from .public import without_credentials
 from .recipe import RECIPE_FILE, RecipeError, load_recipe
 
 ASPECT = 4 / 3  # of the image that costs are told for: COCO's most frequent
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> ModelInfo:
     """`crosskd info`: print what `describe_model` finds.
 
     Raises:
-        CheckpointError: the model can't be loaded.
+        CheckpointError: the model or its image processor can't be loaded.
         ValueError: a size, batch size or number of runs below 1.
     """
     for name, value in (("--batch-size", arguments.batch_size), ("--runs", arguments.runs)):
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> ModelInfo:
     if arguments.size and min(arguments.size) < 1:
         raise ValueError(f"--size must be at least 1 pixel, got {arguments.size}")
     model = load_detector(arguments.model, None, ())
-    processor = AutoImageProcessor.from_pretrained(arguments.model)
+    processor = load_processor(arguments.model)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     size = tuple(arguments.size) if arguments.size else None
     info = describe_model(model.to(device), processor, arguments.model, size, arguments.batch_size, arguments.runs)
@@ -208,11 +208,11 @@ def _origin(model: DenseDetector, source: str) -> list[str]:
     except RecipeError as error:
         print(f"{path} can't be read: {error}", file=sys.stderr)
         return lines
-    start = recipe.model.checkpoint or f"{recipe.model.backbone_weights} backbone weights"
+    start = without_credentials(recipe.model.checkpoint or "") or f"{recipe.model.backbone_weights} backbone weights"
     lines.append(f"trained on {recipe.data.path or recipe.data.layout} ({recipe.data.train_split}), from {start}")
     if recipe.teacher is not None and recipe.distillation is not None:
         terms = [name for name in ("crosskd", "pkd", "mimic") if getattr(recipe.distillation, name)]
-        lines.append(f"distilled ({', '.join(terms)}) from {recipe.teacher.checkpoint}")
+        lines.append(f"distilled ({', '.join(terms)}) from {without_credentials(recipe.teacher.checkpoint)}")
     return lines
 
 

@@ -2,20 +2,19 @@
 
 import logging
 import math
-import ntpath
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .files import write_atomically
 from .models.configuration_dense import DenseDetectorConfig
+from .public import last_part, public, without_tokens
 from .recipe import RECIPE_FILE, DataSection, Recipe
 from .version import __version__
 
@@ -39,7 +38,6 @@ COCO_METRICS = {
     "APl": "IoU 0.50:0.95, areas above 96^2 pixels, 100 detections an image",
 }
 LIBRARIES = ("torch", "torchvision", "transformers", "timm", "accelerate", "datasets", "pycocotools")
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}|\bapi_org_[A-Za-z0-9]{16,}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PAPER = "https://arxiv.org/abs/2306.11369"
 CITATION = """@inproceedings{wang2024crosskd,
@@ -173,7 +171,7 @@ def data_facts(data: DataSection, images: int | None) -> DataFacts:
     if data.layout == "shapes":
         name = "generated shapes"
     else:
-        name = data.path if on_hub else _last(data.path)
+        name = data.path if on_hub else last_part(data.path)
     return DataFacts(name, data.path if on_hub else None, data.config, data.val_split, images)
 
 
@@ -184,7 +182,7 @@ def _teacher_facts(config: DenseDetectorConfig, recipe: Recipe | None) -> Teache
     if source == "random":
         name = "a teacher with random weights"
     else:
-        name = hub_id or (_public(source) if "://" in source else _last(source)) or "a teacher made in Python"
+        name = hub_id or (public(source) if "://" in source else last_part(source)) or "a teacher made in Python"
     return TeacherFacts(config, name, hub_id)
 
 
@@ -230,37 +228,10 @@ def _library(name: str) -> str | None:
 def public_recipe(recipe: Recipe) -> str:
     """A resolved recipe as YAML, without the folders of the machine, credentials in URLs, or tokens."""
     content = {
-        section: values and {key: _public(value) for key, value in values.items()}
+        section: values and {key: public(value) for key, value in values.items()}
         for section, values in recipe.to_dict().items()
     }
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-
-
-def _public(value: Any) -> Any:
-    """A value with absolute paths cut to their last part, and URLs to what isn't secret."""
-    if isinstance(value, dict):
-        return {key: _public(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_public(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    value = _without_tokens(value)
-    if "://" in value and not value.startswith("file:"):
-        parts = urlsplit(value)
-        # User names, signatures and tokens stand before the host and behind the path.
-        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-    if value.startswith(("/", "~", "file:", "\\")) or ntpath.splitdrive(value)[0]:
-        return _last(value)
-    return value
-
-
-def _last(path: str) -> str:
-    """The last part of a path, of whichever system it is."""
-    return _without_tokens(re.split(r"[/\\]", path.rstrip("/\\"))[-1])
-
-
-def _without_tokens(text: str) -> str:
-    return TOKEN.sub("REMOVED", text)
 
 
 # The card -------------------------------------------------------------------------------------------------------
@@ -284,7 +255,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         f"## Citation\n\n```bibtex\n{CITATION}\n```",
     )
     text = "\n\n".join(section for section in sections if section)
-    return ModelCard(_without_tokens(f"---\n{card_data(facts).to_yaml()}\n---\n\n{text}\n"))
+    return ModelCard(without_tokens(f"---\n{card_data(facts).to_yaml()}\n---\n\n{text}\n"))
 
 
 def card_data(facts: CardFacts) -> ModelCardData:

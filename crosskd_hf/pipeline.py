@@ -4,17 +4,20 @@ transformers' own joins `pixel_values` of one shape only, and would fail on such
 this class in its place for the task; detectors that aren't this package's get transformers' pipeline as before.
 """
 
+import base64
 import os
 from typing import Any
 
 from PIL import Image
 from transformers import ObjectDetectionPipeline, PreTrainedModel
-from transformers.image_utils import load_image
+from transformers.image_utils import httpx  # what its own pipelines fetch with: httpx, or httpx2 since some version
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .data.images import load_rgb, to_rgb, upright
+from .convert import first_line
+from .data.images import LARGEST_FILE, ImageError, load_rgb, to_rgb, upright
 from .inference import detect_images
 from .models.modeling_dense import DenseDetector
+from .public import without_credentials
 
 TASK = "object-detection"
 
@@ -34,15 +37,15 @@ class DenseDetectionPipeline(ObjectDetectionPipeline):
     def preprocess(self, image: "str | Image.Image", timeout: float | None = None) -> dict[str, Any]:
         """What the model takes of an image, in a dict of its own: the pipeline would join tensors of a batch.
 
+        Args:
+            image: path of a file, URL, base64 with or without `data:image/...;base64,` before it, or opened image.
+            timeout: seconds to wait for a server; None waits for ever.
+
         Raises:
-            ImageError: a file that can't be read.
+            ImageError: what can't be fetched or read.
+            TypeError: none of these.
         """
-        if isinstance(image, Image.Image):
-            image = to_rgb(upright(image))
-        elif os.path.isfile(image):
-            image = load_rgb(image)
-        else:  # a URL, or an image in base64
-            image = load_image(image, timeout=timeout)
+        image = to_rgb(upright(image)) if isinstance(image, Image.Image) else _read(image, timeout)
         inputs = dict(self.image_processor(image, return_tensors="pt"))
         return {"inputs": inputs, "target_size": (image.height, image.width)}
 
@@ -62,6 +65,50 @@ class DenseDetectionPipeline(ObjectDetectionPipeline):
             for score, label, box in rows
             if score > threshold
         ]
+
+
+def _read(source: str, timeout: float | None) -> Image.Image:
+    """A file, URL or base64 as `load_rgb` reads it. transformers' `load_image` has Pillow start programs (EPS)."""
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"an image must be a path, a URL, base64 or a PIL image, got a {type(source).__name__}")
+    if os.path.isfile(source):
+        return load_rgb(source)
+    source = os.fspath(source)
+    if source.startswith(("http://", "https://")):
+        return load_rgb(_fetched(source, timeout))
+    try:
+        return load_rgb(_decoded(source))
+    except ValueError as error:  # what isn't base64, too
+        raise ImageError(f"is no file, no URL, and no image in base64 ({first_line(error)})") from error
+
+
+def _fetched(url: str, timeout: float | None) -> bytes:
+    """The content of an address. It isn't asked to pack it: what is small packed could be large."""
+    content = bytearray()
+    headers = {"Accept-Encoding": "identity"}
+    try:
+        with httpx.stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
+            if not response.is_success:
+                raise ImageError(f"can't be fetched (status {response.status_code})")
+            for chunk in response.iter_bytes():
+                content += chunk
+                _check_length(len(content))
+    except httpx.InvalidURL:  # quotes it, with its password
+        raise ImageError("can't be fetched (the address isn't valid)") from None
+    except httpx.HTTPError as error:
+        raise ImageError(f"can't be fetched ({without_credentials(first_line(error))})") from error
+    return bytes(content)
+
+
+def _decoded(text: str) -> bytes:
+    encoded = text.partition(",")[2] if text.startswith("data:image/") else text
+    _check_length(len(encoded) // 4 * 3 - encoded[-2:].count("="))
+    return base64.decodebytes(encoded.encode())
+
+
+def _check_length(length: int) -> None:
+    if length > LARGEST_FILE:
+        raise ImageError(f"has more than {LARGEST_FILE:,} bytes, which no image has that is read")
 
 
 def register() -> None:

@@ -25,10 +25,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor
 
 from .data.images import ImageError, load_rgb
-from .factory import load_detector
+from .factory import load_detector, load_processor
 from .image_files import (
     PredictionError,
     category_ids_of,
@@ -38,7 +37,6 @@ from .image_files import (
     picture_names,
     read_annotated,
     relative_names,
-    words,
 )
 from .inference import detect_images
 from .models.image_processing_dense import DenseDetectorImageProcessor
@@ -137,7 +135,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         PredictionError: wrong arguments, no image to read, an image that can't be read (with `--on-error stop`), or
             results that can't be written. `predictions.json` is then as it was before.
-        CheckpointError: the model can't be loaded.
+        CheckpointError: the model or its image processor can't be loaded.
     """
     _check_numbers(arguments.batch_size, arguments.workers, arguments.threshold, arguments.json_threshold)
     paths = find_images(arguments.sources, arguments.recursive)
@@ -248,14 +246,7 @@ def _detect(
 
 
 def _load(source: str, device: str | None) -> tuple[DenseDetector, DenseDetectorImageProcessor]:
-    model = load_detector(source, None, ())
-    try:
-        processor = AutoImageProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise PredictionError(
-            f"{source!r} has no image processor that can be read ({words(error)}). Save it beside the model with "
-            "DenseDetectorImageProcessor.for_model(model.config).save_pretrained(...)."
-        ) from error
+    model, processor = load_detector(source, None, ()), load_processor(source)
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return model.to(torch.device(name)), processor

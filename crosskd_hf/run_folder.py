@@ -8,6 +8,7 @@ from .factory import weights_digest
 from .files import write_atomically
 from .models.modeling_dense import DenseDetector
 from .progress import say
+from .public import without_credentials
 from .recipe import RECIPE_FILE, Recipe, RecipeError, load_recipe
 from .training_args import DetectionTrainingArguments
 
@@ -75,10 +76,17 @@ def recipe_changes(before: Recipe, now: Recipe) -> dict[str, str]:
         )
     ignored = {"data.cache_dir", *(f"training.{name}" for name in (*MAY_CHANGE, *BATCH))}
     return {
-        key: f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
+        key: _change(key, old.get(key), new.get(key))
         for key in sorted({*old, *new} - ignored)
         if old.get(key) != new.get(key)
     }
+
+
+def _change(key: str, old: object, new: object) -> str:
+    shown, now = (without_credentials(repr(value)) for value in (old, new))
+    if shown == now:
+        return f"{key}: another user, password or query of {shown}"
+    return f"{key}: was {shown}, is {now}"
 
 
 def flat_settings(recipe: Recipe) -> dict[str, object]:

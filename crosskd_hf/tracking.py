@@ -14,6 +14,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 
 from .evaluation import CocoEvaluator
 from .examples import THRESHOLD, Boxes, drawn, evenly_spaced, example
+from .public import without_credentials
 from .recipe import RECIPE_FILE
 from .visualization import contact_sheet
 
@@ -36,7 +37,7 @@ class TrackingCallback(TrainerCallback):
         """After the trackers' own, which open the run."""
         path = self.trainer.run_folder / RECIPE_FILE
         if state.is_world_process_zero and path.is_file():
-            log_text(self.trainer, "recipe", path.read_text(encoding="utf-8"))
+            log_text(self.trainer, "recipe", without_credentials(path.read_text(encoding="utf-8")))
 
     def on_evaluate(self, args, state, control, **kwargs) -> None:
         """After the metrics."""

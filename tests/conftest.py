@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: several wor
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads of tests that ask for two sleep, and don't spin
 
 import pytest
+from file_server import FileServer
 from PIL import Image
 
 
@@ -51,6 +52,14 @@ def bccd(request: pytest.FixtureRequest) -> Path:
 def golden(request: pytest.FixtureRequest) -> Path:
     """The golden cases."""
     return _folder(Path(request.config.getoption("--golden")))
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    """A server of files on this machine."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with FileServer() as served:
+        yield served
 
 
 @pytest.fixture

@@ -1,12 +1,11 @@
 """Fetching checkpoints from a server on this machine: once, checked, going on after a broken connection."""
 
 import hashlib
-import http.server
 import os
-import threading
 from pathlib import Path
 
 import pytest
+from file_server import FileServer
 
 from crosskd_hf.convert import CheckpointError
 from crosskd_hf.download import check_hash, fetch
@@ -36,60 +35,6 @@ def test_no_hash_in_the_name(tmp_path, name):
 def left(folder: Path) -> list[str]:
     """What a download leaves, without locks."""
     return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-
-
-class Server:
-    """An HTTP server on this machine: path -> content; every request is noted."""
-
-    def __init__(self):
-        self.files: dict[str, bytes] = {}
-        self.promised: dict[str, int] = {}
-        self.versions: dict[str, str] = {}
-        self.requests: list[str] = []
-        self.ranges: list[int] = []
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                outer.requests.append(self.path)
-                if self.path not in outer.files:
-                    self.send_error(404)
-                    return
-                content, version = outer.files[self.path], outer.versions.get(self.path)
-                promised, start = outer.promised.get(self.path, len(content)), 0
-                if self.headers.get("Range") and self.headers.get("If-Range") == version:
-                    start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-                    outer.ranges.append(start)
-                    if start >= promised:
-                        self.send_error(416)
-                        return
-                self.send_response(206 if start else 200)
-                if start:
-                    self.send_header("Content-Range", f"bytes {start}-{promised - 1}/{promised}")
-                if version:
-                    self.send_header("ETag", version)
-                content, promised = content[start:], promised - start
-                self.send_header("Content-Length", str(promised))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args):
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    served = Server()
-    thread = threading.Thread(target=served.http.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield served
-    served.http.shutdown()
-    served.http.server_close()
-    thread.join()
 
 
 def test_fetches_once(tmp_path, server):
@@ -130,6 +75,40 @@ def test_bad_address(tmp_path):
         fetch("nothing://host/a.pth", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "{url}/gone.pth?token=secret&user=secret#secret",
+        "http://someone:secret@127.0.0.1/gone.pth",
+        "http://secret@127.0.0.1:1/gone.pth",
+        "http://someone:[secret]@127.0.0.1/gone.pth",
+        "{url}/gone.pth?token=secret with a space",
+        "{url}/gone.pth?token=sécret",
+        "nothing://someone:secret@127.0.0.1/gone.pth",
+    ],
+)
+def test_no_credentials_in_messages(tmp_path, server, address):
+    with pytest.raises(CheckpointError, match=r"127\.0\.0\.1[:\d]*/gone\.pth can't be fetched \(.*") as raised:
+        fetch(address.format(url=server.url), tmp_path)
+    error: BaseException | None = raised.value
+    while error:  # a traceback shows the causes, too
+        assert not any(word in str(error) for word in ("secret", "sécret", "someone"))
+        error = error.__cause__
+    assert not left(tmp_path)
+
+
+def test_no_credentials_in_names(tmp_path, server, capsys):
+    """The query of an address is no part of the file's name: it would be in the cache, progress and messages."""
+    name = f"gfl-{hash_of(CONTENT)[:8]}.pth"
+    server.files |= {f"/{name}?sig=secret": CONTENT, "/a.pth?sig=secret": CONTENT, "/a.pth?sig=other": b"other"}
+    assert fetch(f"{server.url}/{name}?sig=secret", tmp_path).name == name
+    paths = [fetch(f"{server.url}/a.pth?sig={sig}", tmp_path) for sig in ("secret", "other")]
+    assert [path.read_bytes() for path in paths] == [CONTENT, b"other"]
+    assert all(path.name.endswith("_a.pth") for path in paths)
+    assert not any("secret" in path.name for path in tmp_path.iterdir())
+    assert "secret" not in "".join(capsys.readouterr())
+
+
 def test_wrong_hash_leaves_nothing_behind(tmp_path, server):
     server.files["/gfl-00000000.pth"] = b"weights"
     with pytest.raises(CheckpointError, match="its name promises 00000000"):
@@ -147,9 +126,10 @@ def test_a_broken_download_of_an_unknown_version_leaves_nothing_behind(tmp_path,
     assert fetch(f"{server.url}/{name}", tmp_path).read_bytes() == b"w" * 3000
 
 
-def test_files_of_one_name_without_hash_are_kept_apart(tmp_path, server):
-    server.files |= {"/a/best.pth": b"a", "/b/best.pth": b"b"}
-    paths = [fetch(f"{server.url}/{folder}/best.pth", tmp_path) for folder in "ab"]
+@pytest.mark.parametrize("name", ["best.pth", "model-20200131.pth"], ids=["no hash", "date"])
+def test_files_of_one_name_without_hash_are_kept_apart(tmp_path, server, name):
+    server.files |= {f"/a/{name}": b"a", f"/b/{name}": b"b"}
+    paths = [fetch(f"{server.url}/{folder}/{name}", tmp_path) for folder in "ab"]
     assert [path.read_bytes() for path in paths] == [b"a", b"b"]
     assert {Path(path).suffix for path in paths} == {".pth"}
 
@@ -158,7 +138,7 @@ CONTENT = bytes(range(250)) * 12
 NAMES = pytest.mark.parametrize("name", ["gfl.pth", f"gfl-{hash_of(CONTENT)[:8]}.pth"], ids=["no hash", "hash"])
 
 
-def break_off(server: Server, name: str, tmp_path: Path, after: int, version: str = '"1"') -> None:
+def break_off(server: FileServer, name: str, tmp_path: Path, after: int, version: str = '"1"') -> None:
     path = f"/{name}"
     server.files[path], server.promised[path], server.versions[path] = CONTENT[:after], len(CONTENT), version
     with pytest.raises(CheckpointError, match=rf"broke after {after} of 3000 bytes, the next try goes on from there"):

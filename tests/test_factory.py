@@ -296,6 +296,13 @@ def test_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
         load_detector("runs/begun", None, ())
 
 
+def test_no_credentials_in_messages():
+    for source in ("https://someone:secret@127.0.0.1/a?sig=secret", "https://someone:secret@127.0.0.1:1/a.pth"):
+        with pytest.raises(CheckpointError, match=r"https://127\.0\.0\.1.*a") as error:
+            load_detector(source, None if source.endswith("pth") else teacher(source), ())
+        assert "secret" not in str(error.value) and "someone" not in str(error.value)
+
+
 def test_a_detector_of_another_kind(tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "image_size": [32, 32], "num_detection_tokens": 2}
     YolosForObjectDetection(YolosConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)).save_pretrained(tmp_path)

@@ -56,7 +56,8 @@ def test_the_size_is_the_processors(saved: Path, capsys: pytest.CaptureFixture) 
 
 def test_recipe_and_metrics_beside_the_model(saved: Path, capsys: pytest.CaptureFixture) -> None:
     (saved / "recipe.yaml").write_text(
-        "model: {backbone_weights: random}\nteacher: {checkpoint: runs/teacher}\ndistillation: {pkd: 1.0}\n"
+        "model: {backbone_weights: random}\nteacher: {checkpoint: 'https://me:pw@a.org/b.pth?sig=x'}\n"
+        "distillation: {pkd: 1.0}\n"
         "data: {path: data/cells, train_split: train}\ntraining: {output_dir: runs/x}\n"
     )
     (saved / "evaluation").mkdir(exist_ok=True)
@@ -68,7 +69,7 @@ def test_recipe_and_metrics_beside_the_model(saved: Path, capsys: pytest.Capture
         (saved / "recipe.yaml").unlink()
     assert "1 x 3 x 64 x 64" in text
     assert "trained on data/cells (train), from random backbone weights" in text
-    assert "distilled (crosskd, pkd) from runs/teacher" in text
+    assert "distilled (crosskd, pkd) from https://a.org/b.pth\n" in text
     assert "AP 41.0  AP50 62.0  APs -" in text
 
 

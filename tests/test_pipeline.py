@@ -1,11 +1,16 @@
 """The pipeline against `predict` and against the processor and model by hand."""
 
+import base64
+import io
 import logging
+import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from file_server import FileServer
+from PIL import EpsImagePlugin, Image
 from tiny import tiny_model, tiny_processor
 from transformers import AutoModelForObjectDetection, ObjectDetectionPipeline, pipeline
 
@@ -96,6 +101,125 @@ def test_an_unreadable_file_is_said_to_be_one(folder: Path, tmp_path: Path) -> N
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(ImageError, match="it is no image: AVIF, BMP"):
         pipeline("object-detection", model=str(folder / "model"))(str(tmp_path / "broken.png"))
+
+
+def in_base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+@pytest.fixture
+def reader(folder: Path) -> DenseDetectionPipeline:
+    return pipeline("object-detection", model=str(folder / "model"))
+
+
+def test_addresses_and_base64(
+    folder: Path, tmp_path: Path, server: FileServer, reader: DenseDetectionPipeline
+) -> None:
+    """Their content is read as that of a file: 16 bits aren't cut off to white."""
+    Image.frombytes("I;16", (96, 64), os.urandom(2 * 96 * 64)).save(tmp_path / "deep.png")
+    for path in (Path(paths(folder)[0]), tmp_path / "deep.png"):
+        content = path.read_bytes()
+        server.files["/a.png?size=1"] = content
+        url, encoded = f"{server.url}/a.png?size=1", in_base64(content)
+        # The last: with line breaks, as `base64` of a shell and MIME write it.
+        sources = [url, encoded, f"data:image/png;base64,{encoded}", base64.encodebytes(content).decode()]
+        expected = reader(str(path), threshold=0.0)
+        assert expected and reader(sources, threshold=0.0, timeout=10) == [expected] * 4
+    assert server.requests == ["/a.png?size=1"] * 2
+
+
+def test_redirects_are_followed(folder: Path, server: FileServer, reader: DenseDetectionPipeline) -> None:
+    server.files["/b.png"], server.moved["/a.png"] = Path(paths(folder)[0]).read_bytes(), "/b.png"
+    assert reader(f"{server.url}/a.png") == reader(paths(folder)[0])
+
+
+@pytest.fixture
+def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that is there once Pillow has started a `gs`."""
+    started = tmp_path / "started"
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "gs"
+    program.write_text(f"#!/bin/sh\necho gs >> {started}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # what Pillow found earlier
+    return started
+
+
+def eps() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "eps")
+    return file.getvalue()
+
+
+def test_pillow_starts_ghostscript(ghostscript: Path) -> None:
+    """If it is asked to: the next test could fail."""
+    with pytest.raises(OSError), Image.open(io.BytesIO(eps())) as image:
+        image.load()
+    assert ghostscript.exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "address", "base64", "data"])
+def test_no_program_is_started_for_an_image(
+    tmp_path: Path, server: FileServer, reader: DenseDetectionPipeline, ghostscript: Path, kind: str
+) -> None:
+    (tmp_path / "a.png").write_bytes(eps())
+    server.files["/a.png"] = eps()
+    sources = {
+        "file": str(tmp_path / "a.png"),
+        "address": f"{server.url}/a.png",
+        "base64": in_base64(eps()),
+        "data": f"data:image/png;base64,{in_base64(eps())}",
+    }
+    with pytest.raises(ImageError, match="it is no image: AVIF, BMP"):
+        reader(sources[kind])
+    assert not ghostscript.exists()
+
+
+def test_addresses_that_give_no_image(server: FileServer, reader: DenseDetectionPipeline) -> None:
+    server.files["/page.png"] = b"<html></html>"
+    with pytest.raises(ImageError, match="it is no image: AVIF, BMP"):
+        reader(f"{server.url}/page.png")
+    with pytest.raises(ImageError, match=r"^can't be fetched \(status 404\)$"):
+        reader(f"{server.url}/gone.png?token=secret")
+    server.http.server_close()
+    for url in (f"{server.url}/a.png?token=secret", "http://[someone:secret@/a.png", "https://"):
+        with pytest.raises(ImageError, match=r"^can't be fetched \(") as error:
+            reader(url)
+        assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["images/mistyped.png", "", "data:image/png", "data:image/png;base64,%%", "é"])
+def test_what_is_no_image_at_all(reader: DenseDetectionPipeline, source: str) -> None:
+    with pytest.raises(ImageError, match="is no file, no URL, and no image in base64"):
+        reader(source)
+
+
+def test_what_is_no_image_and_no_text(reader: DenseDetectionPipeline) -> None:
+    with pytest.raises(TypeError, match="path, a URL, base64 or a PIL image, got a int"):
+        reader.preprocess(3)
+
+
+def test_large_downloads_are_refused(
+    folder: Path, server: FileServer, reader: DenseDetectionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = Path(paths(folder)[0]).read_bytes()
+    server.files["/a.png"] = content
+    monkeypatch.setattr("crosskd_hf.pipeline.LARGEST_FILE", len(content))
+    assert reader(f"{server.url}/a.png") == reader(in_base64(content)) == reader(paths(folder)[0])
+    monkeypatch.setattr("crosskd_hf.pipeline.LARGEST_FILE", len(content) - 1)
+    with pytest.raises(ImageError, match=rf"has more than {len(content) - 1:,} bytes"):
+        reader(f"{server.url}/a.png")
+    with pytest.raises(ImageError, match=rf"has more than {len(content) - 1:,} bytes"):
+        reader(in_base64(content))
+
+
+def test_a_timeout(server: FileServer, reader: DenseDetectionPipeline) -> None:
+    server.delay = 5
+    begin = time.monotonic()
+    with pytest.raises(ImageError, match=r"can't be fetched .*timed out"):
+        reader(f"{server.url}/a.png", timeout=0.2)
+    assert time.monotonic() - begin < 4
 
 
 def test_no_error_is_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

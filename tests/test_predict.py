@@ -506,7 +506,7 @@ def test_no_such_model(tmp_path: Path, saved: str) -> None:
     with pytest.raises(CheckpointError, match="can't be loaded as a detector"):
         command(tmp_path / "nothing", path)
     tiny_model().save_pretrained(tmp_path / "bare")
-    with pytest.raises(PredictionError, match=r"bare' has no image processor"):
+    with pytest.raises(CheckpointError, match=r"bare' has no image processor"):
         command(tmp_path / "bare", path)
 
 

@@ -50,6 +50,16 @@ def test_changes_are_shown_and_refused_unless_accepted(tmp_path: Path, capsys: p
     assert "training.learning_rate: was 0.01, is 0.5" in capsys.readouterr().out
 
 
+def test_changes_are_shown_without_credentials() -> None:
+    before = recipe("teacher.checkpoint=https://me:secret@a.org/b.pth?sig=secret")
+    changes = run_folder.recipe_changes(before, recipe("teacher.checkpoint=https://a.org/c.pth?sig=secret"))
+    line = changes["teacher.checkpoint"]
+    assert line == "teacher.checkpoint: was 'https://a.org/b.pth', is 'https://a.org/c.pth'"
+    changes = run_folder.recipe_changes(before, recipe("teacher.checkpoint=https://a.org/b.pth?sig=other"))
+    line = changes["teacher.checkpoint"]
+    assert line == "teacher.checkpoint: another user, password or query of 'https://a.org/b.pth'"
+
+
 @pytest.mark.parametrize("change", ["model.detector=atss", "model.fpn_channels=128", "training.bias_lr_factor=2"])
 def test_what_checkpoints_do_not_fit_is_refused_all_the_same(tmp_path: Path, change: str) -> None:
     recipe().save(tmp_path / RECIPE_FILE)

@@ -1,5 +1,6 @@
 """Files from strangers: nothing in them is executed, and the message names the file."""
 
+import io
 import json
 import os
 from collections.abc import Callable
@@ -13,10 +14,12 @@ from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
 from transformers import AutoModelForObjectDetection
 
 from crosskd_hf.checkpoints import MARKER, mark_complete
+from crosskd_hf.cli import main
 from crosskd_hf.convert import CheckpointError
 from crosskd_hf.data.images import ImageError, inspect_image, load_rgb, load_tensor
 from crosskd_hf.factory import load_detector
 from crosskd_hf.pipeline import DenseDetectionPipeline
+from crosskd_hf.public import without_credentials
 from crosskd_hf.recipe import RecipeError, load_recipe
 from crosskd_hf.trainer import DetectionTrainer
 
@@ -73,14 +76,61 @@ def test_other_pickles_beside_a_model_are_not_looked_at(saved: Path, proof: Path
     assert not proof.exists()
 
 
-def test_code_that_a_model_brings_is_not_run(saved: Path, proof: Path, tmp_path: Path) -> None:
-    """`auto_map` is how models of the Hub name code of their own; trust_remote_code is never needed here."""
-    config = json.loads((saved / "config.json").read_text())
-    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForObjectDetection": "evil.Model"}
-    (saved / "config.json").write_text(json.dumps(config))
-    (saved / "evil.py").write_text(f"import os\nos.mkdir({str(proof)!r})\n")
-    model = AutoModelForObjectDetection.from_pretrained(saved)
-    assert type(model) is type(tiny_model()) and not proof.exists()
+def bring_code(folder: Path, file: str, proof: Path, **content: object) -> None:
+    """Have a file of a model name code of its own, as models of the Hub do; `content` is put into that file."""
+    path = folder / file
+    known = json.loads(path.read_text()) if path.exists() else {}
+    names = ("AutoConfig", "AutoModelForObjectDetection", "AutoImageProcessor")
+    content["auto_map"] = {name: f"evil.{name}" for name in names}
+    path.write_text(json.dumps(known | content))
+    (folder / "evil.py").write_text(f"import os\nos.mkdir({str(proof)!r})\n")
+
+
+@pytest.fixture
+def yes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whoever asks on the terminal is told yes."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+
+
+@pytest.mark.usefixtures("yes")
+def test_code_that_a_model_brings_is_dangerous(saved: Path, proof: Path) -> None:
+    """transformers asks whether to run it."""
+    bring_code(saved, "config.json", proof, model_type="evil")
+    with pytest.raises(AttributeError, match="has no attribute 'AutoConfig'"):
+        AutoModelForObjectDetection.from_pretrained(saved)
+    assert proof.is_dir()
+
+
+@pytest.mark.usefixtures("yes")
+@pytest.mark.parametrize("model_type", ["evil", "bert", None])
+def test_code_that_a_model_brings_is_not_run(saved: Path, proof: Path, model_type: str | None) -> None:
+    """trust_remote_code is never needed here. "bert" is known to transformers, but as no detector."""
+    bring_code(saved, "config.json", proof, model_type=model_type)
+    with pytest.raises(CheckpointError, match=rf"model'.*model type, {model_type!r}, isn't one of .*crosskd_gfl"):
+        load_detector(str(saved), None, ())
+    assert not proof.exists()
+
+
+@pytest.mark.usefixtures("yes")
+def test_code_beside_a_model_of_this_package_is_not_run(saved: Path, proof: Path) -> None:
+    bring_code(saved, "config.json", proof)
+    assert type(load_detector(str(saved), None, ())) is type(tiny_model()) and not proof.exists()
+
+
+@pytest.mark.usefixtures("yes")
+@pytest.mark.parametrize("command", ["predict", "evaluate", "info", "export"])
+def test_an_image_processor_that_a_model_brings_is_not_run(
+    saved: Path, proof: Path, command: str, tmp_path: Path
+) -> None:
+    bring_code(saved, "preprocessor_config.json", proof, image_processor_type="EvilImageProcessor")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    options = {"predict": [str(tmp_path / "a.png"), "--output-dir", str(tmp_path / "out")]}.get(command, [])
+    with pytest.raises(
+        SystemExit, match=r"model' has no image processor that can be read \(it is code of the model's"
+    ):
+        main([command, str(saved), *options])
+    assert not proof.exists()
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +193,22 @@ def test_the_pipeline_refuses_image_bombs(saved: Path, tmp_path: Path) -> None:
     pipe = DenseDetectionPipeline(model=model, image_processor=tiny_processor(model))
     with pytest.raises((ImageError, Image.DecompressionBombError)):
         pipe(str(tmp_path / "bomb.png"))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://a.org/b.pth?sig=x#y", "https://a.org/b.pth"),
+        ("https://me:p'w\"<@a.org:80/b.pth", "https://a.org:80/b.pth"),
+        ("from 'http://me@a.org/b?x=1', or s3://key:pw@c/d.", "from 'http://a.org/b', or s3://c/d."),
+        ("http://a.org?x/y@z", "http://a.org"),
+        ("http://[bad/x?y", "http://[bad/x"),
+        (f"https://a.org/{TOKEN}/b {TOKEN}", "https://a.org/REMOVED/b REMOVED"),
+        ("runs/a?b, me@a.org, C:/x://y", "runs/a?b, me@a.org, C:/x://y"),
+    ],
+)
+def test_credentials_in_texts(text: str, shown: str) -> None:
+    assert without_credentials(text) == shown
 
 
 def test_recipes_hold_no_token() -> None:

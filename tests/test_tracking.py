@@ -44,7 +44,9 @@ def test_tensorboard(tmp_path: Path) -> None:
     split = tiny_split(tmp_path / "data")
     args = tiny_args(tmp_path / "run", report_to="tensorboard", max_steps=2, evaluation_pictures=3)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "recipe.yaml").write_text("model:\n  detector: gfl\n")
+    (tmp_path / "run" / "recipe.yaml").write_text(
+        "model:\n  detector: gfl\nteacher:\n  checkpoint: https://me:pw@a.org/b.pth?sig=secret\n"
+    )
     model = tiny_model()
     trainer = DistillationTrainer(model, tiny_model(seed=1), args, split, split, tiny_processor(model))
     trainer.train()
@@ -58,6 +60,7 @@ def test_tensorboard(tmp_path: Path) -> None:
         if "recipe/text_summary" in events.Tags()["tensors"]:
             text = events.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0].decode()
             assert "detector: gfl" in text
+            assert "checkpoint: https://a.org/b.pth\n" in text, "trackers show it to others"
         if events.Tags()["images"]:
             picture = Image.open(io.BytesIO(events.Images("eval/examples")[0].encoded_image_string))
             assert events.Images("eval/examples")[0].step == 2
