@@ -9,7 +9,6 @@ from .files import write_atomically
 from .models.modeling_dense import DenseDetector
 from .progress import say
 from .recipe import RECIPE_FILE, Recipe, RecipeError, load_recipe
-from .training_args import DetectionTrainingArguments
 
 TEACHER_FILE = "teacher.json"  # of which weights a run learns
 STATE_FILE = "trainer_state.json"  # written last: a run that has it beside its model is finished
@@ -82,8 +81,9 @@ def recipe_changes(before: Recipe, now: Recipe) -> dict[str, str]:
 
 
 def flat_settings(recipe: Recipe) -> dict[str, object]:
-    """`section.key` -> value."""
-    sections = ((name, values or {}) for name, values in recipe.to_dict().items())
+    """`section.key` -> value, of `training` too those that weren't given: a default may be written out."""
+    content = {**recipe.to_dict(), "training": recipe.training_values()}
+    sections = ((name, values or {}) for name, values in content.items())
     settings = {f"{name}.{key}": value for name, values in sections for key, value in values.items()}
     for key in ("teacher.checkpoint", "model.checkpoint", "data.path"):  # one folder has several names
         if settings.get(key) and Path(settings[key]).exists():
@@ -136,8 +136,8 @@ def check_batch(recipe: Recipe, output: Path, processes: int, accept_changes: bo
 
 
 def _batch(recipe: Recipe, processes: int) -> tuple[int, int, int]:
-    defaults = DetectionTrainingArguments.__dataclass_fields__
-    images, accumulated = (recipe.training.get(name, defaults[name].default) for name in BATCH)
+    values = recipe.training_values()
+    images, accumulated = (values[name] for name in BATCH)
     return processes, images, accumulated
 
 

@@ -50,6 +50,16 @@ def test_changes_are_shown_and_refused_unless_accepted(tmp_path: Path, capsys: p
     assert "training.learning_rate: was 0.01, is 0.5" in capsys.readouterr().out
 
 
+def test_a_default_that_is_written_out_is_no_change(tmp_path: Path) -> None:
+    defaults = ["training.momentum=0.9", "training.sync=false", "training.lr_milestones=[8, 11]"]
+    defaults += ["training.lr_scheduler_type=linear", "training.ema_decay=null"]
+    for begun, now in ((recipe(), recipe(*defaults)), (recipe(*defaults), recipe())):
+        begun.save(tmp_path / RECIPE_FILE)
+        assert not run_folder.check_output(now, tmp_path)
+    with pytest.raises(RecipeError, match=r"training\.momentum: was 0\.9, is 0\.8"):
+        run_folder.check_output(recipe("training.momentum=0.8"), tmp_path)
+
+
 @pytest.mark.parametrize("change", ["model.detector=atss", "model.fpn_channels=128", "training.bias_lr_factor=2"])
 def test_what_checkpoints_do_not_fit_is_refused_all_the_same(tmp_path: Path, change: str) -> None:
     recipe().save(tmp_path / RECIPE_FILE)
