@@ -1,11 +1,15 @@
 """A run's output folder: whether a recipe may go on with what is in it, and what a finished run says."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+from transformers import TrainerState
+
 from .checkpoints import MARKER, checkpoint_folders
 from .factory import weights_digest
-from .files import write_atomically
+from .files import flush_to_disk, write_atomically
+from .hub import UPLOADED
 from .models.modeling_dense import DenseDetector
 from .progress import say
 from .recipe import RECIPE_FILE, Recipe, RecipeError, load_recipe
@@ -167,9 +171,35 @@ def check_teacher(teacher: DenseDetector, output: Path, accept_changes: bool = F
     say(f"goes on with a teacher of other weights than {output} was begun with")
 
 
+def mark_finished(state: TrainerState, output: Path) -> None:
+    """Write the state that says that a run is finished. One process is to call it, when all else is written.
+
+    What the run leaves is flushed to the disk first and the state appears at once, so that a power cut can't leave a
+    finished run without its model.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    for path in (path for pattern in UPLOADED for path in output.glob(pattern)):
+        if path.name != STATE_FILE:
+            flush_to_disk(path)
+    text = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"  # as transformers writes it
+    write_atomically(output / STATE_FILE, text)
+
+
 def is_finished(output: Path) -> bool:
-    """Whether a folder holds the model and the metrics of a run that came to its end."""
-    return (output / STATE_FILE).is_file() and (output / "config.json").is_file()
+    """Whether a folder holds the model and the metrics of a run that came to its end.
+
+    A state that can't be read, as a power cut may have left it, is none: the run goes on from its last checkpoint.
+    """
+    if not ((output / STATE_FILE).is_file() and (output / "config.json").is_file()):
+        return False
+    try:
+        state = json.loads((output / STATE_FILE).read_text(encoding="utf-8"))
+        last = state["global_step"]
+        return any("eval_AP" in entry and entry["step"] == last for entry in state["log_history"])
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def final_metrics(output: Path) -> dict[str, float]:

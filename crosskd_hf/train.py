@@ -29,7 +29,15 @@ from .models.image_processing_dense import DenseDetectorImageProcessor
 from .monitoring import NonFiniteLossError
 from .progress import say, set_quiet
 from .recipe import RECIPE_FILE, Recipe, RecipeError, load_recipe
-from .run_folder import check_batch, check_output, check_teacher, final_metrics, is_finished, note_teacher
+from .run_folder import (
+    check_batch,
+    check_output,
+    check_teacher,
+    final_metrics,
+    is_finished,
+    mark_finished,
+    note_teacher,
+)
 from .run_log import use_run_log
 from .trainer import DetectionTrainer, DistillationTrainer
 
@@ -141,7 +149,8 @@ def run(trainer: DetectionTrainer, recipe: Recipe) -> None:
             print_metrics(metrics)
         if trainer.args.push_to_hub:
             trainer.push_to_hub()
-        trainer.save_state()  # the last file: see `is_finished`
+        if trainer.is_world_process_zero():
+            mark_finished(trainer.state, output)  # the last file: see `is_finished`
 
 
 def print_metrics(metrics: dict[str, float]) -> None:

@@ -32,6 +32,27 @@ def test_a_finished_runs_table_is_in_the_order_of_the_labels(tmp_path: Path) -> 
     assert found == metrics and list(found)[-2:] == ["eval_AP/bee", "eval_AP/ant"]
 
 
+@pytest.mark.parametrize(
+    ("text", "finished"),
+    [
+        ('{"global_step": 3, "log_history": [{"eval_AP": NaN, "step": 3}, {"train_loss": 1, "step": 3}]}', True),
+        ('{"global_step": 3, "log_history": [{"eval_AP": 0.5, "step": 2}]}', False),
+        ('{"global_step": 3, "log_history": [{"eval_AP": 0.5', False),
+        ('{"global_step": 3, "log_history": null}', False),
+        ("", False),
+        ("\0" * 100, False),
+        ("{}", False),
+        ("[]", False),
+    ],
+    ids=["whole", "not evaluated", "half", "no log", "empty", "zeros", "no state", "no mapping"],
+)
+def test_a_run_is_finished_only_with_a_whole_state(tmp_path: Path, text: str, finished: bool) -> None:
+    (tmp_path / run_folder.STATE_FILE).write_text(text, encoding="utf-8")
+    assert not run_folder.is_finished(tmp_path), "there is no model"
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert run_folder.is_finished(tmp_path) == finished
+
+
 def test_changes_are_shown_and_refused_unless_accepted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert not run_folder.check_output(recipe(), tmp_path)
     recipe().save(tmp_path / RECIPE_FILE)

@@ -1,6 +1,7 @@
 """Recipes from the command line: dry run, training, evaluation, conversion, and what is refused."""
 
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -236,6 +237,34 @@ def test_a_finished_run_is_not_run_again(recipe: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert "holds this run, finished" in printed and "AP50" in printed
     assert weights.stat().st_mtime_ns == before
+
+
+def test_a_power_cut_at_the_end_loses_no_run(
+    recipe: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, command = recipe.parent / "run", [str(recipe), "training.save_strategy=steps", "training.save_steps=3"]
+    flushed, replace, fsync = [], os.replace, os.fsync
+    before_state: set[int] = set()
+
+    def replacing(source, target):
+        if Path(target) == run / run_folder.STATE_FILE:
+            before_state.update(flushed)
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", lambda file: (flushed.append(os.fstat(file).st_ino), fsync(file)))
+        patched.setattr(os, "replace", replacing)
+        train.main(command)
+    names = ("model.safetensors", "config.json", "preprocessor_config.json", "evaluation/eval_metrics.json")
+    assert {run / name for name in names if (run / name).stat().st_ino not in before_state} == set()
+    assert run_folder.is_finished(run)
+
+    (run / run_folder.STATE_FILE).write_text("")
+    capsys.readouterr()
+    train.main(command)
+    printed = capsys.readouterr().out
+    assert "finished" not in printed and f"goes on from {run / 'checkpoint-3'}" in printed and "AP50" in printed
+    assert run_folder.is_finished(run) and "eval_AP" in run_folder.final_metrics(run)
 
 
 def test_a_folder_of_something_else_is_not_written_to(recipe: Path) -> None:
