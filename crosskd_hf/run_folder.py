@@ -10,6 +10,7 @@ from .checkpoints import MARKER, checkpoint_folders
 from .factory import weights_digest
 from .files import flush_to_disk, write_atomically
 from .hub import UPLOADED
+from .models.configuration_dense import DenseDetectorConfig
 from .models.modeling_dense import DenseDetector
 from .progress import say
 from .recipe import RECIPE_FILE, Recipe, RecipeError, load_recipe
@@ -29,6 +30,7 @@ BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # What a checkpoint can't be fitted to: weights, and the optimizer's values a parameter group.
 FIXED = ("training.optim", "training.optim_args", "training.bias_lr_factor", "training.bias_weight_decay")
 ACCEPT = "--accept-changes"
+SHOWN = 10  # class names in a message
 
 
 def check_output(recipe: Recipe, output: Path, accept_changes: bool = False) -> bool:
@@ -185,6 +187,42 @@ def mark_finished(state: TrainerState, output: Path) -> None:
             flush_to_disk(path)
     text = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"  # as transformers writes it
     write_atomically(output / STATE_FILE, text)
+
+
+def check_labels(model: DenseDetector, checkpoint: str | None) -> None:
+    """Refuse to go on from a checkpoint of other classes, or of the same in another order, whatever is accepted.
+
+    Args:
+        model: what the run trains; its labels are the data's.
+        checkpoint: what the run goes on from, if anything.
+
+    Raises:
+        RecipeError: weights that were trained for one class would be taken for another's, or don't fit.
+        OSError: its configuration can't be read.
+    """
+    if checkpoint is None:
+        return
+    before, now = (_labels(config) for config in (type(model.config).from_pretrained(checkpoint), model.config))
+    if before == now:
+        return
+    pairs = enumerate(zip(before, now, strict=False))
+    first = next((i for i, (old, new) in pairs if old != new), min(len(before), len(now)))
+    texts = [f"{len(names)} classes ({_excerpt(names, first)})" for names in (before, now)]
+    raise RecipeError(
+        f"{checkpoint} was trained on {texts[0]}, the data has {texts[1]}: it can't go on with other classes, or the "
+        "same in another order. Name another training.output_dir, or bring the data's classes back."
+    )
+
+
+def _labels(config: DenseDetectorConfig) -> list[str]:
+    return [config.id2label[label] for label in range(config.num_labels)]
+
+
+def _excerpt(names: list[str], first: int) -> str:
+    """Names around the first that differs: some data sets have a thousand."""
+    start, end = max(0, first - SHOWN // 2), first + SHOWN // 2
+    shown = ["..."] * (start > 0) + names[start:end] + ["..."] * (end < len(names))
+    return ", ".join(shown)
 
 
 def is_finished(output: Path) -> bool:

@@ -112,6 +112,21 @@ def test_the_global_batch_is_what_counts(tmp_path: Path, capsys: pytest.CaptureF
     assert "a global batch of 8" in capsys.readouterr().out
 
 
+def test_of_many_classes_those_that_differ_are_told(tmp_path: Path) -> None:
+    names = [f"class{i}" for i in range(40)]
+    begun, now = (tiny_model(id2label=dict(enumerate(n))) for n in (names, [*names[:20], "new", *names[21:]]))
+    begun.config.save_pretrained(tmp_path)
+    run_folder.check_labels(begun, str(tmp_path))
+    run_folder.check_labels(now, None)
+    with pytest.raises(RecipeError) as error:
+        run_folder.check_labels(now, str(tmp_path))
+    assert "40 classes (..., class15, " in str(error.value) and "class19, new, class21" in str(error.value)
+    assert "class14" not in str(error.value)
+    fewer = tiny_model(id2label=dict(enumerate(names[:20])))
+    with pytest.raises(RecipeError, match=r"40 classes .*class19, class20, .*20 classes \(.*class19\)"):
+        run_folder.check_labels(fewer, str(tmp_path))
+
+
 def test_another_teacher_is_refused_unless_accepted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     teacher, other = tiny_model(seed=1), tiny_model(seed=2)
     run_folder.check_teacher(teacher, tmp_path)

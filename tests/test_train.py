@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -301,6 +302,55 @@ def test_another_evaluation_does_not_change_a_finished_run(recipe: Path) -> None
     before = run_folder.final_metrics(run)
     cli.main(["evaluate", str(run), "--workers", "0", "--max-images", "1"])
     assert run_folder.final_metrics(run) == before and "eval_AP/cat" in before
+
+
+def relabelled(recipe: Path, name: str, categories: list[str]) -> str:
+    """The override for the recipe's images with other categories."""
+    folder = recipe.parent / name
+    shutil.copytree(recipe.parent / "data", folder)
+    path = folder / "annotations" / "instances_mini.json"
+    content = json.loads(path.read_text())
+    content["categories"] = [{"id": i, "name": c} for i, c in zip((3, 7, 9), categories, strict=False)]
+    path.write_text(json.dumps(content))
+    return f"data.path={folder}"
+
+
+def test_a_run_goes_on_with_its_classes_only(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    """In their order, whatever is accepted; and a refusal leaves the folder as it was."""
+    command = [str(recipe), "training.save_strategy=steps", "training.save_steps=3"]
+    train.main(command)
+    run = recipe.parent / "run"
+    (run / run_folder.STATE_FILE).unlink()  # as if it had been killed at its end
+    notes = {name: (run / name).read_bytes() for name in ("recipe.yaml", run_folder.TEACHER_FILE)}
+    swapped, more = relabelled(recipe, "swapped", ["dog", "cat"]), relabelled(recipe, "more", ["cat", "dog", "cow"])
+    for change, known in (([swapped], "2 classes (dog, cat)"), ([more], "3 classes (cat, dog, cow)")):
+        for option in ([], ["--dry-run"]):
+            with pytest.raises(SystemExit) as ended:
+                train.main([*command, *change, "--accept-changes", *option])
+            message = str(ended.value.code)
+            assert f"checkpoint-3 was trained on 2 classes (cat, dog), the data has {known}" in message
+            assert "another training.output_dir" in message
+            assert {name: (run / name).read_bytes() for name in notes} == notes
+    capsys.readouterr()
+    train.main(command)
+    assert f"goes on from {run / 'checkpoint-3'}" in capsys.readouterr().out
+
+
+def test_changes_are_written_down_once_the_checkpoint_fits(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracked: list[str] = []
+    monkeypatch.setattr("crosskd_hf.tracking.log_text", lambda trainer, name, text: tracked.append(text))
+    command = [str(recipe), "training.save_strategy=steps", "training.save_steps=3"]
+    command += ["teacher=null", "distillation=null"]
+    train.main(command)
+    run = recipe.parent / "run"
+    (run / run_folder.STATE_FILE).unlink()
+    before = (run / "recipe.yaml").read_text()
+    with pytest.raises(SystemExit, match=r"begun without training\.ema_decay"):
+        train.main([*command, "training.ema_decay=0.9", "--accept-changes"])
+    assert (run / "recipe.yaml").read_text() == before
+    train.main([*command, "training.learning_rate=1e-3", "--accept-changes"])
+    assert load_recipe(run / "recipe.yaml").training["learning_rate"] == 1e-3
+    assert tracked == [before, (run / "recipe.yaml").read_text()]
 
 
 def test_a_message_from_a_data_worker_is_the_message_alone() -> None:
