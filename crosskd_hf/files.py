@@ -1,7 +1,17 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and stay."""
 
 import os
 from pathlib import Path
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's contents would outlast a power cut.
+
+    Raises:
+        OSError: it can't be opened, or the disk failed.
+    """
+    with open(path, "r+b") as file:  # Windows flushes only what is open for writing
+        os.fsync(file.fileno())
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -176,6 +176,10 @@ class Recipe:
         except (ValueError, TypeError, ImportError) as error:
             raise RecipeError(f"training: {error}") from error
 
+    def training_values(self) -> dict[str, Any]:
+        """Every field of `DetectionTrainingArguments`: as given, or its default."""
+        return {f.name: _default(f) for f in _fields(DetectionTrainingArguments)} | self.training
+
     def to_dict(self) -> dict[str, Any]:
         """Every field of the sections, and the training values that were given."""
         sections = {name: getattr(self, name) for name in SECTIONS}
@@ -282,7 +286,7 @@ def impossible_combinations(recipe: Recipe) -> list[Problem]:
     Returns:
         the fields (`section.key`, or a section) and the text of each problem.
     """
-    values = {f.name: _default(f) for f in _fields(DetectionTrainingArguments)} | recipe.training
+    values = recipe.training_values()
     training: list[Problem] = [
         (tuple(f"training.{name}" for name in names), f"training.{message}")
         for names, message in training_problems(values)

@@ -1,16 +1,20 @@
 """A run's output folder: whether a recipe may go on with what is in it, and what a finished run says."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+from transformers import TrainerState
+
 from .checkpoints import MARKER, checkpoint_folders
 from .factory import weights_digest
-from .files import write_atomically
+from .files import flush_to_disk, write_atomically
+from .hub import UPLOADED
+from .models.configuration_dense import DenseDetectorConfig
 from .models.modeling_dense import DenseDetector
 from .progress import say
 from .public import without_credentials
 from .recipe import RECIPE_FILE, Recipe, RecipeError, load_recipe
-from .training_args import DetectionTrainingArguments
 
 TEACHER_FILE = "teacher.json"  # of which weights a run learns
 STATE_FILE = "trainer_state.json"  # written last: a run that has it beside its model is finished
@@ -27,6 +31,7 @@ BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # What a checkpoint can't be fitted to: weights, and the optimizer's values a parameter group.
 FIXED = ("training.optim", "training.optim_args", "training.bias_lr_factor", "training.bias_weight_decay")
 ACCEPT = "--accept-changes"
+SHOWN = 10  # class names in a message
 
 
 def check_output(recipe: Recipe, output: Path, accept_changes: bool = False) -> bool:
@@ -90,8 +95,9 @@ def _change(key: str, old: object, new: object) -> str:
 
 
 def flat_settings(recipe: Recipe) -> dict[str, object]:
-    """`section.key` -> value."""
-    sections = ((name, values or {}) for name, values in recipe.to_dict().items())
+    """`section.key` -> value, of `training` too those that weren't given: a default may be written out."""
+    content = {**recipe.to_dict(), "training": recipe.training_values()}
+    sections = ((name, values or {}) for name, values in content.items())
     settings = {f"{name}.{key}": value for name, values in sections for key, value in values.items()}
     for key in ("teacher.checkpoint", "model.checkpoint", "data.path"):  # one folder has several names
         if settings.get(key) and Path(settings[key]).exists():
@@ -144,8 +150,8 @@ def check_batch(recipe: Recipe, output: Path, processes: int, accept_changes: bo
 
 
 def _batch(recipe: Recipe, processes: int) -> tuple[int, int, int]:
-    defaults = DetectionTrainingArguments.__dataclass_fields__
-    images, accumulated = (recipe.training.get(name, defaults[name].default) for name in BATCH)
+    values = recipe.training_values()
+    images, accumulated = (values[name] for name in BATCH)
     return processes, images, accumulated
 
 
@@ -175,9 +181,71 @@ def check_teacher(teacher: DenseDetector, output: Path, accept_changes: bool = F
     say(f"goes on with a teacher of other weights than {output} was begun with")
 
 
+def mark_finished(state: TrainerState, output: Path) -> None:
+    """Write the state that says that a run is finished. One process is to call it, when all else is written.
+
+    What the run leaves is flushed to the disk first and the state appears at once, so that a power cut can't leave a
+    finished run without its model.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    for path in (path for pattern in UPLOADED for path in output.glob(pattern)):
+        if path.name != STATE_FILE:
+            flush_to_disk(path)
+    text = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"  # as transformers writes it
+    write_atomically(output / STATE_FILE, text)
+
+
+def check_labels(model: DenseDetector, checkpoint: str | None) -> None:
+    """Refuse to go on from a checkpoint of other classes, or of the same in another order, whatever is accepted.
+
+    Args:
+        model: what the run trains; its labels are the data's.
+        checkpoint: what the run goes on from, if anything.
+
+    Raises:
+        RecipeError: weights that were trained for one class would be taken for another's, or don't fit.
+        OSError: its configuration can't be read.
+    """
+    if checkpoint is None:
+        return
+    before, now = (_labels(config) for config in (type(model.config).from_pretrained(checkpoint), model.config))
+    if before == now:
+        return
+    pairs = enumerate(zip(before, now, strict=False))
+    first = next((i for i, (old, new) in pairs if old != new), min(len(before), len(now)))
+    texts = [f"{len(names)} classes ({_excerpt(names, first)})" for names in (before, now)]
+    raise RecipeError(
+        f"{checkpoint} was trained on {texts[0]}, the data has {texts[1]}: it can't go on with other classes, or the "
+        "same in another order. Name another training.output_dir, or bring the data's classes back."
+    )
+
+
+def _labels(config: DenseDetectorConfig) -> list[str]:
+    return [config.id2label[label] for label in range(config.num_labels)]
+
+
+def _excerpt(names: list[str], first: int) -> str:
+    """Names around the first that differs: some data sets have a thousand."""
+    start, end = max(0, first - SHOWN // 2), first + SHOWN // 2
+    shown = ["..."] * (start > 0) + names[start:end] + ["..."] * (end < len(names))
+    return ", ".join(shown)
+
+
 def is_finished(output: Path) -> bool:
-    """Whether a folder holds the model and the metrics of a run that came to its end."""
-    return (output / STATE_FILE).is_file() and (output / "config.json").is_file()
+    """Whether a folder holds the model and the metrics of a run that came to its end.
+
+    A state that can't be read, as a power cut may have left it, is none: the run goes on from its last checkpoint.
+    """
+    if not ((output / STATE_FILE).is_file() and (output / "config.json").is_file()):
+        return False
+    try:
+        state = json.loads((output / STATE_FILE).read_text(encoding="utf-8"))
+        last = state["global_step"]
+        return any("eval_AP" in entry and entry["step"] == last for entry in state["log_history"])
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def final_metrics(output: Path) -> dict[str, float]:

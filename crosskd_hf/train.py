@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from .checkpoints import (
     FolderInUseError,
@@ -29,13 +29,23 @@ from .models.image_processing_dense import DenseDetectorImageProcessor
 from .monitoring import NonFiniteLossError
 from .progress import say, set_quiet
 from .recipe import RECIPE_FILE, Recipe, RecipeError, load_recipe
-from .run_folder import check_batch, check_output, check_teacher, final_metrics, is_finished, note_teacher
+from .run_folder import (
+    check_batch,
+    check_labels,
+    check_output,
+    check_teacher,
+    final_metrics,
+    is_finished,
+    mark_finished,
+    note_teacher,
+)
 from .run_log import use_run_log
+from .tracking import TrackingCallback
 from .trainer import DetectionTrainer, DistillationTrainer
 
 # What ends in one message while a run is built, and while it trains. Other errors there keep their tracebacks.
 USER_ERRORS = (RecipeError, CheckpointError, OSError, ValueError)
-RUN_ERRORS = (CheckpointError, DataError, FolderInUseError, NonFiniteLossError, OSError)
+RUN_ERRORS = (CheckpointError, DataError, FolderInUseError, NonFiniteLossError, OSError, RecipeError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,17 +129,16 @@ def run(trainer: DetectionTrainer, recipe: Recipe) -> None:
 
     Raises:
         FolderInUseError: another run is writing to the output folder.
-        OSError: the disk is full.
+        OSError: the disk is full, or the checkpoint lacks a file that the recipe needs.
+        RecipeError: the checkpoint is of other classes than the data.
         Terminated: SIGTERM came; everything up to its step is saved.
     """
     output = Path(trainer.args.output_dir)
     claim = claimed(output) if trainer.args.should_save else contextlib.nullcontext()
     with claim, trainer.termination.listening(), full_disk_explained(output):
-        if trainer.is_world_process_zero():
-            recipe.save(output / RECIPE_FILE)
         checkpoint = last_complete_checkpoint(output)
-        if isinstance(trainer, DistillationTrainer) and trainer.is_world_process_zero():
-            note_teacher(trainer.teacher, output)
+        check_labels(trainer.model, checkpoint)
+        note_when_begun(trainer, recipe)
         if checkpoint is not None:
             say(f"goes on from {checkpoint}")
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -141,7 +150,34 @@ def run(trainer: DetectionTrainer, recipe: Recipe) -> None:
             print_metrics(metrics)
         if trainer.args.push_to_hub:
             trainer.push_to_hub()
-        trainer.save_state()  # the last file: see `is_finished`
+        if trainer.is_world_process_zero():
+            mark_finished(trainer.state, output)  # the last file: see `is_finished`
+
+
+class RunNotes(TrainerCallback):
+    """Writes down recipe and teacher of a run once its checkpoint is loaded.
+
+    Before that it may still be refused: its folder must then be as it was, for the recipe that it was begun with.
+    """
+
+    def __init__(self, trainer: DetectionTrainer, recipe: Recipe):
+        self.trainer, self.recipe = trainer, recipe
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Every file of the checkpoint has been read but the random states, which no recipe changes."""
+        if not state.is_world_process_zero:
+            return
+        self.recipe.save(self.trainer.run_folder / RECIPE_FILE)
+        if isinstance(self.trainer, DistillationTrainer):
+            note_teacher(self.trainer.teacher, self.trainer.run_folder)
+
+
+def note_when_begun(trainer: DetectionTrainer, recipe: Recipe) -> None:
+    """Have `RunNotes` called after the trainer's own hooks, which read of the checkpoint too."""
+    callbacks = trainer.callback_handler.callbacks
+    # Before the trackers get the recipe, which they read from the folder.
+    places = (i for i, callback in enumerate(callbacks) if isinstance(callback, TrackingCallback))
+    callbacks.insert(next(places, len(callbacks)), RunNotes(trainer, recipe))
 
 
 def print_metrics(metrics: dict[str, float]) -> None:
@@ -189,6 +225,8 @@ def prepare(recipe: Recipe, dry_run: bool = False, accept_changes: bool = False)
     trainer = build_trainer(recipe)
     if isinstance(trainer, DistillationTrainer):
         check_teacher(trainer.teacher, output, accept_changes)
+    if dry_run:  # a run itself looks once the folder is claimed
+        check_labels(trainer.model, last_complete_checkpoint(output))
     check_space(trainer)
     if trainer.is_world_process_zero():
         (print if dry_run else say)(describe(trainer))

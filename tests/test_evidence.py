@@ -163,8 +163,14 @@ def finished(folder: Path, recipe) -> None:
     """A folder as a run leaves it."""
     folder.mkdir(parents=True)
     recipe.save(folder / "recipe.yaml")
-    for name in ("config.json", "trainer_state.json"):
-        (folder / name).write_text("{}", encoding="utf-8")
+    finish(folder)
+
+
+def finish(folder: Path) -> None:
+    """A model and an evaluated state, the files that say that a run is finished."""
+    state = {"global_step": 1, "log_history": [{"eval_AP": 0.5, "step": 1}]}
+    for name, content in (("config.json", {}), ("trainer_state.json", state)):
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
 
 
 def test_a_teacher_of_other_settings_is_refused(evidence, tmp_path, monkeypatch):
@@ -209,8 +215,7 @@ def test_a_run_keeps_with_what_it_was_begun(evidence, tmp_path, monkeypatch):
     evidence.note_start(tmp_path / "run", 1)
     assert evidence.provenance(tmp_path / "run")["commit"] == ["first", "second"]
     assert evidence.provenance(tmp_path / "run")["threads"] == 1
-    for name in ("config.json", "trainer_state.json"):
-        (tmp_path / "run" / name).write_text("{}", encoding="utf-8")
+    finish(tmp_path / "run")
     monkeypatch.setattr(evidence, "commit", lambda: "later")
     evidence.note_start(tmp_path / "run", 1)
     assert evidence.provenance(tmp_path / "run")["commit"] == ["first", "second"]

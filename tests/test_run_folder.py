@@ -32,6 +32,27 @@ def test_a_finished_runs_table_is_in_the_order_of_the_labels(tmp_path: Path) -> 
     assert found == metrics and list(found)[-2:] == ["eval_AP/bee", "eval_AP/ant"]
 
 
+@pytest.mark.parametrize(
+    ("text", "finished"),
+    [
+        ('{"global_step": 3, "log_history": [{"eval_AP": NaN, "step": 3}, {"train_loss": 1, "step": 3}]}', True),
+        ('{"global_step": 3, "log_history": [{"eval_AP": 0.5, "step": 2}]}', False),
+        ('{"global_step": 3, "log_history": [{"eval_AP": 0.5', False),
+        ('{"global_step": 3, "log_history": null}', False),
+        ("", False),
+        ("\0" * 100, False),
+        ("{}", False),
+        ("[]", False),
+    ],
+    ids=["whole", "not evaluated", "half", "no log", "empty", "zeros", "no state", "no mapping"],
+)
+def test_a_run_is_finished_only_with_a_whole_state(tmp_path: Path, text: str, finished: bool) -> None:
+    (tmp_path / run_folder.STATE_FILE).write_text(text, encoding="utf-8")
+    assert not run_folder.is_finished(tmp_path), "there is no model"
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert run_folder.is_finished(tmp_path) == finished
+
+
 def test_changes_are_shown_and_refused_unless_accepted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert not run_folder.check_output(recipe(), tmp_path)
     recipe().save(tmp_path / RECIPE_FILE)
@@ -58,6 +79,16 @@ def test_changes_are_shown_without_credentials() -> None:
     changes = run_folder.recipe_changes(before, recipe("teacher.checkpoint=https://a.org/b.pth?sig=other"))
     line = changes["teacher.checkpoint"]
     assert line == "teacher.checkpoint: another user, password or query of 'https://a.org/b.pth'"
+
+
+def test_a_default_that_is_written_out_is_no_change(tmp_path: Path) -> None:
+    defaults = ["training.momentum=0.9", "training.sync=false", "training.lr_milestones=[8, 11]"]
+    defaults += ["training.lr_scheduler_type=linear", "training.ema_decay=null"]
+    for begun, now in ((recipe(), recipe(*defaults)), (recipe(*defaults), recipe())):
+        begun.save(tmp_path / RECIPE_FILE)
+        assert not run_folder.check_output(now, tmp_path)
+    with pytest.raises(RecipeError, match=r"training\.momentum: was 0\.9, is 0\.8"):
+        run_folder.check_output(recipe("training.momentum=0.8"), tmp_path)
 
 
 @pytest.mark.parametrize("change", ["model.detector=atss", "model.fpn_channels=128", "training.bias_lr_factor=2"])
@@ -89,6 +120,21 @@ def test_the_global_batch_is_what_counts(tmp_path: Path, capsys: pytest.CaptureF
         run_folder.check_batch(begun, tmp_path, 1)
     run_folder.check_batch(begun, tmp_path, 1, accept_changes=True)
     assert "a global batch of 8" in capsys.readouterr().out
+
+
+def test_of_many_classes_those_that_differ_are_told(tmp_path: Path) -> None:
+    names = [f"class{i}" for i in range(40)]
+    begun, now = (tiny_model(id2label=dict(enumerate(n))) for n in (names, [*names[:20], "new", *names[21:]]))
+    begun.config.save_pretrained(tmp_path)
+    run_folder.check_labels(begun, str(tmp_path))
+    run_folder.check_labels(now, None)
+    with pytest.raises(RecipeError) as error:
+        run_folder.check_labels(now, str(tmp_path))
+    assert "40 classes (..., class15, " in str(error.value) and "class19, new, class21" in str(error.value)
+    assert "class14" not in str(error.value)
+    fewer = tiny_model(id2label=dict(enumerate(names[:20])))
+    with pytest.raises(RecipeError, match=r"40 classes .*class19, class20, .*20 classes \(.*class19\)"):
+        run_folder.check_labels(fewer, str(tmp_path))
 
 
 def test_another_teacher_is_refused_unless_accepted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

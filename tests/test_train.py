@@ -1,7 +1,9 @@
 """Recipes from the command line: dry run, training, evaluation, conversion, and what is refused."""
 
 import json
+import os
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -238,6 +240,34 @@ def test_a_finished_run_is_not_run_again(recipe: Path, capsys: pytest.CaptureFix
     assert weights.stat().st_mtime_ns == before
 
 
+def test_a_power_cut_at_the_end_loses_no_run(
+    recipe: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, command = recipe.parent / "run", [str(recipe), "training.save_strategy=steps", "training.save_steps=3"]
+    flushed, replace, fsync = [], os.replace, os.fsync
+    before_state: set[int] = set()
+
+    def replacing(source, target):
+        if Path(target) == run / run_folder.STATE_FILE:
+            before_state.update(flushed)
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", lambda file: (flushed.append(os.fstat(file).st_ino), fsync(file)))
+        patched.setattr(os, "replace", replacing)
+        train.main(command)
+    names = ("model.safetensors", "config.json", "preprocessor_config.json", "evaluation/eval_metrics.json")
+    assert {run / name for name in names if (run / name).stat().st_ino not in before_state} == set()
+    assert run_folder.is_finished(run)
+
+    (run / run_folder.STATE_FILE).write_text("")
+    capsys.readouterr()
+    train.main(command)
+    printed = capsys.readouterr().out
+    assert "finished" not in printed and f"goes on from {run / 'checkpoint-3'}" in printed and "AP50" in printed
+    assert run_folder.is_finished(run) and "eval_AP" in run_folder.final_metrics(run)
+
+
 def test_a_folder_of_something_else_is_not_written_to(recipe: Path) -> None:
     train.main([str(recipe)])
     with pytest.raises(SystemExit, match=r"max_steps: was 3, is 4"):
@@ -272,6 +302,55 @@ def test_another_evaluation_does_not_change_a_finished_run(recipe: Path) -> None
     before = run_folder.final_metrics(run)
     cli.main(["evaluate", str(run), "--workers", "0", "--max-images", "1"])
     assert run_folder.final_metrics(run) == before and "eval_AP/cat" in before
+
+
+def relabelled(recipe: Path, name: str, categories: list[str]) -> str:
+    """The override for the recipe's images with other categories."""
+    folder = recipe.parent / name
+    shutil.copytree(recipe.parent / "data", folder)
+    path = folder / "annotations" / "instances_mini.json"
+    content = json.loads(path.read_text())
+    content["categories"] = [{"id": i, "name": c} for i, c in zip((3, 7, 9), categories, strict=False)]
+    path.write_text(json.dumps(content))
+    return f"data.path={folder}"
+
+
+def test_a_run_goes_on_with_its_classes_only(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    """In their order, whatever is accepted; and a refusal leaves the folder as it was."""
+    command = [str(recipe), "training.save_strategy=steps", "training.save_steps=3"]
+    train.main(command)
+    run = recipe.parent / "run"
+    (run / run_folder.STATE_FILE).unlink()  # as if it had been killed at its end
+    notes = {name: (run / name).read_bytes() for name in ("recipe.yaml", run_folder.TEACHER_FILE)}
+    swapped, more = relabelled(recipe, "swapped", ["dog", "cat"]), relabelled(recipe, "more", ["cat", "dog", "cow"])
+    for change, known in (([swapped], "2 classes (dog, cat)"), ([more], "3 classes (cat, dog, cow)")):
+        for option in ([], ["--dry-run"]):
+            with pytest.raises(SystemExit) as ended:
+                train.main([*command, *change, "--accept-changes", *option])
+            message = str(ended.value.code)
+            assert f"checkpoint-3 was trained on 2 classes (cat, dog), the data has {known}" in message
+            assert "another training.output_dir" in message
+            assert {name: (run / name).read_bytes() for name in notes} == notes
+    capsys.readouterr()
+    train.main(command)
+    assert f"goes on from {run / 'checkpoint-3'}" in capsys.readouterr().out
+
+
+def test_changes_are_written_down_once_the_checkpoint_fits(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracked: list[str] = []
+    monkeypatch.setattr("crosskd_hf.tracking.log_text", lambda trainer, name, text: tracked.append(text))
+    command = [str(recipe), "training.save_strategy=steps", "training.save_steps=3"]
+    command += ["teacher=null", "distillation=null"]
+    train.main(command)
+    run = recipe.parent / "run"
+    (run / run_folder.STATE_FILE).unlink()
+    before = (run / "recipe.yaml").read_text()
+    with pytest.raises(SystemExit, match=r"begun without training\.ema_decay"):
+        train.main([*command, "training.ema_decay=0.9", "--accept-changes"])
+    assert (run / "recipe.yaml").read_text() == before
+    train.main([*command, "training.learning_rate=1e-3", "--accept-changes"])
+    assert load_recipe(run / "recipe.yaml").training["learning_rate"] == 1e-3
+    assert tracked == [before, (run / "recipe.yaml").read_text()]
 
 
 def test_a_message_from_a_data_worker_is_the_message_alone() -> None:
