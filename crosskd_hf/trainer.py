@@ -1,9 +1,10 @@
 """Trainers of dense detectors, alone and with a teacher, on transformers.Trainer."""
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -177,22 +178,32 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
     def measure_normalizers(self, batches: list[dict]) -> None:
         """Have all batches of a step divide their losses by the same: see `Normalizers`.
 
-        The forward passes draw the same random numbers as those that follow, and leave BatchNorm's averages alone.
+        RetinaNet, FCOS and ATSS only assign boxes for it. GFL has to run forward, since its boxes count as much as it
+        believes in them: some two fifths of the student's forward and backward more.
         """
-        self.model.train()  # as the step does it
         model = self._detector
+        looking_ahead = self._looking_ahead(model) if model.normalizers_need_predictions else contextlib.nullcontext()
+        with looking_ahead, model.normalizers.measuring():
+            for batch in batches:
+                # Prepared again for its own step: the loader has moved it already, and to keep all batches of a step
+                # normalised takes four times the memory.
+                model.measure_normalizers(**self._prepare_inputs(batch))
+
+    @contextlib.contextmanager
+    def _looking_ahead(self, model: DenseDetector) -> Iterator[None]:
+        """Around forward passes that the step does again: it draws the same random numbers then. BatchNorm's averages
+        stay as they are."""
+        self.model.train()
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), model.normalizers.measuring():
+        for module in norms:
+            module.track_running_stats = False
+        try:
+            with torch.random.fork_rng(devices), self.accelerator.autocast():
+                yield
+        finally:
             for module in norms:
-                module.track_running_stats = False
-            try:
-                for batch in batches:
-                    with self.accelerator.autocast():
-                        model(**self._prepare_inputs(batch))
-            finally:
-                for module in norms:
-                    module.track_running_stats = True
+                module.track_running_stats = True
 
     # Optimisation -----------------------------------------------------------------------------------------------
 
