@@ -166,7 +166,7 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         start = time.perf_counter()
         batches, count = super().get_batch_samples(*args, **kwargs)
         self.monitor.seconds["data_time"] += time.perf_counter() - start
-        self._detector.normalizers.release()
+        self._forget_normalizers()
         self._unmeasured = batches if len(batches) > 1 else []
         return batches, count
 
@@ -189,6 +189,11 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
                 # normalised takes four times the memory.
                 model.measure_normalizers(**self._prepare_inputs(batch))
 
+    def _forget_normalizers(self) -> None:
+        """Have every batch divide its losses by its own again."""
+        self._detector.normalizers.release()
+        self._unmeasured = []
+
     @contextlib.contextmanager
     def _looking_ahead(self, model: DenseDetector) -> Iterator[None]:
         """Around forward passes that the step does again: it draws the same random numbers then. BatchNorm's averages
@@ -206,6 +211,13 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
                 module.track_running_stats = True
 
     # Optimisation -----------------------------------------------------------------------------------------------
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        """As `transformers.Trainer` does it. However it ends, the model then normalises by the batch it is given."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._forget_normalizers()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """SGD as the published recipes use it, or any optimizer that transformers names."""
@@ -254,6 +266,8 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
             self.measure_normalizers(self._unmeasured)
             self._unmeasured = []
         loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:  # the step's last batch: callbacks may ask the model for losses now
+            self._forget_normalizers()
         self.monitor.seconds["step_time"] += time.perf_counter() - start
         # transformers sums the losses up to the next log, where one that isn't finite would stay for good.
         return loss.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) if self.monitor.may_skip else loss

@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
+from transformers import TrainerCallback
 
 from crosskd_hf import DistillationSection
+from crosskd_hf.distributed import Normalizers
 from crosskd_hf.monitoring import NonFiniteLossError
 from crosskd_hf.trainer import DetectionTrainer, DistillationTrainer
 
@@ -200,6 +202,51 @@ def test_a_folder_can_be_the_teacher(tmp_path: Path) -> None:
     trainer = distiller(tmp_path, str(tmp_path / "teacher"))
     reference = tiny_model(seed=2).state_dict()
     assert all(torch.equal(value, reference[name]) for name, value in trainer.teacher.state_dict().items())
+
+
+class LossesBetweenSteps(TrainerCallback):
+    """Asks the model for its losses at every event of a step but those between its batches."""
+
+    def __init__(self, batch: dict):
+        self.batch, self.found = batch, []
+
+    def ask(self, args, state, control, model, **kwargs):
+        found, expected = model(**self.batch).loss_dict, copy.deepcopy(model)
+        expected.normalizers = Normalizers()
+        expected = expected(**self.batch).loss_dict
+        self.found.append(all(torch.equal(found[name], expected[name]) for name in expected))
+
+    on_step_begin = on_pre_optimizer_step = on_optimizer_step = on_step_end = on_train_end = ask
+
+
+def accumulating_trainer(tmp_path: Path, *callbacks: TrainerCallback) -> DetectionTrainer:
+    args = tiny_args(tmp_path / "run", max_steps=2, gradient_accumulation_steps=2)
+    model, split = tiny_model(), tiny_split(tmp_path / "data")
+    return DetectionTrainer(model, args, split, None, tiny_processor(model), callbacks=list(callbacks))
+
+
+def test_losses_between_and_after_accumulated_steps_are_the_batch_own(tmp_path: Path) -> None:
+    callback = LossesBetweenSteps(tiny_batch())
+    trainer = accumulating_trainer(tmp_path, callback)
+    trainer.train()
+    assert callback.found == [True] * 9
+    fresh = tiny_model()
+    fresh.load_state_dict(trainer.model.state_dict())
+    own, expected = (model.train()(**tiny_batch()).loss_dict for model in (trainer.model, fresh))
+    assert {name: loss.item() for name, loss in own.items()} == {name: loss.item() for name, loss in expected.items()}
+
+
+def test_a_run_that_breaks_off_leaves_no_normalizers(tmp_path: Path) -> None:
+    trainer = accumulating_trainer(tmp_path)
+
+    def interrupted(*args):
+        assert trainer.model.normalizers.average("box", torch.tensor(-1.0)) >= 0, "they were measured"
+        raise KeyboardInterrupt
+
+    trainer.loss_terms = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.model.normalizers.average("box", torch.tensor(-1.0)) == -1
 
 
 def test_accumulated_batches_make_the_gradient_of_their_mean(tmp_path: Path) -> None:
