@@ -75,9 +75,9 @@ def gradients(detector: str, distil: bool, sync: bool, rank: int, processes: int
     parts = [share(whole, (rank * batches + i) * size, size) for i in range(batches)]
     with double_precision():
         if batches > 1:
-            with torch.no_grad(), student.normalizers.measuring():
+            with student.normalizers.measuring():
                 for part in parts:
-                    student(**part)
+                    student.measure_normalizers(**part)
         for i, part in enumerate(parts):
             last = i == batches - 1
             with contextlib.nullcontext() if last or processes == 1 else model.no_sync():

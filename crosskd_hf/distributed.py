@@ -33,7 +33,7 @@ class Normalizers:
     Every process, and every batch that is accumulated, divides by the mean over all of them, so that the gradient is
     that of one large batch. Over processes as the reference does it. Over accumulated batches the reference has
     nothing; transformers does the same with the tokens of language models (`num_items_in_batch`). The sums are then
-    needed before the first batch's loss, so they are measured by a forward pass without gradient.
+    needed before the first batch's loss, so they are measured before: see `DenseDetector.measure_normalizers`.
 
     Attributes:
         sync: also average those that are a process' own in the reference.
@@ -62,7 +62,7 @@ class Normalizers:
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
-        """Around forward passes, with labels, of all batches of a step: their mean serves until `release`."""
+        """Around measurements of all batches of a step: the mean of what they give serves until `release`."""
         self.release()
         self._measured = {}
         try:

@@ -1,11 +1,12 @@
 """Trainers of dense detectors, alone and with a teacher, on transformers.Trainer."""
 
+import contextlib
 import functools
 import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -167,7 +168,7 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         start = time.perf_counter()
         batches, count = super().get_batch_samples(*args, **kwargs)
         self.monitor.seconds["data_time"] += time.perf_counter() - start
-        self._detector.normalizers.release()
+        self._forget_normalizers()
         self._unmeasured = batches if len(batches) > 1 else []
         return batches, count
 
@@ -179,24 +180,46 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
     def measure_normalizers(self, batches: list[dict]) -> None:
         """Have all batches of a step divide their losses by the same: see `Normalizers`.
 
-        The forward passes draw the same random numbers as those that follow, and leave BatchNorm's averages alone.
+        RetinaNet, FCOS and ATSS only assign boxes for it. GFL has to run forward, since its boxes count as much as it
+        believes in them: some two fifths of the student's forward and backward more.
         """
-        self.model.train()  # as the step does it
         model = self._detector
+        looking_ahead = self._looking_ahead(model) if model.normalizers_need_predictions else contextlib.nullcontext()
+        with looking_ahead, model.normalizers.measuring():
+            for batch in batches:
+                # Prepared again for its own step: the loader has moved it already, and to keep all batches of a step
+                # normalised takes four times the memory.
+                model.measure_normalizers(**self._prepare_inputs(batch))
+
+    def _forget_normalizers(self) -> None:
+        """Have every batch divide its losses by its own again."""
+        self._detector.normalizers.release()
+        self._unmeasured = []
+
+    @contextlib.contextmanager
+    def _looking_ahead(self, model: DenseDetector) -> Iterator[None]:
+        """Around forward passes that the step does again: it draws the same random numbers then. BatchNorm's averages
+        stay as they are."""
+        self.model.train()
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), model.normalizers.measuring():
+        for module in norms:
+            module.track_running_stats = False
+        try:
+            with torch.random.fork_rng(devices), self.accelerator.autocast():
+                yield
+        finally:
             for module in norms:
-                module.track_running_stats = False
-            try:
-                for batch in batches:
-                    with self.accelerator.autocast():
-                        model(**self._prepare_inputs(batch))
-            finally:
-                for module in norms:
-                    module.track_running_stats = True
+                module.track_running_stats = True
 
     # Optimisation -----------------------------------------------------------------------------------------------
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        """As `transformers.Trainer` does it. However it ends, the model then normalises by the batch it is given."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._forget_normalizers()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """SGD as the published recipes use it, or any optimizer that transformers names."""
@@ -245,6 +268,8 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
             self.measure_normalizers(self._unmeasured)
             self._unmeasured = []
         loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:  # the step's last batch: callbacks may ask the model for losses now
+            self._forget_normalizers()
         self.monitor.seconds["step_time"] += time.perf_counter() - start
         # transformers sums the losses up to the next log, where one that isn't finite would stay for good.
         return loss.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) if self.monitor.may_skip else loss

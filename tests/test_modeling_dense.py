@@ -92,6 +92,34 @@ def test_an_image_is_assigned_as_if_it_were_alone(name: str) -> None:
         assert torch.equal(together.class_weights[i], alone.class_weights[0])
 
 
+@pytest.mark.parametrize("name", DETECTORS)
+def test_normalizers_are_measured_as_a_forward_pass_has_them(name: str) -> None:
+    """With padding, which is assigned nothing. Only GFL runs forward for it, others once, to know the maps' sizes."""
+    model, batch = tiny_model(name).train(), tiny_batch(height=96, width=128)
+    batch["pixel_mask"] = torch.zeros(2, 96, 128, dtype=torch.bool)
+    batch["pixel_mask"][:, :40, :70] = True
+    with torch.no_grad():
+        losses = model(**batch, output_distillation=True).detection
+    runs, heads = [], []
+    model.backbone.register_forward_hook(lambda *_: runs.append(1))
+    model.head.register_forward_hook(lambda *_: heads.append(1))
+    for _ in range(2):
+        with model.normalizers.measuring():
+            model.measure_normalizers(**batch)
+    assert (len(runs), len(heads)) == ((2, 2) if name == "gfl" else (1, 0)) and model.training
+    other = model(**tiny_batch(seed=1), output_distillation=True).detection
+    assert torch.equal(other.class_normalizer, losses.class_normalizer)
+    assert torch.equal(other.box_normalizer, losses.box_normalizer)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "convnext_atto"])  # that round up and down
+def test_level_sizes_are_those_of_the_maps(backbone: str) -> None:
+    model = MODELS["fcos"](CONFIGS["fcos"](backbone=backbone, fpn_channels=8, head_channels=32, head_blocks=1)).train()
+    for height, width in ((64, 96), (41, 95)):
+        maps = model.fpn(model.backbone(torch.zeros(2, 3, height, width)))
+        assert model.level_sizes(height, width) == [tuple(level.shape[-2:]) for level in maps]
+
+
 def test_mask_beyond_an_image_rounded_up_to_32() -> None:
     model = tiny_model("gfl")
     pixels, mask = torch.randn(1, 3, 96, 128), torch.zeros(1, 96, 128, dtype=torch.bool)

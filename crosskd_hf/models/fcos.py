@@ -52,20 +52,26 @@ class FCOSForObjectDetection(DenseDetector):
         config = self.config
         return config.model_type, tuple(config.strides), tuple(map(tuple, config.regress_ranges))
 
+    def weigh(
+        self, positive: Tensor, targets: Tensor, predictions: Predictions | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weights = centerness(targets) * positive
+        class_normalizer = self.normalizers.average("class", positive.sum().float()).clamp(min=1)
+        box_normalizer = self.normalizers.average("box", weights.sum()).clamp(min=EPS)
+        return weights, class_normalizer, box_normalizer
+
     def detection_losses(
         self, predictions: Predictions, priors: Priors, assignment: Assignment, truth: GroundTruth
     ) -> DetectionLosses:
         config, positive = self.config, assignment.positive
         targets = matched_distances(truth, assignment, priors)
-        target = centerness(targets)
-        weights = target * positive
-        class_normalizer = self.normalizers.average("class", positive.sum().float()).clamp(min=1)
-        box_normalizer = self.normalizers.average("box", weights.sum()).clamp(min=EPS)
+        weights, class_normalizer, box_normalizer = self.weigh(positive, targets, predictions)
 
         labels = class_targets(truth, assignment, predictions.logits)
         cls_loss = focal_loss(predictions.logits, labels, config.focal_alpha, config.focal_gamma)
         iou, _ = distance_overlaps(predictions.boxes, targets)
-        centerness_loss = F.binary_cross_entropy_with_logits(predictions.centerness, target, reduction="none")
+        # Of positives only, whose weights are their centerness.
+        centerness_loss = F.binary_cross_entropy_with_logits(predictions.centerness, weights, reduction="none")
 
         return DetectionLosses(
             terms={

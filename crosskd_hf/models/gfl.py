@@ -30,6 +30,7 @@ class GFLForObjectDetection(DenseDetector):
     """GFL detector; see `DenseDetector.forward` for inputs and outputs."""
 
     config_class = GFLConfig
+    normalizers_need_predictions = True
     distillation = DistillationSpec(tap_index=3, cls_weight=1.0, box_weight=4.0, box_loss="bin_kl", normalizer="class")
 
     @staticmethod
@@ -49,16 +50,22 @@ class GFLForObjectDetection(DenseDetector):
         config = self.config
         return config.model_type, tuple(config.strides), config.anchor_scale, config.assigner_topk
 
+    def weigh(
+        self, positive: Tensor, targets: Tensor, predictions: Predictions | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # Boxes count as much as the detector already believes in them.
+        confidence = predictions.logits.detach().amax(dim=-1).sigmoid() * positive
+        class_normalizer = self.normalizers.average("class", positives_per_image(positive))
+        box_normalizer = self.normalizers.average("box", confidence.sum()).clamp(min=1)
+        return confidence, class_normalizer, box_normalizer
+
     def detection_losses(
         self, predictions: Predictions, priors: Priors, assignment: Assignment, truth: GroundTruth
     ) -> DetectionLosses:
-        config, positive = self.config, assignment.positive
+        config = self.config
         targets = matched_distances(truth, assignment, priors)
         iou, giou = distance_overlaps(self.distances(predictions.boxes, priors), targets)
-        class_normalizer = self.normalizers.average("class", positives_per_image(positive))
-        # Boxes count as much as the detector already believes in them.
-        confidence = predictions.logits.detach().amax(dim=-1).sigmoid() * positive
-        box_normalizer = self.normalizers.average("box", confidence.sum()).clamp(min=1)
+        confidence, class_normalizer, box_normalizer = self.weigh(assignment.positive, targets, predictions)
         weights = confidence / box_normalizer
 
         quality = class_targets(truth, assignment, predictions.logits, iou.detach())

@@ -180,6 +180,8 @@ class DenseDetector(PreTrainedModel):
     _no_split_modules = ["Backbone", "FPN", "DenseHead"]  # noqa: RUF012 - transformers' name and type
     accepts_loss_kwargs = False  # the losses are per-batch means: the Trainer divides them when it accumulates
     distillation: DistillationSpec
+    # Whether `weigh` looks at the predictions; where it doesn't, the assignment is enough to measure the normalisers.
+    normalizers_need_predictions = False
 
     def __init__(self, config: DenseDetectorConfig, pretrained_backbone: bool = False):
         super().__init__(config)
@@ -189,6 +191,7 @@ class DenseDetector(PreTrainedModel):
         # Of the instance: add_model_tags() appends to it.
         self.model_tags = ["object-detection", "crosskd", config.model_type]
         self._priors: dict[tuple, Priors] = {}
+        self._level_sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self.normalizers = Normalizers()
         self.post_init()
 
@@ -209,6 +212,21 @@ class DenseDetector(PreTrainedModel):
 
     def assign(self, priors: Priors, valid: Tensor, truth: GroundTruth) -> Assignment:
         """Which prior learns which box. `valid` (N, P) is False for priors beyond an image's own area."""
+        raise NotImplementedError
+
+    def weigh(
+        self, positive: Tensor, targets: Tensor, predictions: Predictions | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """How much each prior's box counts, and what the losses are divided by.
+
+        Args:
+            positive: (N, P) bool.
+            targets: (N, P, 4), see `matched_distances`.
+            predictions: of the batch; may be None if `normalizers_need_predictions` is False.
+
+        Returns:
+            weights (N, P), 0 where no box is learnt; class and box normaliser, scalars. All without gradient.
+        """
         raise NotImplementedError
 
     def detection_losses(
@@ -281,8 +299,7 @@ class DenseDetector(PreTrainedModel):
         predictions, priors = self.flatten(head), self.priors(head)
         loss = loss_dict = losses = level_sizes = None
         if labels is not None:
-            truth = pad_ground_truth(labels, len(image_sizes))
-            assignment = self.assign(priors, self.valid_priors(priors, image_sizes), truth)
+            truth, assignment = self.match(priors, image_sizes, labels)
             losses = self.detection_losses(predictions, priors, assignment, truth)
             loss_dict = {name: term.sum() for name, term in losses.terms.items()}
             first, *others = loss_dict.values()
@@ -308,6 +325,54 @@ class DenseDetector(PreTrainedModel):
             detection=losses if output_distillation else None,
         )
 
+    def match(
+        self, priors: Priors, image_sizes: Tensor, labels: list[dict[str, Tensor]] | dict[str, Tensor]
+    ) -> tuple[GroundTruth, Assignment]:
+        """A batch's boxes, padded, and which prior learns which. Raises ValueError, see `pad_ground_truth`."""
+        truth = pad_ground_truth(labels, len(image_sizes))
+        return truth, self.assign(priors, self.valid_priors(priors, image_sizes), truth)
+
+    @torch.no_grad()
+    def measure_normalizers(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        labels: list[dict[str, Tensor]] | dict[str, Tensor] | None = None,
+    ) -> None:
+        """Tell `normalizers`, inside `measuring()`, of a batch: as `forward` would, whose arguments these are.
+
+        A detector whose `normalizers_need_predictions` runs forward, so that it draws its random numbers. The others
+        assign the boxes only, and leave the images alone.
+
+        Raises:
+            ValueError: if labels and images differ in number.
+        """
+        if self.normalizers_need_predictions:
+            self(pixel_values, pixel_mask, labels)
+            return
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            height, width = pixel_values.shape[-2:]
+            priors = self.priors_of(self.level_sizes(height, width), pixel_values.device)
+            truth, assignment = self.match(priors, unpadded_sizes(pixel_values, pixel_mask), labels)
+            self.weigh(assignment.positive, matched_distances(truth, assignment, priors), None)
+
+    @torch.no_grad()
+    def level_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """(height, width) of each level's maps of images of a height and width in pixels.
+
+        The strides don't tell: some of timm's backbones round up, some down, and Inception has a border less. So an
+        empty image is run through backbone and FPN, once a size, in evaluation mode: no random numbers are drawn, no
+        averages change, and no SyncBatchNorm waits for other processes, whose sizes may be known.
+        """
+        size = height, width
+        if size not in self._level_sizes:
+            training = self.training
+            self.eval()
+            features = self.fpn(self.backbone(torch.zeros(1, 3, height, width, dtype=self.dtype, device=self.device)))
+            self.train(training)
+            self._level_sizes[size] = _map_sizes(features)
+        return self._level_sizes[size]
+
     def decode(self, boxes: Tensor, priors: Priors) -> Tensor:
         """Box outputs (N, P, box_channels) -> boxes (N, P, 4) xyxy pixels, not clipped."""
         return distances_to_boxes(priors.centers, self.distances(boxes, priors))
@@ -325,8 +390,11 @@ class DenseDetector(PreTrainedModel):
         )
 
     def priors(self, head: HeadOutput) -> Priors:
-        """Priors of the head's maps. Those of the last few sizes are kept; compiled, they are made of any size."""
-        sizes, device = _map_sizes(head), head.logits[0].device
+        """Priors of the head's maps."""
+        return self.priors_of(_map_sizes(head.logits), head.logits[0].device)
+
+    def priors_of(self, sizes: list[tuple[int, int]], device: torch.device) -> Priors:
+        """Priors of levels of (height, width). Those of the last few are kept; compiled, they are made of any size."""
         if torch.compiler.is_compiling():
             return self.build_priors(sizes, device)
         key = (tuple(sizes), device)
@@ -398,8 +466,8 @@ class DenseDetector(PreTrainedModel):
                     fill(tensor)
 
 
-def _map_sizes(head: HeadOutput) -> list[tuple[int, int]]:
-    return [(level.shape[2], level.shape[3]) for level in head.logits]
+def _map_sizes(levels: list[Tensor]) -> list[tuple[int, int]]:
+    return [(level.shape[2], level.shape[3]) for level in levels]
 
 
 def unpadded_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:

@@ -56,21 +56,26 @@ class RetinaNetForObjectDetection(DenseDetector):
         anchors = (config.anchor_base_scale, tuple(config.anchor_ratios), config.anchor_scales_per_octave)
         return config.model_type, tuple(config.strides), anchors, config.positive_iou, config.negative_iou
 
+    def weigh(
+        self, positive: Tensor, targets: Tensor, predictions: Predictions | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # Of this process only: the reference doesn't average RetinaNet's normaliser, unless training.sync asks for it.
+        normalizer = self.normalizers.average("class", positives_per_image(positive), per_process=True)
+        return positive, normalizer, normalizer
+
     def detection_losses(
         self, predictions: Predictions, priors: Priors, assignment: Assignment, truth: GroundTruth
     ) -> DetectionLosses:
         config = self.config
         targets = class_targets(truth, assignment, predictions.logits)
         cls_loss = focal_loss(predictions.logits, targets, config.focal_alpha, config.focal_gamma)
-        deltas = distances_to_deltas(matched_distances(truth, assignment, priors), priors.extents)
-        box_loss = (predictions.boxes - deltas).abs().sum(dim=-1)
-        # Of this process only: the reference doesn't average RetinaNet's normaliser, unless training.sync asks for it.
-        positives = positives_per_image(assignment.positive)
-        normalizer = self.normalizers.average("class", positives, per_process=True)
+        distances = matched_distances(truth, assignment, priors)
+        box_loss = (predictions.boxes - distances_to_deltas(distances, priors.extents)).abs().sum(dim=-1)
+        positive, normalizer, _ = self.weigh(assignment.positive, distances, predictions)
         return DetectionLosses(
             terms={
                 "loss_cls": cls_loss * (assignment.class_weights / normalizer),
-                "loss_box": box_loss * (assignment.positive / normalizer),
+                "loss_box": box_loss * (positive / normalizer),
             },
             assignment=assignment,
             class_normalizer=normalizer,
