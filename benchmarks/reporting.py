@@ -18,8 +18,30 @@ RESAMPLES = 2000
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     """The arguments of every benchmark."""
-    parser.add_argument("--output", type=Path, help="write the results there, as JSON")
-    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="show what changed since those results")
+    parser.add_argument("--output", type=_writable, help="write the results there, as JSON")
+    parser.add_argument("--compare", type=_results, metavar="OLD.json", help="show what changed since those results")
+
+
+def _writable(name: str) -> Path:
+    """A file that can be written; known before anything is measured."""
+    path = Path(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name} can't be written ({error.strerror})") from error
+    return path
+
+
+def _results(name: str) -> tuple[str, list[dict]]:
+    """An earlier file of results, and its rows."""
+    try:
+        return name, json.loads(Path(name).read_text(encoding="utf-8"))["rows"]
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name} can't be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{name} isn't what --output writes") from error
 
 
 def median_with_interval(values: Sequence[float]) -> dict[str, float]:
@@ -45,15 +67,14 @@ def table(rows: Sequence[dict], columns: Sequence[str] | None = None) -> str:
 
 
 def finish(arguments: argparse.Namespace, rows: list[dict], key: Sequence[str]) -> None:
-    """Print the rows, compare them with earlier ones of equal `key` fields, and write them."""
-    print(table(rows))
-    if arguments.compare:
-        old = json.loads(arguments.compare.read_text(encoding="utf-8"))["rows"]
-        print(f"\nAgainst {arguments.compare}:\n{comparison(rows, old, key)}")
+    """Write and print the rows, and compare them with earlier ones of equal `key` fields."""
     if arguments.output:
         content = {"machine": machine(), "commit": commit(), "rows": rows}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(table(rows))
+    if arguments.compare:
+        name, old = arguments.compare
+        print(f"\nAgainst {name}:\n{comparison(rows, old, key)}")
 
 
 def comparison(rows: list[dict], old: list[dict], key: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from torch import distributed as dist
 from torch import nn
 from transformers.training_args import OptimizerNames
 
-from .files import write_atomically
+from .files import flush_to_disk, write_atomically
 from .training_args import DetectionTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def mark_complete(folder: str | Path) -> None:
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.relative_to(folder).as_posix() != MARKER:
-            _sync(path)
+            flush_to_disk(path)
             files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     if not files:
         raise ValueError(f"{folder} holds no files: it can't be a complete checkpoint")
@@ -87,11 +87,6 @@ def replace_file(folder: Path, name: str, text: str) -> None:
     write_atomically(folder / MARKER, json.dumps({"files": both}, indent=1))
     write_atomically(folder / name, text)
     write_atomically(folder / MARKER, json.dumps({"files": {**files, name: new}}, indent=1))
-
-
-def _sync(path: Path) -> None:
-    with open(path, "r+b") as file:  # Windows flushes only what is open for writing
-        os.fsync(file.fileno())
 
 
 def sha256(path: Path) -> str:

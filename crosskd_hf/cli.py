@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "export": export.run,
     }
     try:
-        hint = "the same command goes on where it was" if arguments.command == "demo" else ""
+        hint = "the same command goes on from the last checkpoint" if arguments.command == "demo" else ""
         with train.interruptible(hint), train.explained(train.USER_ERRORS):
             functions[arguments.command](arguments)
     finally:

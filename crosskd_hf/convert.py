@@ -1,6 +1,7 @@
 """MMDetection checkpoints -> this package. Nothing in a `.pth` file is ever executed."""
 
 import contextlib
+import pickle
 import pickletools
 import re
 from collections.abc import Iterator
@@ -160,8 +161,10 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], tuple[str, ...
     except Exception as error:
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise _refusal(path, [refused[1]]) from error
+        # torch advises to read it without that.
+        reason = "it is no such file." if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise CheckpointError(
-            f"checkpoint {path} can't be read safely (weights_only=True): {first_line(error)} "
+            f"checkpoint {path} can't be read safely (weights_only=True): {reason} "
             "It is damaged, incomplete, or holds objects other than weights; fetch it again from its publisher."
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None

@@ -1,7 +1,7 @@
 """`crosskd demo`: see a student get better because of its teacher, offline, on generated images.
 
 Three ordinary runs of two recipes that the package carries: a teacher, a student alone, and the same student with the
-same seed and schedule and CrossKD. An interrupted demo goes on where it was when the command is given again.
+same seed and schedule and CrossKD. The same command goes on from the last checkpoint of an interrupted demo.
 """
 
 import argparse

@@ -122,6 +122,7 @@ class StepMonitor:
         skipped = int(counts[:, 0].max()) if self.may_skip else 0
         steps |= self.untold
         self.untold = {}
+        self.first_bad = torch.full_like(self.first_bad, -1)  # told now: a run that goes on has to do with new ones
         if steps:
             self._refuse_or_skip(steps, skipped)
         logs = dict(zip(self.names, means.mean(dim=0).tolist(), strict=True))
@@ -142,6 +143,7 @@ class StepMonitor:
         first = int(min(steps.values()))
         names = ", ".join(name for name, step in steps.items() if step == first)
         self.skipped += skipped
+        self._bad_steps = torch.zeros_like(self._bad_steps)  # they are counted now, whatever comes
         if not self.may_skip:
             raise NonFiniteLossError(f"{names} was not finite at step {first}")
         if self.skipped > self.may_skip:

@@ -71,11 +71,13 @@ def _read(source: str, timeout: float | None) -> Image.Image:
     """A file, URL or base64 as `load_rgb` reads it. transformers' `load_image` has Pillow start programs (EPS)."""
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"an image must be a path, a URL, base64 or a PIL image, got a {type(source).__name__}")
-    if os.path.isfile(source):
-        return load_rgb(source)
     source = os.fspath(source)
-    if source.startswith(("http://", "https://")):
-        return load_rgb(_fetched(source, timeout))
+    is_url = source.startswith(("http://", "https://"))
+    if is_url or os.path.isfile(source):
+        try:
+            return load_rgb(_fetched(source, timeout) if is_url else source)
+        except ImageError as error:  # it has the text that follows the name
+            raise ImageError(f"{without_credentials(source) if is_url else source} {error}") from error
     try:
         return load_rgb(_decoded(source))
     except ValueError as error:  # what isn't base64, too

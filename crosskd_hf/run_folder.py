@@ -55,6 +55,11 @@ def check_output(recipe: Recipe, output: Path, accept_changes: bool = False) -> 
     if not changes:
         return False
     lines = "".join(f"\n  - {line}" for line in changes.values())
+    if is_finished(output):
+        raise RecipeError(
+            f"{output} holds a finished run of other settings:{lines}\nChanges come too late for it. Name another "
+            f"training.output_dir; a finished model is trained on with model.checkpoint={output}."
+        )
     fixed = [key for key in changes if key.startswith("model.") or key in FIXED]
     if fixed:
         raise RecipeError(

@@ -211,12 +211,8 @@ def train_recipe(recipe: Recipe, dry_run: bool = False, accept_changes: bool = F
 def prepare(recipe: Recipe, dry_run: bool = False, accept_changes: bool = False) -> DetectionTrainer | None:
     """Check and build a run, and print what it is. None if it is finished already."""
     output = Path(recipe.training_arguments().output_dir)
-    changed = check_output(recipe, output, accept_changes)
+    check_output(recipe, output, accept_changes)
     if is_finished(output) and not dry_run:
-        if changed:
-            raise RecipeError(
-                f"{output} holds a finished run: changes come too late. Name another training.output_dir."
-            )
         if PartialState().is_main_process:
             print(f"{output} holds this run, finished; remove the folder to run it again.")
             print_metrics(final_metrics(output))

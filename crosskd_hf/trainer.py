@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import is_tensorboard_available, is_trackio_available, is_wandb_available
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.training_args import OptimizerNames
 
@@ -43,6 +44,11 @@ from .training_args import DetectionTrainingArguments
 
 logger = logging.getLogger(__name__)
 EVALUATION_FOLDER = "evaluation"
+TRACKERS = {
+    "tensorboard": (is_tensorboard_available, "tensorboard"),
+    "wandb": (is_wandb_available, "wandb"),
+    "trackio": (is_trackio_available, "trackio"),
+}
 MONITOR = "StepMonitor"  # its part of a checkpoint's state
 
 
@@ -348,12 +354,14 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         try:
             averages = self.monitor.averages(self.accelerator.gather)
         except NonFiniteLossError as error:
+            # Without the removal of others: what is healthy may be an earlier one.
             self._save_checkpoint(self.model_wrapped, trial=None)
-            self._keep_checkpoint(trial=None)
             raise NonFiniteLossError(
                 f"{error}. That step's update was masked out, training is stopped, and the state is saved in "
-                f"{self._latest_checkpoint()}. Usual causes: a learning rate too high for this batch size, no "
-                "warm-up, half precision, or broken boxes in the data."
+                f"{self._latest_checkpoint()}; no earlier checkpoint was removed for it. Usual causes: a learning "
+                "rate too high for this batch size, no warm-up, half precision, or broken boxes in the data. If the "
+                "weights had diverged before, remove this checkpoint and those after the last good one, and start the "
+                "same command again, with other values and --accept-changes."
             ) from None
         if averages.get("skipped_steps", 0) > self._skipped_at_log:
             self._skipped_at_log = averages["skipped_steps"]
@@ -577,6 +585,12 @@ def _refuse_unsupported(args: DetectionTrainingArguments) -> None:
         )
     if args.sync and args.torch_compile:
         raise ValueError("sync and torch_compile don't go together: sums over processes can't be compiled here.")
+    for tracker, (available, package) in TRACKERS.items():
+        if tracker in args.report_to and not available():
+            raise ValueError(
+                f'training.report_to={tracker} needs the package {package}: pip install "crosskd-hf[tracking]", or '
+                "training.report_to=none."
+            )
     if args.fsdp or args.deepspeed:
         raise ValueError("FSDP and DeepSpeed aren't supported; these detectors fit a GPU: use plain multi_gpu.")
 

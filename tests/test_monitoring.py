@@ -167,6 +167,16 @@ def test_more_steps_than_may_be_skipped_stop_the_run():
         skipping(1.0, NAN, may_skip=0).averages(one_rank)
 
 
+@pytest.mark.parametrize("may_skip", [0, 1])
+def test_what_stopped_a_run_is_neither_counted_nor_told_again(may_skip):
+    """By the checkpoint that is saved then, and the run that goes on from it."""
+    monitor = skipping(NAN, NAN, may_skip=may_skip)
+    with pytest.raises(NonFiniteLossError):
+        monitor.averages(one_rank)
+    assert monitor.not_finite() == {}
+    assert monitor.skipped_so_far() == (2 if may_skip else 0)
+
+
 def test_a_step_is_skipped_once_whatever_was_bad_in_it():
     monitor = StepMonitor(CPU, 9)
     for value in (NAN, 1.0, NAN):  # accumulated batches

@@ -180,11 +180,11 @@ def test_addresses_that_give_no_image(server: FileServer, reader: DenseDetection
     server.files["/page.png"] = b"<html></html>"
     with pytest.raises(ImageError, match="it is no image: AVIF, BMP"):
         reader(f"{server.url}/page.png")
-    with pytest.raises(ImageError, match=r"^can't be fetched \(status 404\)$"):
+    with pytest.raises(ImageError, match=r"^http.* can't be fetched \(status 404\)$"):
         reader(f"{server.url}/gone.png?token=secret")
     server.http.server_close()
     for url in (f"{server.url}/a.png?token=secret", "http://[someone:secret@/a.png", "https://"):
-        with pytest.raises(ImageError, match=r"^can't be fetched \(") as error:
+        with pytest.raises(ImageError, match=r" can't be fetched \(") as error:
             reader(url)
         assert "secret" not in str(error.value)
 

@@ -53,6 +53,17 @@ def test_a_run_is_finished_only_with_a_whole_state(tmp_path: Path, text: str, fi
     assert run_folder.is_finished(tmp_path) == finished
 
 
+def test_changes_of_a_finished_run_are_refused_at_once(tmp_path: Path) -> None:
+    recipe().save(tmp_path / RECIPE_FILE)
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    state = {"global_step": 3, "log_history": [{"eval_AP": 0.5, "step": 3}]}
+    (tmp_path / run_folder.STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+    for accept in (False, True):
+        with pytest.raises(RecipeError, match=r"learning_rate: was 0\.01, is 0\.5\nChanges come too late") as error:
+            run_folder.check_output(recipe("training.learning_rate=0.5"), tmp_path, accept)
+        assert "--accept-changes" not in str(error.value) and f"model.checkpoint={tmp_path}" in str(error.value)
+
+
 def test_changes_are_shown_and_refused_unless_accepted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert not run_folder.check_output(recipe(), tmp_path)
     recipe().save(tmp_path / RECIPE_FILE)

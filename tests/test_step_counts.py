@@ -4,6 +4,7 @@ The counts are exact and the same on every machine: a change that adds an operat
 2.6 million scores are gone through in two or three parts, with some 40 operators each, to hold less memory.)
 """
 
+import argparse
 import importlib.util
 import sys
 from functools import cache
@@ -82,6 +83,23 @@ def test_memory_is_what_is_held_at_once():
         view = third.view(10, 100)  # no memory of its own
         del second, third, view
     assert (counts.peak, counts.bytes) == (8000, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--compare", "nowhere.json"], "nowhere.json can't be read"),
+        (["--compare", __file__], "isn't what --output writes"),
+        (["--output", f"{__file__}/new.json"], "can't be written"),
+    ],
+)
+def test_files_of_results_are_looked_at_before_anything_is_measured(arguments, message, capsys):
+    benchmark()
+    parser = argparse.ArgumentParser()
+    sys.modules["reporting"].add_output(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_medians_have_intervals_and_comparisons_ratios():

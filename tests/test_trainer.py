@@ -10,6 +10,8 @@ from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
 from transformers import TrainerCallback
 
 from crosskd_hf import DistillationSection
+from crosskd_hf import trainer as trainer_module
+from crosskd_hf.checkpoints import mark_complete
 from crosskd_hf.data.dataset import DetectionDataset
 from crosskd_hf.distributed import Normalizers
 from crosskd_hf.monitoring import NonFiniteLossError
@@ -107,8 +109,14 @@ def test_a_step_that_is_not_finite_changes_nothing_and_stops_the_run(tmp_path: P
         return terms, outputs
 
     trainer.loss_terms = poisoned
+    trainer.args.save_total_limit = 1
+    earlier = trainer.run_folder / "checkpoint-2"
+    earlier.mkdir(parents=True)
+    (earlier / "weights").write_text("healthy")
+    mark_complete(earlier)
     with pytest.raises(NonFiniteLossError, match=r"kd_box.* was not finite at step 3\b.*checkpoint-5"):
         trainer.train()
+    assert earlier.is_dir(), "it may be the last healthy one"
     assert len(states) == 5, "stopped at the next logging step"
     same = {name: torch.equal(states[2][name], states[3][name]) for name in states[2]}
     assert all(same.values()), "step 3 was masked out"
@@ -209,6 +217,13 @@ def test_evaluation_is_repeatable(tmp_path: Path) -> None:
     first, second = trainer.evaluate(), trainer.evaluate()
     keys = [key for key in first if key.startswith("eval_A")]
     assert {key: first[key] for key in keys} == {key: second[key] for key in keys}
+
+
+def test_a_tracker_that_is_not_installed_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(trainer_module.TRACKERS, "tensorboard", (lambda: False, "tensorboard"))
+    args = tiny_args(tmp_path / "run", report_to=["tensorboard"])
+    with pytest.raises(ValueError, match=r'report_to=tensorboard needs .*pip install "crosskd-hf\[tracking\]"'):
+        DetectionTrainer(tiny_model(), args)
 
 
 def test_labels_that_differ_are_refused(tmp_path: Path) -> None:
