@@ -187,7 +187,7 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         """Have all batches of a step divide their losses by the same: see `Normalizers`.
 
         RetinaNet, FCOS and ATSS only assign boxes for it. GFL has to run forward, since its boxes count as much as it
-        believes in them: some two fifths of the student's forward and backward more.
+        believes in them: a third to two fifths of the student's forward and backward more.
         """
         model = self._detector
         looking_ahead = self._looking_ahead(model) if model.normalizers_need_predictions else contextlib.nullcontext()
