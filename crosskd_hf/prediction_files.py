@@ -191,6 +191,16 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def check_output(output: Path, pictures: Path | None, paths: Sequence[Path]) -> None:
+    """Refuse folders that are files, and pictures that would be written over the images they are made of.
+
+    Args:
+        output: where predictions are written.
+        pictures: where pictures are, or None for none.
+        paths: of the images.
+
+    Raises:
+        PredictionError: naming what stands in the way.
+    """
     for folder in filter(None, (output, pictures)):
         if folder.exists() and not folder.is_dir():
             raise PredictionError(f"{folder} is a file: name a folder with --output-dir.")
