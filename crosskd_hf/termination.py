@@ -65,6 +65,7 @@ class TerminationSignal:
         finally:
             self._depth -= 1
             self._finish_round()
+            self._release_group()
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
     def _note(self, number: int, frame: object) -> None:
@@ -86,6 +87,12 @@ class TerminationSignal:
         flag = torch.tensor([int(self.noted)])
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag)
+
+    def _release_group(self) -> None:
+        """End the group's threads: one that lets go of its last tensor while Python ends aborts the process."""
+        group, self._group = self._group, None
+        if group is not None and dist.is_initialized():
+            dist.destroy_process_group(group)
 
     def _finish_round(self) -> bool:
         if self._round is None:

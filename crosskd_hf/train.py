@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import gc
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -264,6 +265,7 @@ def launch(arguments: argparse.Namespace) -> None:
             train_recipe(recipe, arguments.dry_run, arguments.accept_changes)
     finally:
         PartialState().destroy_process_group()
+        gc.collect()  # DDP's hold on the group, for the reason of `TerminationSignal._release_group`
 
 
 @contextlib.contextmanager

@@ -242,6 +242,7 @@ def one_of_two(rank: int, port: int, root: str) -> None:
         trainer.train()
     except Terminated:
         (Path(root) / f"ended_{rank}").write_text(str(trainer.state.global_step))
+    assert trainer.termination._group is None, "its threads would outlive Python"
     torch.distributed.destroy_process_group()
 
 
