@@ -237,7 +237,8 @@ def fill_disk(target: Target) -> Outcome:
     promised = re.search(r"The last good checkpoint, (.*?), is intact", text)
     if step_of(promised.group(1) if promised else None) != step:
         return Outcome(f"{promised.group(1) if promised else 'no checkpoint'} is said to be intact, {step} is")
-    return Outcome(note=f"{re.search(f'{DISK_FULL}.*', text).group()[:60]}...")
+    said = re.search(f"{DISK_FULL}.*", text).group().replace(f"{output}/", "")
+    return Outcome(note=f"{said[:60]}...")
 
 
 def damage(target: Target) -> Outcome:
