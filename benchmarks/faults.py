@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from crosskd_hf.checkpoints import DISK_FULL, MARKER, checkpoint_folders, newest_complete
+from crosskd_hf.checkpoints import DISK_FULL, MARKER, checkpoint_folders, newest_complete, step_of
 
 DISK_MB = 700  # a little more than the checkpoints of the small run
 DAMAGES = ("cut", "bit", "gone")  # in turn
@@ -77,14 +77,10 @@ def resumed_at(text: str) -> int | None:
     return 0 if re.search(r"^step \d+/", text, re.MULTILINE) else None
 
 
-def step_of(checkpoint: str | None) -> int:
-    """N of a folder `checkpoint-N`; 0 for none."""
-    return int(Path(checkpoint).name.removeprefix("checkpoint-")) if checkpoint else 0
-
-
 def last_step(output: Path) -> int:
     """Step of the checkpoint that the next process goes on from."""
-    return step_of(newest_complete(output))
+    newest = newest_complete(output)
+    return step_of(newest) if newest else 0
 
 
 # Processes --------------------------------------------------------------------------------------------------------
@@ -235,7 +231,7 @@ def fill_disk(target: Target) -> Outcome:
     if step < before:
         return Outcome(f"checkpoint {before} isn't whole any more")
     promised = re.search(r"The last good checkpoint, (.*?), is intact", text)
-    if step_of(promised.group(1) if promised else None) != step:
+    if (step_of(promised.group(1)) if promised else 0) != step:
         return Outcome(f"{promised.group(1) if promised else 'no checkpoint'} is said to be intact, {step} is")
     said = re.search(f"{DISK_FULL}.*", text).group().replace(f"{output}/", "")
     return Outcome(note=f"{said[:60]}...")

@@ -35,8 +35,8 @@ CHUNK = 1 << 22  # bytes
 DISK_FULL = "the disk is full"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # How safetensors (Rust) and torch.save (C++) report a write that failed: neither raises an OSError.
-SHARED_MEMORY = "unable to write to file </torch_"  # how torch says that /dev/shm is full
 FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "inline_container", "PytorchStreamWriter")
+SHARED_MEMORY = "unable to write to file </torch_"  # how torch says that /dev/shm is full
 
 
 # Whole or not ---------------------------------------------------------------------------------------------------
