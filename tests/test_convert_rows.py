@@ -94,6 +94,6 @@ def test_row_converts_and_predicts(row: str, version: int, golden: Path, tmp_pat
         for i, size in enumerate(case.record["image_shapes"]):
             reference = {key: case.tensors[f"pred.{i}.{key}"] for key in ("scores", "labels", "boxes")}
             ours = detections(model, found, i, size, (0.8, 0.8))
-            compare_detections(result, f"image {i}", ours, reference)
+            compare_detections(result, f"image {i}", ours, reference, model.config.nms_threshold)
     assert result.count > 2000
     assert not result.failures, "\n".join(result.failures)
