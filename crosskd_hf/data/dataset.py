@@ -91,6 +91,9 @@ class DetectionDataset(Dataset[dict[str, Any]]):
             # Not torch.manual_seed, which would also reseed the GPUs' generators, and those are not restored here.
             torch.random.default_generator.manual_seed(stable_seed(self.seed, key.epoch, key.index))
             sample = self.transform(sample)
+        if self.train:  # a sliver at the image's edge may have been rounded to nothing
+            keep = (sample["boxes"][:, 2:] > sample["boxes"][:, :2]).all(1)
+            sample["boxes"], sample["class_labels"] = sample["boxes"][keep], sample["class_labels"][keep]
         return {**sample, "image_id": row["image_id"], "original_size": (row["height"], row["width"])}
 
     def orientations(self) -> torch.Tensor:
