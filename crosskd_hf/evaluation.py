@@ -26,6 +26,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from .escaping import printable
+
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
 
@@ -316,7 +318,7 @@ def format_metrics(metrics: Mapping[str, float]) -> str:
         if present:
             lines.append("".join(f"{name:>8}" for name in present))
             lines.append("".join(f"{percent(metrics[name]):>8}" for name in present))
-    classes = {name.removeprefix("AP/"): value for name, value in metrics.items() if name.startswith("AP/")}
+    classes = {printable(name.removeprefix("AP/")): value for name, value in metrics.items() if name.startswith("AP/")}
     if classes:
         width = max(len("class"), *map(len, classes))
         lines += ["", f"{'class':<{width}}{'AP':>8}"]

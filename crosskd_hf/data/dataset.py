@@ -16,6 +16,7 @@ from crosskd_hf.data.problems import DataError
 from crosskd_hf.data.sampler import SampleKey, stable_seed
 from crosskd_hf.data.split import DetectionSplit
 from crosskd_hf.data.transforms import Multiscale, Sample, build_transform
+from crosskd_hf.escaping import printable
 
 ROWS_AT_ONCE = 1000
 
@@ -105,18 +106,17 @@ class DetectionDataset(Dataset[dict[str, Any]]):
 
     def _read(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
-        stored = row["image"]
+        stored, name = row["image"], f"image {row['image_id']} ({printable(row['file_name'])})"
         try:
             row["image"] = load_tensor(stored["path"] if stored["bytes"] is None else stored["bytes"])
         except ImageError as error:
             raise DataError(
-                f"image {row['image_id']} ({row['file_name']}) {error}; restore it, or start again in "
-                "another training.output_dir with data.on_error=skip"
+                f"{name} {error}; restore it, or start again in another training.output_dir with data.on_error=skip"
             ) from error
         height, width = row["image"].shape[-2:]
         if (width, height) != (row["width"], row["height"]):
             raise DataError(
-                f"image {row['image_id']} ({row['file_name']}) is {width} x {height} pixels, but the annotation file "
+                f"{name} is {width} x {height} pixels, but the annotation file "
                 f"says {row['width']} x {row['height']}: its boxes would not fit; correct one or the other"
             )
         return row

@@ -361,8 +361,8 @@ class DenseDetector(PreTrainedModel):
         if (begun & ~ended).any():
             self._checked.add("warned")
             logger.warning(
-                "pixel_values look padded (zeros in the last row or column), but there is no pixel_mask: padding counts "
-                "as image, in the losses and where boxes are scaled. Give the model the image processor's pixel_mask."
+                "pixel_values look padded (zeros in the last row or column), but there is no pixel_mask: padding "
+                "counts as image, in losses and in the sizes of boxes. Give the model the image processor's pixel_mask."
             )
 
     @torch.no_grad()
