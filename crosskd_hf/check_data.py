@@ -93,7 +93,8 @@ def report(data: DataSection, name: str, *, training: bool) -> Report:
     stopping = split.problems.lines(stopping=True)
     counts = [len(objects["id"]) for objects in table["objects"]]
     lines = [
-        f"{printable(name)}: {len(split)} images, {sum(counts)} boxes ({sum(crowds)} of them crowds), {len(classes)} classes",
+        f"{printable(name)}: {len(split)} images, {sum(counts)} boxes ({sum(crowds)} of them crowds), "
+        f"{len(classes)} classes",
         f"  images without any box: {counts.count(0)}; boxes an image: {np.mean(counts):.1f} on average, "
         f"{max(counts)} at most",
         f"  image sizes: {widths.min()} x {heights.min()} to {widths.max()} x {heights.max()} pixels; "

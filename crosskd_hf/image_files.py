@@ -116,8 +116,8 @@ def match_images(paths: Sequence[Path], annotated: Annotated) -> list[ImageEntry
         entry = next((annotated.images[end] for end in ends if end in annotated.images), None)
         if entry is None:
             raise PredictionError(
-                f"{printable(path)} is not an image of the annotation file: no file_name in it is the end of this path. "
-                "Leave the image out, or name the annotation file that lists it."
+                f"{printable(path)} is not an image of the annotation file: no file_name in it is the end of this "
+                "path. Leave the image out, or name the annotation file that lists it."
             )
         if (first := owners.setdefault(entry.file_name, path)) is not path:
             raise PredictionError(
@@ -135,7 +135,8 @@ def category_ids_of(id2label: Mapping[int, str], annotated: Annotated | None) ->
     if unknown := [name for name in id2label.values() if name not in known]:
         raise PredictionError(
             f"the model has {len(unknown)} labels that aren't categories of the annotation file, such as "
-            f"{unknown[0]!r}; its categories are {', '.join(map(printable, list(known)[:8]))}. Leave --annotations out, or rename one."
+            f"{unknown[0]!r}; its categories are {', '.join(map(printable, list(known)[:8]))}. Leave --annotations "
+            "out, or rename one."
         )
     return {label: known[name] for label, name in id2label.items()}
 

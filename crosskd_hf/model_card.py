@@ -312,11 +312,9 @@ def _introduction(facts: CardFacts) -> str:
     teacher = facts.teacher
     if teacher is None:
         return f"{text}, alone: without a teacher."
-    name = (
-        f"[{teacher.hub_id}](https://huggingface.co/{teacher.hub_id})"
-        if teacher.hub_id
-        else markdown_code(teacher.name)
-    )
+    name = markdown_code(teacher.name)
+    if teacher.hub_id:
+        name = f"[{teacher.hub_id}](https://huggingface.co/{teacher.hub_id})"
     return (
         f"{text} as the student of {name}, {_architecture(teacher.config)}. The method is cross-head knowledge "
         f"distillation ([CrossKD]({PAPER})); the teacher is no part of this model."

@@ -121,7 +121,7 @@ def test_a_local_data_set_and_teacher_have_only_names() -> None:
 def test_many_labels_are_folded_and_odd_ones_kept_harmless() -> None:
     names = {i: f"class {i}" for i in range(80)} | {3: "a`b\nc"}
     _, text = parsed(config=config(id2label=names))
-    assert "<summary>80 labels</summary>" in text and "`a'b c`" in text and "`class 79`" in text
+    assert "<summary>80 labels</summary>" in text and r"`a'b\nc`" in text and "`class 79`" in text
 
 
 def test_data_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

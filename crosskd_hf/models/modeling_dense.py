@@ -362,7 +362,7 @@ class DenseDetector(PreTrainedModel):
             self._checked.add("warned")
             logger.warning(
                 "pixel_values look padded (zeros in the last row or column), but there is no pixel_mask: padding "
-                "counts as image, in losses and in the sizes of boxes. Give the model the image processor's pixel_mask."
+                "counts as image, in losses and in boxes' sizes. Give the model the image processor's pixel_mask."
             )
 
     @torch.no_grad()
