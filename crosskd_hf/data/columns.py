@@ -348,8 +348,8 @@ def _records(source: datasets.Dataset, vocabulary: Vocabulary, where: str, probl
         for key_name, values in (("categories", categories), ("id", given), ("area", areas), ("iscrowd", crowds)):
             if len(values) != len(boxes):
                 raise DataError(
-                    f"{where}: {printable(names[position])} has {len(boxes)} boxes, but {len(values)} {key_name}: each "
-                    "list of objects has an entry a box; mend that row"
+                    f"{where}: {printable(names[position])} has {len(boxes)} boxes, but {len(values)} {key_name}: "
+                    "each list of objects has an entry a box; mend that row"
                 )
         number += len(boxes)
         for object_id, box, category, area, crowd in zip(given, boxes, categories, areas, crowds, strict=True):

@@ -1,6 +1,7 @@
 """The image processor of the dense detectors: resize, normalise, pad."""
 
 import functools
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,6 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
-from transformers.utils import logging
 
 from crosskd_hf.data.images import load_rgb, to_rgb
 from crosskd_hf.data.transforms import resized_size
@@ -21,7 +21,7 @@ from .configuration_dense import DenseDetectorConfig
 from .modeling_dense import DenseDetectorOutput
 from .postprocess import select_detections
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # Keyword arguments of `DenseDetectorImageProcessor`: grey levels 0..255, channels in the order that the model sees.
 RGB_IMAGENET: dict[str, Any] = {
@@ -238,7 +238,7 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
             raise ValueError("images of different sizes make a batch only with do_pad=True")
 
         if do_rescale and do_normalize and max(image_mean) > 1:
-            logger.warning_once(
+            logger.warning_once(  # transformers' addition
                 f"do_rescale=True is left out: image_mean {list(image_mean)} is of grey levels 0..255, as they come. "
                 "For pixels of 0..1 set image_mean and image_std of 0..1, or do_normalize=False."
             )

@@ -1,5 +1,6 @@
 """The dense detector every architecture is made of: backbone -> FPN -> head -> losses or predictions."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
 from ..assigners import Assignment, gather_boxes, gather_labels
 from ..data.labels import check_labels
@@ -21,7 +22,7 @@ from .configuration_dense import DenseDetectorConfig
 from .fpn import FPN, FPNConv
 from .head import ClassPredictor, DenseHead, HeadConv, HeadOutput, HeadSpec, LevelScales, flatten_levels
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 KEPT_PRIORS = 8  # sizes; RetinaNet's take 13 MB at 1333 x 800
 
 
