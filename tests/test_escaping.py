@@ -44,7 +44,7 @@ def test_file_names_are_of_one_file(name, written):
 
 
 def test_markdown_shows_the_text():
-    assert markdown("<img src=x> [a](b) | `c` *d*\n# e") == r"&lt;img src=x&gt; \[a\](b) \| \`c\` \*d\*\n# e"
+    assert markdown("<img src=x> [a](b) | `c` *d*\n# e") == r"&lt;img src=x&gt; \[a\](b) \| \`c\` \*d\*\\n# e"
     assert markdown_code("a`<b>`\n") == r"`a'<b>'\n`"
     assert markdown_block("a\n", "yaml") == "```yaml\na\n```"
     assert markdown_block("a\n ```\n<b>\x1b\n", "yaml") == "````yaml\na\n ```\n<b>\\x1b\n````"

@@ -151,7 +151,7 @@ def test_more_than_8_bits_are_scaled_by_what_the_file_says(tmp_path, white, dtyp
     ("white", "dtype", "sample_format", "tags", "words"),
     [
         (65535, np.float32, 3, {}, "floating point values from 0 to 65535.*SMaxSampleValue"),
-        (1.0001, np.float32, 3, {}, "floating point values from 0 to 1.0001"),
+        (2, np.float32, 3, {}, "floating point values from 0 to 2"),
         (np.nan, np.float32, 3, {}, "floating point values from nan"),
         (1_000_000, np.int32, 2, {}, r"integers from 0 to 1e\+06.*SMaxSampleValue"),
         (200, np.int32, 2, {}, "integers from 0 to 200"),
