@@ -13,6 +13,7 @@ from .data.images import load_rgb
 from .data.load import load_split
 from .data.split import DetectionSplit, keep_for_training
 from .data.transforms import resized_size
+from .escaping import file_name, printable, printable_lines
 from .plots import bars, new_figure, save_figure
 from .progress import say
 from .recipe import DataSection, load_recipe
@@ -61,13 +62,13 @@ def run(arguments: argparse.Namespace) -> None:
     data = load_recipe(arguments.recipe, arguments.overrides).data
     output = Path(arguments.output_dir)
     reports = [report(data, data.train_split, training=True), report(data, data.val_split, training=False)]
-    text = "\n\n".join("\n".join(r.lines) for r in reports)
+    text = printable_lines("\n\n".join("\n".join(r.lines) for r in reports))
     output.mkdir(parents=True, exist_ok=True)
     (output / "report.txt").write_text(text + "\n", encoding="utf-8")
     print(text)
     for r in reports:
-        draw_report(r, output / f"{_file_name(r.name)}.png")
-        samples(r.split).save(output / f"{_file_name(r.name)}_samples.png")
+        draw_report(r, output / f"{file_name(r.name)}.png")
+        samples(r.split).save(output / f"{file_name(r.name)}_samples.png")
     say(f"\nwritten to {output}: report.txt, and for each split a chart and sample pictures")
     if any(r.stopped for r in reports):
         raise SystemExit("training would stop at this data: mend it, or set data.on_error=skip to leave that out.")
@@ -92,7 +93,8 @@ def report(data: DataSection, name: str, *, training: bool) -> Report:
     stopping = split.problems.lines(stopping=True)
     counts = [len(objects["id"]) for objects in table["objects"]]
     lines = [
-        f"{name}: {len(split)} images, {sum(counts)} boxes ({sum(crowds)} of them crowds), {len(classes)} classes",
+        f"{printable(name)}: {len(split)} images, {sum(counts)} boxes ({sum(crowds)} of them crowds), "
+        f"{len(classes)} classes",
         f"  images without any box: {counts.count(0)}; boxes an image: {np.mean(counts):.1f} on average, "
         f"{max(counts)} at most",
         f"  image sizes: {widths.min()} x {heights.min()} to {widths.max()} x {heights.max()} pixels; "
@@ -114,7 +116,7 @@ def report(data: DataSection, name: str, *, training: bool) -> Report:
     lines += [f"  ! {line}" for line in stopping]
     lines += [f"  - {line}" for line in split.problems.lines(stopping=False)]
     if missing := [n for n, count in classes.items() if not count]:
-        lines.append(f"  - {len(missing)} classes have no box: {', '.join(missing[:10])}")
+        lines.append(f"  - {len(missing)} classes have no box: {', '.join(map(printable, missing[:10]))}")
     return Report(name, lines, classes, sizes, split, stopped=bool(stopping) and data.on_error == "stop")
 
 
@@ -168,11 +170,9 @@ def samples(split: DetectionSplit) -> Image.Image:
 def _table(counts: Mapping[str, int]) -> list[str]:
     total = max(1, sum(counts.values()))
     rows = sorted(counts.items(), key=lambda item: -item[1]) if len(counts) > MANY_CLASSES else counts.items()
-    lines = [f"    {name:<24}{count:>8}{100 * count / total:>7.1f}%" for name, count in list(rows)[:MANY_CLASSES]]
+    lines = [
+        f"    {printable(name):<24}{count:>8}{100 * count / total:>7.1f}%" for name, count in list(rows)[:MANY_CLASSES]
+    ]
     if len(counts) > MANY_CLASSES:
         lines.append(f"    ... and {len(counts) - MANY_CLASSES} more")
     return lines
-
-
-def _file_name(split: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in split)

@@ -29,6 +29,7 @@ from .distillation.adapters import attach_adapters, detach_adapters
 from .distillation.objective import distillation_losses, prepare_teacher, student_forward, teacher_forward
 from .distillation.pairing import PARTLY, pair_up
 from .distillation.settings import resolve_settings
+from .escaping import printable
 from .evaluation import CocoEvaluator
 from .factory import load_detector
 from .hub import HubUpload
@@ -502,7 +503,7 @@ class DistillationTrainer(DetectionTrainer):
         self.pairing = pairing.to(self.args.device)
         if self.is_world_process_zero():
             for note in pairing.notes:
-                logger.log(logging.WARNING if PARTLY in note else logging.INFO, "%s", note)
+                logger.log(logging.WARNING if PARTLY in note else logging.INFO, "%s", printable(note))
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         # Plain, not prepared by accelerate: it has no gradients to average and must not count as the trained model.
         self._teaching = prepare_teacher(self.teacher, args.fold_teacher_batchnorm)

@@ -17,6 +17,7 @@ import datasets
 import pyarrow.compute as pc
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from ..escaping import printable
 from ..strict import nearest
 from .coco import LARGEST_INTEGER, leaves_folder
 from .images import ImageSource
@@ -271,7 +272,7 @@ def _refuse_foreign_paths(source: datasets.Dataset, where: str, roots: Sequence[
         for name in pc.filter(column.field("path"), outside).to_pylist():
             if not any(Path(name).resolve().is_relative_to(root) for root in allowed):
                 raise DataError(
-                    f"{where}: the image {name} lies outside the data set: put it there, or embed its bytes"
+                    f"{where}: the image {printable(name)} lies outside the data set: put it there, or embed its bytes"
                 )
 
 
@@ -347,8 +348,8 @@ def _records(source: datasets.Dataset, vocabulary: Vocabulary, where: str, probl
         for key_name, values in (("categories", categories), ("id", given), ("area", areas), ("iscrowd", crowds)):
             if len(values) != len(boxes):
                 raise DataError(
-                    f"{where}: {names[position]} has {len(boxes)} boxes, but {len(values)} {key_name}: each list of "
-                    "objects has an entry a box; mend that row"
+                    f"{where}: {printable(names[position])} has {len(boxes)} boxes, but {len(values)} {key_name}: "
+                    "each list of objects has an entry a box; mend that row"
                 )
         number += len(boxes)
         for object_id, box, category, area, crowd in zip(given, boxes, categories, areas, crowds, strict=True):

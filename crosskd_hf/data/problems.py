@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from ..escaping import printable
+
 EXAMPLES = 3
 
 
@@ -35,7 +37,7 @@ class Kind(Enum):
     def describe(self, count: int, examples: list[str]) -> str:
         """Count, kind, examples and advice in one line."""
         thing, what, advice = self.value
-        shown = "; ".join(examples) + ("; ..." if count > len(examples) else "")
+        shown = "; ".join(map(printable, examples)) + ("; ..." if count > len(examples) else "")
         return f"{count} x {thing} {what} ({advice}): {shown}"
 
 

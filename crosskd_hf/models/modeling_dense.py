@@ -1,5 +1,6 @@
 """The dense detector every architecture is made of: backbone -> FPN -> head -> losses or predictions."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from ..assigners import Assignment, gather_boxes, gather_labels
+from ..data.labels import check_labels
 from ..distributed import Normalizers
 from .anchors import cell_corners, valid_cells
 from .backbone import Backbone
@@ -20,6 +22,7 @@ from .configuration_dense import DenseDetectorConfig
 from .fpn import FPN, FPNConv
 from .head import ClassPredictor, DenseHead, HeadConv, HeadOutput, HeadSpec, LevelScales, flatten_levels
 
+logger = logging.getLogger(__name__)
 KEPT_PRIORS = 8  # sizes; RetinaNet's take 13 MB at 1333 x 800
 
 
@@ -193,6 +196,7 @@ class DenseDetector(PreTrainedModel):
         self._priors: dict[tuple, Priors] = {}
         self._level_sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self.normalizers = Normalizers()
+        self._checked: set[str] = set()  # what was looked at in a first batch, see `_is_due`
         self.post_init()
 
     # What a detector provides -----------------------------------------------------------------------------------
@@ -268,13 +272,16 @@ class DenseDetector(PreTrainedModel):
             return_dict: False gives a tuple of what isn't None; None takes the configuration's value.
 
         Raises:
-            ValueError: if labels and images differ in number.
+            ValueError: if labels and images differ in number, or labels can't be right (see `check_labels`; on a GPU
+                only those of the first batch are looked at, and compiled none).
         """
         maps = self.backbone(pixel_values.to(self.dtype))
         features = self.fpn(maps)
         head = self.head(features, tap_index=tap_index, raw_taps=raw_taps)
         # A teacher in training needs no sizes: its images are the student's.
         needs_sizes = labels is not None or not output_distillation
+        if needs_sizes and pixel_mask is None:
+            self._warn_of_padding(pixel_values)
         image_sizes = unpadded_sizes(pixel_values, pixel_mask) if needs_sizes else None
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -328,9 +335,36 @@ class DenseDetector(PreTrainedModel):
     def match(
         self, priors: Priors, image_sizes: Tensor, labels: list[dict[str, Tensor]] | dict[str, Tensor]
     ) -> tuple[GroundTruth, Assignment]:
-        """A batch's boxes, padded, and which prior learns which. Raises ValueError, see `pad_ground_truth`."""
+        """A batch's boxes, padded, and which prior learns which.
+
+        Raises:
+            ValueError: see `pad_ground_truth` and `check_labels`.
+        """
         truth = pad_ground_truth(labels, len(image_sizes))
+        if self._is_due("labels", truth.boxes):
+            check_labels(truth.boxes, truth.labels, truth.mask, image_sizes, self.config.num_labels)
+            self._checked.add("labels")
         return truth, self.assign(priors, self.valid_priors(priors, image_sizes), truth)
+
+    def _is_due(self, what: str, values: Tensor) -> bool:
+        """Whether values may be looked at: always on the CPU, elsewhere once, since the host waits for it."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or values.is_meta:
+            return False
+        return values.device.type == "cpu" or what not in self._checked
+
+    def _warn_of_padding(self, pixel_values: Tensor) -> None:
+        """Tell once that images look padded, of which there is no mask. Normalised pixels are hardly ever 0."""
+        if not self._is_due("padding", pixel_values) or "warned" in self._checked:
+            return
+        self._checked.add("padding")
+        begun = pixel_values[:, :, 0, 0].any(-1)
+        ended = pixel_values[:, :, -1].flatten(1).any(-1) & pixel_values[:, :, :, -1].flatten(1).any(-1)
+        if (begun & ~ended).any():
+            self._checked.add("warned")
+            logger.warning(
+                "pixel_values look padded (zeros in the last row or column), but there is no pixel_mask: padding "
+                "counts as image, in losses and in boxes' sizes. Give the model the image processor's pixel_mask."
+            )
 
     @torch.no_grad()
     def measure_normalizers(
@@ -484,7 +518,8 @@ def pad_ground_truth(labels: list[dict[str, Tensor]] | dict[str, Tensor], batch:
     """Labels of each image, or padded ones of the whole batch -> one padded batch.
 
     Raises:
-        ValueError: if there are not as many labels as images, or padded ones come without a mask.
+        ValueError: if there are not as many labels as images, an image has not as many boxes as classes, or padded
+            labels come without a mask.
     """
     if isinstance(labels, Mapping):
         if missing := {"boxes", "class_labels", "mask"} - set(labels):
@@ -497,6 +532,10 @@ def pad_ground_truth(labels: list[dict[str, Tensor]] | dict[str, Tensor], batch:
         raise ValueError(f"{given} labels were given for {batch} images; labels is a list with a dict an image.")
     if truth is not None:
         return truth
+    for index, label in enumerate(labels):
+        if label["boxes"].numel() != 4 * len(label["class_labels"]):
+            shapes = tuple(label["boxes"].shape), tuple(label["class_labels"].shape)
+            raise ValueError(f"labels: image {index} needs boxes (G, 4) and class_labels (G,), got {shapes}")
     boxes = pad_sequence([label["boxes"].reshape(-1, 4).float() for label in labels], batch_first=True)
     classes = pad_sequence([label["class_labels"] for label in labels], batch_first=True)
     mask = pad_sequence([torch.ones_like(label["class_labels"], dtype=torch.bool) for label in labels], True)
