@@ -13,14 +13,12 @@ from transformers.utils import ModelOutput
 
 from ..assigners import Assignment, gather_boxes, gather_labels
 from ..distributed import Normalizers
-from .anchors import cell_corners, valid_cells
+from .anchors import cell_corners, grid_cells, valid_cells
 from .backbone import Backbone
 from .box_coding import box_centers, boxes_to_distances, distances_to_boxes
 from .configuration_dense import DenseDetectorConfig
 from .fpn import FPN, FPNConv
 from .head import ClassPredictor, DenseHead, HeadConv, HeadOutput, HeadSpec, LevelScales, flatten_levels
-
-KEPT_PRIORS = 8  # sizes; RetinaNet's take 13 MB at 1333 x 800
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,6 @@ class DenseDetector(PreTrainedModel):
         self.head = DenseHead(self.head_spec(config))
         # Of the instance: add_model_tags() appends to it.
         self.model_tags = ["object-detection", "crosskd", config.model_type]
-        self._priors: dict[tuple, Priors] = {}
         self._level_sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self.normalizers = Normalizers()
         self.post_init()
@@ -202,8 +199,8 @@ class DenseDetector(PreTrainedModel):
         """Shape of the detector's head."""
         raise NotImplementedError
 
-    def prior_levels(self, sizes: list[tuple[int, int]], device: torch.device) -> list[Tensor]:
-        """Anchors (P_l, 4) or points (P_l, 2) of each level, given its (height, width)."""
+    def cell_priors(self, corners: Tensor, strides: Tensor) -> Tensor:
+        """Anchors (P, 4) or points (P, 2) of cells, given their corners (cells, 2) xy and strides (cells, 1)."""
         raise NotImplementedError
 
     def distances(self, boxes: Tensor, priors: Priors) -> Tensor:
@@ -394,24 +391,11 @@ class DenseDetector(PreTrainedModel):
         return self.priors_of(_map_sizes(head.logits), head.logits[0].device)
 
     def priors_of(self, sizes: list[tuple[int, int]], device: torch.device) -> Priors:
-        """Priors of levels of (height, width). Those of the last few are kept; compiled, they are made of any size."""
-        if torch.compiler.is_compiling():
-            return self.build_priors(sizes, device)
-        key = (tuple(sizes), device)
-        found = self._priors.pop(key, None)  # put in again as the last used; other threads may do the same meanwhile
-        if found is None:
-            with torch.inference_mode(False):  # training may need them later
-                found = self.build_priors(sizes, device)
-        self._priors[key] = found
-        if len(self._priors) > KEPT_PRIORS:
-            self._priors.pop(next(iter(self._priors)), None)
-        return found
-
-    def build_priors(self, sizes: list[tuple[int, int]], device: torch.device) -> Priors:
         """Priors of levels of (height, width)."""
-        strides = self.config.strides
-        corners = cell_corners(sizes, strides, self.head.spec.num_anchors, device)
-        return Priors.of(self.prior_levels(sizes, device), strides, corners)
+        anchors = self.head.spec.num_anchors
+        corners, strides = grid_cells(sizes, self.config.strides, device)
+        levels = self.cell_priors(corners, strides).split([height * width * anchors for height, width in sizes])
+        return Priors.of(list(levels), self.config.strides, cell_corners(corners, anchors))
 
     def valid_priors(self, priors: Priors, image_sizes: Tensor) -> Tensor:
         """(N, P) bool: False for priors beyond an image's own size rounded up to `size_divisor`."""
