@@ -23,7 +23,7 @@ def test_averages_since_the_last_call():
     monitor = StepMonitor(CPU)
     for step, value in enumerate((1.0, 2.0, 6.0), start=1):
         assert monitor.record(terms(loss_cls=value, loss_box=10 * value), step) == 1
-    monitor.seconds["step_time"] = 1.5
+    monitor.clock.seconds["step_time"] = 1.5
     logs = monitor.averages(one_rank)
     assert {"loss_cls": 3.0, "loss_box": 30.0, "step_time": 0.5, "data_time": 0.0}.items() <= logs.items()
     assert set(logs) == {"loss_cls", "loss_box", "step_time", "data_time", "memory_gb"}

@@ -127,6 +127,22 @@ class DetectionLosses:
     box_normalizer: Tensor
 
 
+@dataclass(frozen=True)
+class Features:
+    """Maps that a distillation compares, (N, C, H, W) a level each, in the precision in which the networks ran.
+
+    No fields of the output itself: in mixed precision accelerate makes fp32 copies of all tensors that it finds there.
+
+    Attributes:
+        fpn: levels of the FPN.
+        cls_taps, reg_taps: what the towers were tapped for, or None.
+    """
+
+    fpn: list[Tensor]
+    cls_taps: list[Tensor] | None = None
+    reg_taps: list[Tensor] | None = None
+
+
 @dataclass
 class DenseDetectorOutput(ModelOutput):
     """Output of a dense detector. P counts the priors of all levels.
@@ -142,9 +158,8 @@ class DenseDetectorOutput(ModelOutput):
         level_sizes: (N, levels) priors a level, the same for every image; not when `output_distillation`.
         hidden_states: when `output_hidden_states`: the backbone's maps C3, C4, C5, then the FPN's levels P3 to P7,
             each (N, C, H, W).
-        fpn_features: (N, C, H, W) a level, when `output_distillation`.
+        features: FPN levels and taps, when `output_distillation`; also as `fpn_features`, `cls_taps`, `reg_taps`.
         predictions: those of the head, flattened over levels, when `output_distillation` and `output_predictions`.
-        cls_taps, reg_taps: (N, C, H, W) a level, when `output_distillation` and a `tap_index`.
         priors: what `predictions` are of, when `output_distillation`.
         detection: the detector's losses by level and its assignment, when `output_distillation` and labels.
     """
@@ -157,12 +172,25 @@ class DenseDetectorOutput(ModelOutput):
     image_sizes: Tensor | None = None
     level_sizes: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
-    fpn_features: list[Tensor] | None = None
+    features: Features | None = None
     predictions: Predictions | None = None
-    cls_taps: list[Tensor] | None = None
-    reg_taps: list[Tensor] | None = None
     priors: Priors | None = None
     detection: DetectionLosses | None = None
+
+    @property
+    def fpn_features(self) -> list[Tensor] | None:
+        """Levels of the FPN."""
+        return self.features and self.features.fpn
+
+    @property
+    def cls_taps(self) -> list[Tensor] | None:
+        """Taps of the class tower."""
+        return self.features and self.features.cls_taps
+
+    @property
+    def reg_taps(self) -> list[Tensor] | None:
+        """Taps of the box tower."""
+        return self.features and self.features.reg_taps
 
 
 class DenseDetector(PreTrainedModel):
@@ -301,9 +329,9 @@ class DenseDetector(PreTrainedModel):
             loss_dict = {name: term.sum() for name, term in losses.terms.items()}
             first, *others = loss_dict.values()
             loss = sum(others, first)
-        if not output_distillation:  # what post-processing needs; copying it to a GPU makes the host wait
-            sizes = torch.tensor(priors.level_sizes, device=image_sizes.device)
-            level_sizes = sizes.expand(len(image_sizes), -1)
+        if not output_distillation:  # what post-processing needs
+            sizes = [image_sizes.new_full((len(image_sizes), 1), n, dtype=torch.long) for n in priors.level_sizes]
+            level_sizes = torch.cat(sizes, dim=1)
         # At once: a field that is set later is no key of a `ModelOutput`, nor in its tuple.
         return DenseDetectorOutput(
             loss=loss,
@@ -314,10 +342,8 @@ class DenseDetector(PreTrainedModel):
             image_sizes=image_sizes,
             level_sizes=level_sizes,
             hidden_states=hidden_states,
-            fpn_features=features if output_distillation else None,
+            features=Features(features, head.cls_taps, head.reg_taps) if output_distillation else None,
             predictions=predictions if output_distillation and output_predictions else None,
-            cls_taps=head.cls_taps if output_distillation else None,
-            reg_taps=head.reg_taps if output_distillation else None,
             priors=priors if output_distillation else None,
             detection=losses if output_distillation else None,
         )
@@ -458,7 +484,8 @@ def unpadded_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
     """(N, 2) float height and width of each image, from a mask (N, H, W) of 1 on the image and 0 on padding."""
     if pixel_mask is None:
         batch, _, height, width = pixel_values.shape
-        return torch.tensor([height, width], dtype=torch.float32, device=pixel_values.device).expand(batch, 2)
+        sides = [pixel_values.new_full((batch, 1), side, dtype=torch.float32) for side in (height, width)]
+        return torch.cat(sides, dim=1)
     # Padding is at the bottom and right only, so that the first column and row tell.
     column, row = pixel_mask.select(2, 0).bool(), pixel_mask.select(1, 0).bool()  # bfloat16 counts to 256 only
     return torch.stack([column.sum(dim=1), row.sum(dim=1)], dim=1).float()
