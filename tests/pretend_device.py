@@ -1,7 +1,7 @@
 """A device that pretends to be an accelerator: it computes on the CPU, and is as strict as a GPU.
 
-Its tensors can't be mixed with the CPU's, but for single numbers, and what a GPU's host would wait for is counted. It is
-torch's PrivateUse1 backend, which stays registered: run as a program, which prints what each detector did as JSON.
+Its tensors can't be mixed with the CPU's, but for single numbers, and what a GPU's host would wait for is counted. It
+is torch's PrivateUse1 backend, which stays registered: a program, which prints what each detector did as JSON.
 """
 
 import json
@@ -30,12 +30,13 @@ WAITING = ("nonzero", "unique", "masked_select", "_local_scalar_dense", "bincoun
 class PretendTensor(Tensor):
     """A CPU tensor that says it is elsewhere."""
 
+    where = torch.device("privateuseone:0")
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "PretendTensor":
         layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
-        return Tensor._make_wrapper_subclass(cls, inner.shape, device=torch.device("pretend:0"), **layout)
+        return Tensor._make_wrapper_subclass(cls, inner.shape, device=cls.where, **layout)
 
     def __init__(self, inner: Tensor):
         self.inner = inner
@@ -71,7 +72,7 @@ class PretendDevice(TorchDispatchMode):
         copies = function in (aten._to_copy.default, aten.copy_.default)
         if here and not copies and any(not isinstance(value, PretendTensor) and value.dim() for value in given):
             raise RuntimeError(f"{function} mixes tensors of the pretended device and the CPU")
-        result_here = here if device is None else device.type == "pretend"
+        result_here = here if device is None else device == PretendTensor.where
         if function is aten.copy_.default:
             result_here = isinstance(args[0], PretendTensor)
         self._count(function, args, kwargs, given, result_here)
@@ -160,27 +161,56 @@ def planted(pair: Pair) -> dict[str, str]:
     found = {}
     for name in ("pixel_values", "pixel_mask"):
         found[name] = refusal(lambda name=name: pair.step(pair.inputs() | {name: padded_batch()[name]}))
-    boxes = padded_batch()["labels"]["boxes"]
-    inputs = pair.inputs()
-    inputs["labels"]["boxes"] = boxes
-    found["boxes"] = refusal(lambda: pair.step(inputs))
-    pair.teacher.head.cls_predictor.weight = nn.Parameter(torch.zeros_like(pair.teacher.head.cls_predictor.weight.inner))
+    predictor = pair.teacher.head.cls_predictor
+    predictor.weight = nn.Parameter(predictor.weight.inner.clone(), requires_grad=False)
     found["a teacher's weight"] = refusal(lambda: pair.step(pair.inputs()))
+    return found
+
+
+def counted() -> dict[str, int]:
+    """What is found of things that a GPU's host waits for, once each, and of those that it doesn't wait for."""
+    numbers, copy = torch.arange(4), {"non_blocking": True}
+    with PretendDevice() as mode:
+        here = numbers.to(PretendTensor.where)
+        here = numbers.to(PretendTensor.where, **copy)
+        here.sum().item()
+        here.nonzero()
+        here[here > 1]
+        torch.tensor([1, 2], device=PretendTensor.where)
+        here[1:] + torch.tensor(1) - here.new_full((3,), 2)
+    return dict(mode.waits)
+
+
+@torch.no_grad()
+def cuda_autocast() -> dict[str, str]:
+    """What CUDA's own autocast makes of a tower's output. (Without gradients: autograd asks a GPU for its streams.)"""
+    PretendTensor.where = torch.device("cuda:0")
+    torch.cuda._lazy_init = lambda: None
+    found = {}
+    with PretendDevice():
+        for detector in DETECTORS:
+            head = tiny_model(detector).head.to(PretendTensor.where)
+            features = [torch.ones(1, 32, 8, 8).to(PretendTensor.where)]
+            torch.set_autocast_enabled("cuda", True)
+            torch.set_autocast_dtype("cuda", torch.bfloat16)
+            output = head(features, tap_index=4)
+            torch.set_autocast_enabled("cuda", False)
+            found[detector] = str(output.cls_taps[0].dtype)
     return found
 
 
 def main() -> None:
     """Each detector on the CPU and on the pretended device."""
     torch.set_num_threads(1)
-    _setup_privateuseone_for_python_backend("pretend", Backend())
+    _setup_privateuseone_for_python_backend(None, Backend())
     torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor(..., device=) is a copy that can be seen
-    report = {}
+    report = {"counted": counted()}
     for detector in DETECTORS:
         cpu = Pair(detector, torch.device("cpu"))
         loss, gradient = cpu.step(cpu.inputs())
         detections = cpu.detect(cpu.inputs())
         with PretendDevice() as mode:
-            pair = Pair(detector, torch.device("pretend:0"))
+            pair = Pair(detector, PretendTensor.where)
             inputs = pair.inputs()
             mode.waits.clear()
             mode.operators = 0
@@ -199,6 +229,7 @@ def main() -> None:
                 "operators": operators,
                 "planted": planted(pair),
             }
+    report["cuda_autocast"] = cuda_autocast()
     print(json.dumps(report))
 
 

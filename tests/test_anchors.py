@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from tiny import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from crosskd_hf.models.anchors import (
     cell_centers,
@@ -76,6 +78,30 @@ def test_octave_anchors_of_a_cell_are_neighbours():
 def test_levels_and_strides_must_match_in_number():
     with pytest.raises(ValueError):
         grid_cells([(1, 1)], [8, 16], CPU)
+
+
+class Operators(TorchDispatchMode):
+    """The names of what runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("detector", "most"), [("gfl", 55), ("atss", 55), ("fcos", 55), ("retinanet", 80)])
+def test_priors_of_any_size_take_few_operators_and_no_copy_to_the_device(detector, most):
+    model = tiny_model(detector)
+    for side in (32, 40, 33):
+        with Operators() as found:
+            priors = model.priors_of([(side // 2**i, side) for i in range(5)], CPU)
+        assert len(found.names) <= most, len(found.names)
+        # What torch.tensor() of a list is, before it is copied to its device.
+        assert not [name for name in found.names if "lift_fresh" in name or "_to_copy" in name]
+        assert len(priors.all) == len(priors.corners) == sum(priors.level_sizes)
 
 
 # Validity -----------------------------------------------------------------------------------------------------------
