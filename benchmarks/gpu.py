@@ -22,6 +22,7 @@ section that crashes or hangs. Rows are printed and written as they come; the ex
 """
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import multiprocessing
@@ -100,11 +101,10 @@ def isolated_rows(
         process.join()
         problem = f"the process ended with status {process.exitcode}"
     finally:
-        for pid in descendants(process.pid)[::-1]:  # compilers and runs, too
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        if process.is_alive():
+            for pid in descendants(process.pid):  # compilers and runs, too
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         process.join()
     yield {"section": name, "check": "the rest", "result": f"FAILED: {problem}"}
 
