@@ -24,6 +24,7 @@ import yaml
 from faults import ends, kill_all, last_step, resumed_at, steps_logged
 from reporting import ROOT
 from step import Counts
+from torch.overrides import TorchFunctionMode
 from transformers import TrainerCallback
 
 from crosskd_hf.data.dataset import DetectionDataset
@@ -184,10 +185,23 @@ def folded(backbone: str, device: str) -> dict:
 # Training -----------------------------------------------------------------------------------------------------------
 
 
+class Copies(TorchFunctionMode):
+    """Counts tensors that are made of Python's numbers: the host waits until they are on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
+        self.number += made and not isinstance(args[-1] if args else None, torch.Tensor)
+        return function(*args, **(kwargs or {}))
+
+
 class SyncWatch(TrainerCallback):
     """Between the begin and the end of a step the host must not wait for the device.
 
-    On a GPU whatever waits raises an error. On a CPU the operators that would wait are counted (`syncs`).
+    On a GPU whatever waits raises an error. On a CPU what would wait is counted (`syncs`).
 
     Args:
         device: "cuda" or "cpu".
@@ -197,13 +211,14 @@ class SyncWatch(TrainerCallback):
 
     def __init__(self, device: str, scaled: bool, compiled: bool):
         self.device, self.scaled = device, scaled
-        self.counts = Counts() if device == "cpu" and not compiled else None
+        self.counts, self.copies = Counts(), Copies()
+        self.modes = () if device == "cuda" or compiled else (self.counts, self.copies)
         self.steps, self._on = 0, False
 
     @property
     def syncs(self) -> int:
         """Seen on a CPU."""
-        return 0 if self.counts is None else self.counts.syncs
+        return self.counts.syncs + self.copies.number
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step >= WARM_UP:
@@ -221,8 +236,8 @@ class SyncWatch(TrainerCallback):
         """Begin or end to watch."""
         if self.device == "cuda":
             torch.cuda.set_sync_debug_mode("error" if on else "default")
-        elif self.counts is not None and on != self._on:
-            self.counts.__enter__() if on else self.counts.__exit__(None, None, None)
+        for mode in self.modes if on != self._on else ():
+            mode.__enter__() if on else mode.__exit__(None, None, None)
         self._on = on
 
 

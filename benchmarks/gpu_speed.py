@@ -217,11 +217,11 @@ def against(options: Options, ours: Callable[[], object], theirs: Callable[[], o
     try:
         for _ in range(2):
             theirs()
-    except RuntimeError as error:
+    except Exception as error:
         times = [seconds(ours) for _ in range(options.runs)]
         return {
             "images/s": median_with_interval([options.batch / time for time in times]),
-            "torchvision": f"fails: {str(error).splitlines()[0]}",
+            "torchvision": f"fails: {error!r}"[:200],
         }
     if options.device == "cuda":
         torch.cuda.synchronize()

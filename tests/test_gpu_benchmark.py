@@ -14,7 +14,6 @@ import torch
 from processes import CONTEXT
 
 import crosskd_hf
-from crosskd_hf.models import folding
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import gpu
@@ -67,7 +66,7 @@ def test_a_wrong_backward_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_teacher_that_is_not_folded_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folding, "_close", lambda a, b: False)
+    monkeypatch.setattr(gpu_checks, "prepare_teacher", lambda teacher: teacher)
     (row,) = rows_of(gpu.folding)
     assert "20 of 20 BatchNorms are left" in row["result"]
 
