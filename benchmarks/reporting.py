@@ -66,12 +66,26 @@ def table(rows: Sequence[dict], columns: Sequence[str] | None = None) -> str:
     return "\n".join(lines + ["| " + " | ".join(shown(row.get(c, "")) for c in columns) + " |" for row in rows])
 
 
-def finish(arguments: argparse.Namespace, rows: list[dict], key: Sequence[str]) -> None:
-    """Write and print the rows, and compare them with earlier ones of equal `key` fields."""
+def write(path: Path, rows: list[dict]) -> None:
+    """Write the rows as JSON, with machine and commit."""
+    content = {"machine": machine(), "commit": commit(), "rows": rows}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def finish(arguments: argparse.Namespace, rows: list[dict], key: Sequence[str], by: str | None = None) -> None:
+    """Write and print the rows, and compare them with earlier ones of equal `key` fields.
+
+    Args:
+        arguments: see `add_output`.
+        rows: of the table.
+        key: fields that name a row.
+        by: a field, each value of which gets a table of its own.
+    """
     if arguments.output:
-        content = {"machine": machine(), "commit": commit(), "rows": rows}
-        arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(table(rows))
+        write(arguments.output, rows)
+    for value in dict.fromkeys(row.get(by) for row in rows):
+        own = [{name: cell for name, cell in row.items() if name != by} for row in rows if row.get(by) == value]
+        print((f"\n{value}\n\n" if by else "") + table(own))
     if arguments.compare:
         name, old = arguments.compare
         print(f"\nAgainst {name}:\n{comparison(rows, old, key)}")

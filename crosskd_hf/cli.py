@@ -10,8 +10,9 @@ from accelerate import PartialState
 from . import check_data, demo, export, info, predict, train
 from .data.dataset import DetectionDataset
 from .data.load import load_split
+from .distributed import check_same, num_processes, processes_where
 from .evaluation import format_metrics
-from .factory import convert_checkpoint, count_parameters, load_detector, load_processor
+from .factory import convert_checkpoint, count_parameters, load_detector, load_processor, weights_digest
 from .progress import say
 from .recipe import RECIPE_FILE, DataSection, RecipeError, load_recipe
 from .run_log import use_run_log
@@ -41,10 +42,16 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, float]:
         RecipeError, CheckpointError, ValueError: if recipe, model or data can't be used.
     """
     folder = Path(arguments.model)
+    PartialState()  # joins the other processes, if there are some
+    there, missing = (processes_where(folder.is_dir() is found) for found in (True, False))
+    if there and missing:  # one on the Hub is nowhere a folder
+        raise ValueError(f"{folder} is a folder on {there}, but not on {missing}: copy it to all machines.")
     saved = folder / RECIPE_FILE
     recipe = arguments.recipe or (saved if saved.is_file() else None)
     data = load_recipe(recipe).data if recipe else DataSection()
     model = load_detector(arguments.model, None, ())
+    if num_processes() > 1:
+        check_same(f"the weights of {arguments.model}", weights_digest(model))
     processor = load_processor(arguments.model)
     if arguments.data:
         data = dataclasses.replace(data, path=arguments.data)

@@ -32,6 +32,7 @@ from .checkpoints import (
     step_of,
 )
 from .convert import CheckpointError
+from .distributed import check_shared
 from .termination import Terminated, TerminationSignal
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,9 @@ class SafeSaving:
 
         Raises:
             Terminated: SIGTERM came. The step under way was finished and saved.
+            ValueError: `output_dir` isn't one and the same folder for all processes.
         """
+        check_shared(self.args.output_dir)
         self._resumed_from = None
         self._saved_at = -1
         with self.termination.listening():

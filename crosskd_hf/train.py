@@ -23,6 +23,7 @@ from .checkpoints import (
 from .convert import CheckpointError
 from .data.load import load_datasets
 from .data.problems import DataError
+from .distributed import check_shared
 from .escaping import printable_lines
 from .evaluation import format_metrics
 from .factory import build_model, count_parameters, load_teacher
@@ -213,6 +214,7 @@ def train_recipe(recipe: Recipe, dry_run: bool = False, accept_changes: bool = F
 def prepare(recipe: Recipe, dry_run: bool = False, accept_changes: bool = False) -> DetectionTrainer | None:
     """Check and build a run, and print what it is. None if it is finished already."""
     output = Path(recipe.training_arguments().output_dir)
+    check_shared(output)  # before anything that is looked up in it
     check_output(recipe, output, accept_changes)
     if is_finished(output) and not dry_run:
         if PartialState().is_main_process:

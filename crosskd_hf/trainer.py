@@ -28,9 +28,10 @@ from .distillation.adapters import attach_adapters, detach_adapters
 from .distillation.objective import distillation_losses, prepare_teacher, student_forward, teacher_forward
 from .distillation.pairing import PARTLY, pair_up
 from .distillation.settings import resolve_settings
+from .distributed import check_same, num_processes
 from .escaping import printable
 from .evaluation import CocoEvaluator
-from .factory import load_detector
+from .factory import load_detector, weights_digest
 from .hub import HubUpload
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .models.modeling_dense import DenseDetector, DenseDetectorOutput
@@ -87,6 +88,8 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         for name, data, train in (("train_dataset", train_dataset, True), ("eval_dataset", eval_dataset, False)):
             datasets[name] = _as_dataset(data, processor, train, args.seed)
             _check_labels(model, datasets[name], name)
+            if (dataset := datasets[name]) is not None:
+                check_same(f"the images and classes of {name}", (len(dataset), dataset.split.label_names))
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         super().__init__(
@@ -526,6 +529,8 @@ class DistillationTrainer(DetectionTrainer):
                 "student and teacher differ in width, so that adapters are trained too, which work outside of the "
                 "student's forward: with ddp_find_unused_parameters DDP would take them for unused. Set it false."
             )
+        if num_processes() > 1:  # DDP sees to the student's, not to these
+            check_same("the teacher's weights", weights_digest(teacher))
         self.pairing = pairing.to(self.args.device)
         if self.is_world_process_zero():
             for note in pairing.notes:

@@ -19,6 +19,7 @@ FIXED: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "the detectors' losses know no label smoothing"),
     "train_sampling_strategy": ("random", "batches are drawn by image orientation (see group_by_orientation)"),
     "save_only_model": (False, "a run can't go on from checkpoints without optimizer and random state"),
+    "save_on_each_node": (False, "a run is resumed from one output folder that all machines share"),
     "auto_find_batch_size": (False, "the learning rate is scaled for per_device_train_batch_size"),
 }
 # Lowest and highest value. Not in the fields' metadata: HfArgumentParser hands that to argparse as it is.

@@ -50,7 +50,7 @@ class Comparison:
             self.failures.append(f"{kind} {name}: error {error:.3g}, bar {bar:.3g}")
 
     def equal(self, kind: str, name: str, ours, reference) -> None:
-        ours, reference = torch.as_tensor(ours), torch.as_tensor(reference)
+        ours, reference = torch.as_tensor(ours).cpu(), torch.as_tensor(reference)
         same = ours.shape == reference.shape and bool((ours == reference).all())
         self.add(kind, name, reference.numel(), 0.0 if same else float("inf"), 0.0)
 
@@ -103,12 +103,12 @@ def build_model(setup: dict, role: str, state: list, seed: int, synth):
 
 
 class GoldenCase:
-    def __init__(self, folder: Path, name: str, backend: str | None = None):
+    def __init__(self, folder: Path, name: str, backend: str | None = None, device: str = "cpu"):
         self.record = json.loads((folder / f"{name}.json").read_text())
         self.tensors = load_file(folder / f"{name}.safetensors")
         self.name, self.synth = self.record["case"], load_synth(folder)
         self.setup, self.noise = self.record["setup"], self.record["noise"]
-        self.result = Comparison()
+        self.result, self.device = Comparison(), device
         self.inputs = self._inputs()
         self.forward = self._forward
         if backend:
@@ -118,12 +118,13 @@ class GoldenCase:
         """The models, which `run` compares."""
         seed = self.record["seed"]
         self.student = build_model(self.setup, "student", self.record["student_state"], seed, self.synth)
+        self.student.to(self.device)
         self.keys = reference_keys(self.student)
         self.teacher = None
         if "teacher" in self.setup:
             state = self.record["teacher_state"]
             self.teacher = build_model(self.setup, "teacher", state, seed + 1000, self.synth)
-            self.teacher.eval().requires_grad_(False)
+            self.teacher.eval().requires_grad_(False).to(self.device)
             spec = self.teacher.distillation
             self.settings = DistillationSettings(
                 crosskd=1.0,
@@ -142,11 +143,13 @@ class GoldenCase:
         mask = torch.zeros(batch[0], *batch[2:], dtype=torch.long)
         for i, (height, width) in enumerate(sizes):
             mask[i, :height, :width] = 1
+        names = {"class_labels": "labels", "boxes": "boxes"}
         labels = [
-            {"class_labels": self.tensors[f"gt.{i}.labels"], "boxes": self.tensors[f"gt.{i}.boxes"]}
+            {key: self.tensors[f"gt.{i}.{name}"].to(self.device) for key, name in names.items()}
             for i in range(batch[0])
         ]
-        return {"pixel_values": images * mask[:, None], "pixel_mask": mask, "labels": labels}
+        pixels = (images * mask[:, None]).to(self.device)
+        return {"pixel_values": pixels, "pixel_mask": mask.to(self.device), "labels": labels}
 
     def bar(self, base: float, noise: float) -> float:
         return max(base, 10 * noise)
@@ -222,7 +225,7 @@ class GoldenCase:
             if key in self.tensors:
                 self.result.equal("targets", key, weight.to(torch.uint8), self.tensors[key])
             reference = self.tensors[f"targets.{prefix}.{level}"]
-            ours = value[positive]
+            ours = value[positive].cpu()
             same_shape = ours.shape == reference.shape
             error = float("inf") if not same_shape else (ours - reference).abs().max().item() if len(ours) else 0.0
             # Boxes are copied; deltas and distances are computed, so that their last bit may differ.
@@ -247,7 +250,7 @@ class GoldenCase:
         recorded = {key[len("probe.") :] for key in self.tensors if key.startswith("probe.")}
         assert recorded <= set(maps), sorted(recorded - set(maps))
         for key in sorted(recorded):
-            reference, ours = self.tensors[f"probe.{key}"], maps[key].detach().float()
+            reference, ours = self.tensors[f"probe.{key}"], maps[key].detach().float().cpu()
             index = torch.from_numpy(self.synth.probe_index(f"{self.name}:{key}", ours.numel()))
             scale = reference.abs().max().clamp(min=1e-12).item()
             error = (ours.flatten()[index] - reference).abs().max().item() / scale
@@ -279,7 +282,7 @@ class GoldenCase:
             if not parameter.requires_grad:
                 continue
             norm, samples = self.record["grads"][self.keys[key]]
-            gradient = to_reference(key, parameter.grad).flatten()
+            gradient = to_reference(key, parameter.grad).flatten().cpu()
             index = torch.from_numpy(self.synth.probe_index(f"{self.name}:grad:{self.keys[key]}", gradient.numel(), 4))
             ours, reference = gradient[index], torch.tensor(samples)
             error = abs(gradient.norm().item() - norm) / max(norm, 1e-12) if norm else gradient.norm().item()
@@ -402,11 +405,11 @@ def detections(model, output, index: int, image_size, scale) -> dict[str, torch.
         output.pred_boxes[index : index + 1],
         None if output.centerness is None else output.centerness[index : index + 1],
         output.level_sizes[index].tolist(),
-        torch.tensor([image_size]),
+        torch.tensor([image_size], device=output.logits.device),
         [scale],
         nms_threshold=model.config.nms_threshold,
     )
-    return found
+    return {key: values.cpu() for key, values in found.items()}
 
 
 def compare_detections(result: Comparison, name: str, ours: dict, reference: dict, nms_threshold: float) -> None:

@@ -1,22 +1,28 @@
 """Two processes against one: the same gradients on the same global batch, the same evaluation numbers."""
 
+import argparse
 import contextlib
 import json
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from processes import run_processes
-from tiny import tiny_batch, tiny_model, tiny_split
+from tiny import tiny_args, tiny_batch, tiny_model, tiny_split
 from torch.nn.parallel import DistributedDataParallel
 
+from crosskd_hf import cli, distributed, run_folder, train
 from crosskd_hf.distillation.adapters import attach_adapters
 from crosskd_hf.distillation.objective import distillation_losses, student_forward, teacher_forward
 from crosskd_hf.distillation.pairing import pair_up
 from crosskd_hf.distillation.settings import resolve_settings
 from crosskd_hf.distributed import Normalizers
-from crosskd_hf.recipe import DistillationSection
+from crosskd_hf.recipe import RECIPE_FILE, DistillationSection, load_recipe
+from crosskd_hf.trainer import DetectionTrainer, DistillationTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import equality
@@ -120,3 +126,92 @@ def test_two_processes_give_the_evaluation_files_of_one(tmp_path: Path) -> None:
         written.append({name: (folder / f"eval_{name}.json").read_bytes() for name in ("metrics", "predictions")})
     assert written[0] == written[1]
     assert {entry["image_id"] for entry in json.loads(written[0]["predictions"])} == {1, 2, 3, 4, 5}
+
+
+# Several machines ----------------------------------------------------------------------------------------------------
+
+
+def refusal(function: Callable, *args) -> str:
+    """The message that a user's error ends in; "" if there is none."""
+    try:
+        function(*args)
+    except train.USER_ERRORS as error:
+        return str(error)
+    return ""
+
+
+def on_two_machines(rank: int, port: int, folder: str) -> None:
+    """What a run says where the two have a disk each, `disk0` and `disk1`, and one that they share."""
+    equality.join(rank, 2, port)
+    root, disk = Path(folder), Path(folder) / f"disk{rank}"
+    recipe = load_recipe("gfl_r50_crosskd", ["training.use_cpu=true"])
+    args = tiny_args(disk / "new")  # starts the processes' group
+    split = tiny_split(root / "data")
+    evaluation = dict.fromkeys(("recipe", "data", "split", "output_dir", "max_images"))
+    names = mock.patch.object(socket, "gethostname", lambda: f"node-{'ab'[rank]}")
+    with names, mock.patch.object(distributed, "APPEARS_WITHIN", 0.3):
+        said = {"shared": refusal(distributed.check_shared, root / "shared" / "run")}
+        for run in ("new", "begun", "finished", "file"):
+            recipe.training["output_dir"] = str(disk / run)
+            said[run] = refusal(train.prepare, recipe)
+        said["trainer"] = refusal(DetectionTrainer(tiny_model(), args, split).train)
+        said["data"] = refusal(DetectionTrainer, tiny_model(), args, split.first(3 + rank))
+        said["teacher"] = refusal(DistillationTrainer, tiny_model(), tiny_model(seed=rank), args)
+        for model in ("begun", "model"):
+            arguments = argparse.Namespace(model=str(disk / model), **evaluation)
+            said[f"evaluate {model}"] = refusal(cli.evaluate, arguments)
+    (root / f"said{rank}.json").write_text(json.dumps(said))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def said_by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, str]]]:
+    """Their folder, and what each of the two said."""
+    root = tmp_path_factory.mktemp("machines")
+    tiny_split(root / "data")
+    for seed, disk in enumerate((root / "disk0", root / "disk1")):
+        tiny_model(seed=seed).save_pretrained(disk / "model")
+    for run in ("begun", "finished"):
+        (root / "disk0" / run).mkdir()
+        load_recipe("gfl_r50_crosskd", ["training.use_cpu=true"]).save(root / "disk0" / run / RECIPE_FILE)
+    (root / "disk0" / "file").touch()
+    state = {"global_step": 3, "log_history": [{"eval_AP": 0.5, "step": 3}]}
+    (root / "disk0" / "finished" / run_folder.STATE_FILE).write_text(json.dumps(state))
+    (root / "disk0" / "finished" / "config.json").write_text("{}")
+    run_processes(on_two_machines, (equality.free_port(), str(root)), 2)
+    return root, [json.loads((root / f"said{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("run", ["new", "begun", "finished", "trainer"])
+def test_an_output_folder_that_is_not_shared_is_named_on_all_processes(said_by_two, run: str) -> None:
+    root, said = said_by_two
+    for rank in range(2):
+        folder = root / f"disk{rank}" / ("new" if run == "trainer" else run)
+        for part in (str(folder), "node-b (process 1)", "node-a", "share"):
+            assert part in said[rank][run]
+
+
+def test_a_shared_output_folder_is_left_as_it_was(said_by_two) -> None:
+    root, said = said_by_two
+    assert said[0]["shared"] == said[1]["shared"] == ""
+    assert not list((root / "shared" / "run").iterdir()) and not list((root / "disk0" / "new").iterdir())
+
+
+def test_an_output_folder_that_cannot_be_made_ends_all_processes(said_by_two) -> None:
+    root, said = said_by_two
+    assert said[0]["file"] == said[1]["file"] and str(root / "disk0" / "file") in said[0]["file"]
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("data", "train_dataset"),
+        ("teacher", "teacher"),
+        ("evaluate begun", "node-a (process 0)"),
+        ("evaluate model", "weights of"),
+    ],
+)
+def test_files_that_differ_between_machines_are_named_on_all_processes(said_by_two, what: str, named: str) -> None:
+    _, said = said_by_two
+    for rank in range(2):
+        assert named in said[rank][what] and "node-b (process 1)" in said[rank][what]
