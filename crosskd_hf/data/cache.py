@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import datasets
 import pyarrow as pa
+from datasets.naming import filenames_for_dataset_split
 from datasets.utils._filelock import FileLock
 
 from ..files import cache_explained
@@ -48,7 +49,7 @@ def open_cache(make: Callable[[], Builder], cache_dir: str | os.PathLike[str] | 
     Raises:
         CacheError: the folder can't be made, read or written, or the disk is full.
     """
-    root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser()
+    root = Path(os.path.expanduser(cache_dir or datasets.config.HF_DATASETS_CACHE))
     with cache_explained(root, SETTINGS):
         try:
             builder = make()
@@ -90,11 +91,14 @@ def _damage(folder: Path) -> str | None:
     try:
         info = datasets.DatasetInfo.from_directory(str(folder))
         expected = sum(split.num_examples for split in info.splits.values())
+        own = {Path(file) for split in info.splits.values() for file in _files(folder, info.dataset_name, split)}
         checksums = info.download_checksums or {}
         rows = 0
-        for file in sorted(folder.glob("*.arrow")):
+        # The others hold what was made of these, such as a selection of rows.
+        for file in sorted({*own, *folder.glob("*.arrow")}):
             with pa.memory_map(str(file)) as source:
-                rows += sum(batch.num_rows for batch in pa.ipc.open_stream(source))
+                count = sum(batch.num_rows for batch in pa.ipc.open_stream(source))
+            rows += count if file in own else 0
             if file.name in checksums and file_digest(file) != checksums[file.name]["checksum"]:
                 return f"{file.name} isn't what was written"
     except Exception as error:  # whatever JSON, `datasets` and pyarrow make of nonsense
@@ -102,3 +106,7 @@ def _damage(folder: Path) -> str | None:
             raise  # not the file's content, but the right to read it, or the disk
         return f"{type(error).__name__}: {error}"[:300]
     return None if rows == expected else f"it has {rows} of {expected} rows"
+
+
+def _files(folder: Path, name: str, split: datasets.SplitInfo) -> list[str]:
+    return filenames_for_dataset_split(str(folder), name, split.name, "arrow", split.shard_lengths)

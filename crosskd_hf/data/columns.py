@@ -214,7 +214,7 @@ def _from_image_folder(folder: Path, cache_dir: str | None) -> datasets.Dataset:
     """The rows of a `metadata.jsonl`. An image that isn't there is one that can't be read, found later with others."""
     file = folder / METADATA
     # The name is a part of the cache's: `datasets` itself knows a file by its time of modification.
-    name = f"metadata-{file_digest(file)}"
+    name = f"metadata-{file_digest(file)[:16]}"
     builder = open_cache(
         lambda: datasets.load_dataset_builder("json", name, data_files=str(file), cache_dir=cache_dir), cache_dir
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -54,13 +55,14 @@ def find_duplicates(entries: Sequence[Entry]) -> Problems:
     """Rows, image files, image contents and boxes that a split holds more than once."""
     problems = Problems()
     for entry in entries:
-        for box in {box for box in entry.boxes if entry.boxes.count(box) > 1}:
-            problems.add(Kind.BOX_TWICE, f"{entry.name}: {list(box[1:])}")
+        for box, count in Counter(entry.boxes).items():
+            if count > 1:
+                problems.add(Kind.BOX_TWICE, f"{entry.name}: {list(box[1:])}")
     for first, again in _pairs(entries, entries):
-        if sorted(first.boxes) == sorted(again.boxes):
-            kind = Kind.ROW_TWICE if first.file == again.file else Kind.CONTENT_TWICE
-        else:
-            kind = Kind.FILE_TWICE if first.file and first.file == again.file else Kind.CONTENT_TWICE
+        same_boxes, same_file = sorted(first.boxes) == sorted(again.boxes), first.file == again.file
+        kind = Kind.ROW_TWICE if same_boxes and same_file else Kind.CONTENT_TWICE
+        if same_file and first.file and not same_boxes:
+            kind = Kind.FILE_TWICE
         problems.add(kind, f"{again.name} as {first.name}")
     return problems
 
