@@ -33,6 +33,7 @@ import argparse
 import contextlib
 import copy
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -50,6 +51,7 @@ from torch.nn import functional as F
 from torchvision.ops import nms as nms_of_one_class
 
 from .factory import load_detector, load_processor
+from .files import flush_to_disk, is_disk_full
 from .image_files import words
 from .models.head import HeadOutput, flatten_levels
 from .models.image_processing_dense import DenseDetectorImageProcessor
@@ -135,9 +137,9 @@ def export_detector(
         try:
             with _quiet():
                 _save(program, unfinished, format, opset, metadata(model, processor, nms))
-        except OSError as error:
-            raise _unwritable(path, error) from error
         except Exception as error:  # exporters raise whatever their parts do
+            if isinstance(error, OSError) or is_disk_full(error):
+                raise _unwritable(path, error) from error
             raise _not_exportable(model, error) from error
         if not check:
             return None
@@ -500,7 +502,10 @@ def _save(
     program: torch.export.ExportedProgram, path: Path, format: str, opset: int, properties: dict[str, str]
 ) -> None:
     if format == "torch":
-        torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(properties)})
+        # Through memory: where a disk is full, PyTorch's own writer ends the process.
+        content = io.BytesIO()
+        torch.export.save(program, content, extra_files={METADATA_FILE: json.dumps(properties)})
+        path.write_bytes(content.getbuffer())
         return
     converted = torch.onnx.export(
         program,
@@ -533,9 +538,11 @@ def _appearing(path: Path) -> Iterator[Path]:
         raise _unwritable(path, error) from error
     try:
         yield unfinished
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        try:
+            flush_to_disk(unfinished)
+            os.replace(unfinished, path)
+        except OSError as error:
+            raise _unwritable(path, error) from error
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -599,7 +606,7 @@ def _need(*packages: str) -> None:
         raise ExportError(f'ONNX needs {", ".join(missing)}: pip install "crosskd-hf[onnx]"')
 
 
-def _unwritable(path: Path, error: OSError) -> ExportError:
+def _unwritable(path: Path, error: Exception) -> ExportError:
     return ExportError(f"{path} can't be written ({words(error)}); choose another file with --output")
 
 
