@@ -61,6 +61,8 @@ def lenient_output(results: bool = True) -> Iterator[None]:
     # A closed one is None. It is opened again: else, the next file that is opened would get its number, and be written
     # to by what prints below Python.
     out, err = (LenientStream(stream or open(os.devnull, "w", encoding="utf-8")) for stream in before)
+    if hasattr(out, "reconfigure"):  # what the locale's encoding lacks is escaped, as Python does it on stderr
+        out.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
     try:
         yield

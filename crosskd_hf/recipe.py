@@ -7,6 +7,7 @@ against the fields below before anything is built, and all problems are reported
 import dataclasses
 import importlib.resources
 import string
+import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -490,6 +491,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
+    if any("\ud800" <= letter <= "\udfff" for letter in override):  # how Python keeps bytes that it can't decode
+        raise RecipeError(
+            f"override {ascii(override)} is no text in the encoding of this locale, {sys.getfilesystemencoding()}: set "
+            "PYTHONUTF8=1 or LC_ALL=C.UTF-8, or rename what isn't UTF-8."
+        )
     key, equals, text = override.partition("=")
     parts = key.split(".")
     if not equals or len(parts) > 2 or not all(parts):

@@ -54,7 +54,7 @@ from .training_args import LIMITS
 USER_ERRORS = (RecipeError, CheckpointError, OSError, OutOfMemoryError, ValueError)
 RUN_ERRORS = (
     *(CheckpointError, DataError, FolderInUseError, NonFiniteLossError),
-    *(OSError, OutOfMemoryError, RecipeError),
+    *(OSError, OutOfMemoryError, RecipeError, UnicodeEncodeError),
 )
 
 
@@ -361,6 +361,8 @@ def explain(error: Exception) -> str:
     name = type(error).__name__
     # torch puts a data worker's traceback before the message.
     text = str(error).rpartition(f"{name}: ")[2] if str(error).startswith("Caught") else str(error)
+    if isinstance(error, UnicodeEncodeError):
+        text += f" (the locale has the encoding {error.encoding}: set PYTHONUTF8=1 or LC_ALL=C.UTF-8)"
     return f"{rank}{name}: {text}"
 
 
