@@ -10,7 +10,9 @@ from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
 from crosskd_hf.memory import OutOfMemoryError, is_out_of_memory, out_of_memory_explained
 from crosskd_hf.trainer import DetectionTrainer
 
-CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
+CPU = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
+)
 
 
 def caused(error: Exception, cause: Exception) -> Exception:
