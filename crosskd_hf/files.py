@@ -7,7 +7,7 @@ from pathlib import Path
 def folder_problem(path: str) -> str | None:
     """Why a folder can't be written to, as a sentence; None if it can be, or can be made."""
     if not path.strip():
-        return "no folder is named: it is empty"
+        return f"{path!r} names no folder: name one"
     folder = Path(path).expanduser()
     for place in (folder, *folder.parents):
         if place.is_symlink() and not place.exists():

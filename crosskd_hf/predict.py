@@ -145,7 +145,7 @@ def run(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output_dir)
     pictures = None if arguments.no_pictures else output / PICTURES_FOLDER
     if problem := folder_problem(arguments.output_dir):
-        raise PredictionError(f"--output-dir: {problem}.")
+        raise PredictionError(f"{problem} with --output-dir.")
     check_output(output, pictures, paths, picture_names(names))
     annotated = read_annotated(arguments.annotations) if arguments.annotations else None
     entries = match_images(paths, annotated) if annotated else number_images(names)

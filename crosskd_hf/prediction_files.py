@@ -49,7 +49,7 @@ RESULTS_FILE = "predictions.json"
 
 
 PICTURES_FOLDER = "pictures"
-PICTURES_MARKER = ".crosskd_predict"  # says that the pictures are this command's, also of a call that was interrupted
+PICTURES_MARKER = ".crosskd_predict"  # beside the pictures of a call that was interrupted, which left no results
 
 
 def coco_results(
@@ -151,16 +151,14 @@ class PredictionWriter:
 
     def __enter__(self) -> "PredictionWriter":
         self.results.__enter__()
-        if self.pictures:
-            with _writing(self.pictures):
-                self.pictures.mkdir(parents=True, exist_ok=True)
-                (self.pictures / PICTURES_MARKER).touch()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.results.__exit__(kind, error, trace)
+        if error is None and self.pictures:
+            (self.pictures / PICTURES_MARKER).unlink(missing_ok=True)  # the results say it from now on
 
     def write(self, prediction: Prediction) -> int:
         """Write the results and the picture of an image: the number of results.
@@ -179,6 +177,8 @@ class PredictionWriter:
         self.results.add(rows)
         if self.pictures:
             _save(self._picture(prediction), self.pictures / self.picture_names[prediction.path])
+            with _writing(self.pictures):
+                (self.pictures / PICTURES_MARKER).touch()
         return len(rows)
 
     def _picture(self, prediction: Prediction) -> Image.Image:
@@ -231,7 +231,15 @@ def check_output(output: Path, pictures: Path | None, paths: Sequence[Path], nam
         say(f"{results} is of an earlier call, and will be replaced")
     if pictures is None:
         return
-    found = {p.relative_to(pictures).as_posix() for p in pictures.rglob("*") if not p.is_dir()} - {PICTURES_MARKER}
+    place = pictures.resolve()
+    for path in paths:
+        if path.resolve().is_relative_to(place):
+            raise PredictionError(
+                f"the image {path} lies where pictures are written, and could be overwritten: name another folder "
+                "with --output-dir, or use --no-pictures."
+            )
+    found = {p.relative_to(pictures).as_posix() for p in pictures.rglob("*") if p.is_file() and not p.is_symlink()}
+    found.discard(PICTURES_MARKER)
     mine = earlier or (pictures / PICTURES_MARKER).exists()
     if not mine and (lost := sorted(found.intersection(names))):
         raise PredictionError(
@@ -240,10 +248,3 @@ def check_output(output: Path, pictures: Path | None, paths: Sequence[Path], nam
         )
     if other := sorted(found.difference(names)):
         say(f"{pictures} holds {len(other)} other pictures, such as {other[0]}: they stay beside the new ones")
-    place = pictures.resolve()
-    for path in paths:
-        if path.resolve().is_relative_to(place):
-            raise PredictionError(
-                f"the image {path} lies where pictures are written, and could be overwritten: name another folder "
-                "with --output-dir, or use --no-pictures."
-            )

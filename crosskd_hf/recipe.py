@@ -493,8 +493,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _apply_override(content: dict[str, Any], override: str) -> None:
     if any("\ud800" <= letter <= "\udfff" for letter in override):  # how Python keeps bytes that it can't decode
         raise RecipeError(
-            f"override {ascii(override)} is no text in the encoding of this locale, {sys.getfilesystemencoding()}: set "
-            "PYTHONUTF8=1 or LC_ALL=C.UTF-8, or rename what isn't UTF-8."
+            f"override {override!a} is no text in the encoding of this locale, {sys.getfilesystemencoding()}: "
+            "set PYTHONUTF8=1 or LC_ALL=C.UTF-8, or rename what is no UTF-8."
         )
     key, equals, text = override.partition("=")
     parts = key.split(".")

@@ -45,7 +45,7 @@ def test_what_is_no_run_is_named_and_never_written_over(tmp_path: Path, capsys: 
 def test_no_folder_is_advised_away(tmp_path: Path) -> None:
     recipe().save(tmp_path / RECIPE_FILE)
     for change in ("training.learning_rate=0.5", "model.head_blocks=2"):
-        with pytest.raises(RecipeError, match="Name another|name another") as error:
+        with pytest.raises(RecipeError, match=r"Name another|name another") as error:
             run_folder.check_output(recipe(change), tmp_path)
         assert "remove" not in str(error.value)
 
@@ -60,8 +60,8 @@ def test_what_can_be_no_folder_is_refused(tmp_path: Path) -> None:
         (tmp_path / "file" / "run", "file is a file"),
         (tmp_path / "link", f"link is a link to {tmp_path / 'gone'}"),
         (tmp_path / "link" / "run", f"link is a link to {tmp_path / 'gone'}"),
-        ("", "empty"),
-        (" ", "empty"),
+        ("", "'' names no folder"),
+        (" ", "names no folder"),
     ):
         with pytest.raises(RecipeError, match=f"training.output_dir: .*{reason}"):
             run_folder.check_folder(str(path), "training.output_dir")

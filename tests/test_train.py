@@ -318,7 +318,7 @@ def test_out_of_memory_while_a_run_is_built_is_one_message(recipe: Path, monkeyp
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     monkeypatch.setattr(train, "build_model", fail)
-    with pytest.raises(SystemExit, match="OutOfMemoryError: .*can't allocate memory"):
+    with pytest.raises(SystemExit, match=r"OutOfMemoryError: .*can't allocate memory"):
         train.main([str(recipe)])
 
 
