@@ -6,7 +6,7 @@ The detectors have a ResNet-18 and random weights, scaled so that they find up t
 exported to ONNX with non-maximum suppression, and both run on each image alone, resized as for COCO (800 x 1333).
 Compared are their matched detections, in pixels of the network's input; unmatched are those that only one of the two
 has: where scores are equal, as in areas of one colour, rounding says which candidate suppresses the other.
-Needs `pip install "crosskd-hf[onnx]"`.
+Needs `pip install -e ".[onnx]"`.
 """
 
 import argparse

@@ -20,6 +20,7 @@ from .escaping import file_name, printable, printable_lines
 from .plots import bars, new_figure, save_figure
 from .progress import say
 from .recipe import DataSection, load_recipe
+from .run_folder import check_folder
 from .visualization import contact_sheet, draw_boxes, label_color
 
 # Square roots of box areas, in pixels; 32 and 96 are COCO's limits of small and medium.
@@ -65,6 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         SystemExit: the data has problems that stop training.
     """
     data = load_recipe(arguments.recipe, arguments.overrides).data
+    check_folder(arguments.output_dir, "--output-dir")
     output = Path(arguments.output_dir)
     reports = [report(data, data.train_split, training=True), report(data, data.val_split, training=False)]
     refused, between = compare(*reports)

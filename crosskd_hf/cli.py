@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from .data.load import load_split
 from .distributed import check_same, num_processes, processes_where
 from .evaluation import format_metrics
 from .factory import convert_checkpoint, count_parameters, load_detector, load_processor, weights_digest
+from .output import lenient_output
 from .progress import say
 from .recipe import RECIPE_FILE, DataSection, RecipeError, load_recipe
+from .run_folder import check_folder
 from .run_log import use_run_log
 from .trainer import EVALUATION_FOLDER, DetectionTrainer
 from .training_args import DetectionTrainingArguments
@@ -30,8 +33,10 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="data set of the same layout, instead of the recipe's data.path")
     parser.add_argument("--split", help="split to evaluate on, instead of the recipe's data.val_split")
     parser.add_argument("--output-dir", help="where metrics and COCO results go (default: the model's folder)")
-    parser.add_argument("--batch-size", type=int, default=1, help="images a batch and process (default: 1)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that load images (default: 2)")
+    parser.add_argument(
+        "--batch-size", type=train.at_least(1), default=1, help="images a batch and process (default: 1)"
+    )
+    parser.add_argument("--workers", type=train.at_least(0), default=2, help="processes that load images (default: 2)")
     parser.add_argument("--max-images", type=int, help="only the first images of the split")
 
 
@@ -49,6 +54,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, float]:
     saved = folder / RECIPE_FILE
     recipe = arguments.recipe or (saved if saved.is_file() else None)
     data = load_recipe(recipe).data if recipe else DataSection()
+    if arguments.output_dir is not None:
+        check_folder(arguments.output_dir, "--output-dir")
     model = load_detector(arguments.model, None, ())
     if num_processes() > 1:
         check_same(f"the weights of {arguments.model}", weights_digest(model))
@@ -91,6 +98,7 @@ def convert(arguments: argparse.Namespace) -> None:
         RecipeError, CheckpointError: if recipe or checkpoint can't be used.
     """
     recipe = load_recipe(arguments.recipe)
+    check_folder(arguments.output, "output")
     section = recipe.teacher if arguments.teacher else recipe.model
     if section is None:
         raise RecipeError(f"recipe {arguments.recipe} has no teacher: leave --teacher out.")
@@ -114,7 +122,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, command in commands.choices.items():
         if name != "train":
             train.add_quiet(command)
-    arguments = train.parse(parser, argv)
+    trains = (sys.argv[1:] if argv is None else argv)[:1] in (["train"], ["demo"])
+    with lenient_output(results=not trains):
+        _run(train.parse(parser, argv))
+
+
+def _run(arguments: argparse.Namespace) -> None:
     if arguments.command == "train":
         train.launch(arguments)
         return

@@ -24,7 +24,7 @@ from .models.modeling_dense import DenseDetector
 from .plots import learning_curves
 from .progress import say
 from .recipe import Recipe, load_recipe
-from .run_folder import STATE_FILE, final_metrics
+from .run_folder import STATE_FILE, check_folder, final_metrics
 from .visualization import contact_sheet
 
 TEACHER_RECIPE, STUDENT_RECIPE = "shapes_teacher", "shapes_crosskd"
@@ -54,14 +54,16 @@ class Stage:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `crosskd demo`."""
     parser.add_argument("--output-dir", default="runs/demo", help="where models and pictures go (default: runs/demo)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
+    parser.add_argument(
+        "--seed", type=train.at_least(0), default=0, help="of weights, order and augmentation (default: 0)"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
         default=[],
         metavar="section.key=value",
         help="values that replace those of both recipes; for a trial of seconds: data.max_train_images=40 "
-        "data.max_val_images=10 training.num_train_epochs=1 training.lr_milestones=[] training.warmup_steps=0",
+        "data.max_val_images=10 training.num_train_epochs=1",
     )
 
 
@@ -83,6 +85,7 @@ def run(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     Raises:
         RecipeError, ValueError: if a value can't be used, or the output folder holds another run.
     """
+    check_folder(arguments.output_dir, "--output-dir")
     output = Path(arguments.output_dir)
     runs = stages(output, arguments.seed, arguments.overrides)
     started = time.perf_counter()

@@ -78,7 +78,10 @@ class _CocoTools(NamedTuple):
         try:
             import faster_coco_eval
         except ImportError as error:
-            raise ImportError('the backend "faster" needs faster-coco-eval: pip install "crosskd-hf[fast]"') from error
+            raise ImportError(
+                'the backend "faster" needs faster-coco-eval: pip install faster-coco-eval, or, in a clone of the '
+                'repository, pip install -e ".[fast]"'
+            ) from error
         return cls("faster-coco-eval", faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster)
 
 

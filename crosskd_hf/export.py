@@ -603,7 +603,10 @@ def _check_arguments(model: Any, processor: Any, path: Path, format: str, opset:
 def _need(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise ExportError(f'ONNX needs {", ".join(missing)}: pip install "crosskd-hf[onnx]"')
+        raise ExportError(
+            f"ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}, or, in a clone of the repository, "
+            'pip install -e ".[onnx]"'
+        )
 
 
 def _unwritable(path: Path, error: Exception) -> ExportError:

@@ -35,6 +35,7 @@ from .recipe import ArchitectureSection, DataSection, ModelSection, TeacherSecti
 
 logger = logging.getLogger(__name__)
 CACHE = Path(HF_HOME) / "crosskd_hf"
+PICKLES = (".pth", ".pt", ".pkl", ".bin", ".ckpt")
 
 
 def build_config(section: ArchitectureSection, label_names: Sequence[str]) -> DenseDetectorConfig:
@@ -66,6 +67,13 @@ def build_model(section: ModelSection, label_names: Sequence[str]) -> DenseDetec
     if section.checkpoint:
         return for_labels(load_detector(section.checkpoint, section, label_names), label_names)
     config = build_config(section, label_names)
+    if section.backbone_weights == "random" and config.frozen_stages:
+        logger.warning(
+            "model.backbone_weights is random: model.frozen_stages is 0 instead of %d, since stages without training "
+            "would keep random weights",
+            config.frozen_stages,
+        )
+        config.frozen_stages = 0
     pretrained = section.backbone_weights == "pretrained"
     try:
         model = MODELS[section.detector](config, pretrained_backbone=pretrained)
@@ -115,6 +123,8 @@ def load_backbone_weights(model: DenseDetector, path: str) -> None:
     if "://" in path:
         with PartialState().local_main_process_first():
             path = str(fetch(path, CACHE / "downloads"))
+    if not Path(path).is_file():
+        raise CheckpointError(f"model.backbone_weights {path} is no file.")
     if path.endswith(".safetensors"):
         try:
             state = load_file(path)
@@ -171,13 +181,20 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
             folder = converted(path, section, label_names)
         return AutoModelForObjectDetection.from_pretrained(folder, trust_remote_code=False)
     folder = Path(source).expanduser()
+    if folder.is_file():
+        raise CheckpointError(
+            f"{shown!r} is a file, but a detector is a folder with config.json and model.safetensors. "
+            + _to_model(folder)
+        )
+    pickles = [path for path in sorted(folder.glob("*")) if path.suffix in PICKLES] if folder.is_dir() else []
+    hint = f" It holds {pickles[0].name}, which isn't a model's file. {_to_model(pickles[0])}" if pickles else ""
     if folder.is_absolute() or (folder.parent != Path() and folder.parent.is_dir()):
         if not folder.is_dir():  # before the Hub is asked for it, again and again
             raise CheckpointError(f"{shown!r} can't be loaded as a detector: there is no such folder.")
         if not (folder / "config.json").is_file():
             raise CheckpointError(
-                f"{shown!r} can't be loaded as a detector: that folder holds no config.json. If a run writes to it, "
-                "it isn't finished."
+                f"{shown!r} can't be loaded as a detector: that folder holds no config.json."
+                f"{hint or ' If a run writes to it, it is not finished.'}"
             )
     try:
         model, info = AutoModelForObjectDetection.from_pretrained(
@@ -195,7 +212,7 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
         reason = without_credentials(first_line(error))
         raise CheckpointError(
             f"{shown!r} can't be loaded as a detector ({absent}{reason}). Give the folder of a saved model, a Hub id, "
-            "or an MMDetection .pth file."
+            f"or an MMDetection .pth file.{hint if 'no file named' in reason else ''}"
         ) from error
     if not isinstance(model, DenseDetector):
         raise CheckpointError(
@@ -206,6 +223,15 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
             f"{shown!r} lacks {len(missing)} weights of its model, such as {', '.join(missing[:3])}: save it again."
         )
     return model
+
+
+def _to_model(path: Path) -> str:
+    """How the weights in a file become a model of this package."""
+    return (
+        f"If {path.name} is an MMDetection checkpoint, let its name end with .pth and give its path. If it holds the "
+        "weights of a model of this package, read them with torch.load(..., weights_only=True), or load_file of "
+        "safetensors.torch, put them into the model with load_state_dict, and save it with save_pretrained."
+    )
 
 
 def _foreign_type(source: str) -> str | None:
@@ -284,7 +310,7 @@ def convert_checkpoint(
         CheckpointError: if the file can't be used, doesn't hold the section's model, or the folder is taken.
     """
     if (folder / "config.json").exists():
-        raise CheckpointError(f"{folder} holds a model already: name another folder, or remove it.")
+        raise CheckpointError(f"{folder} holds a model already: name another folder.")
     path = fetch(checkpoint, CACHE / "downloads") if "://" in checkpoint else Path(checkpoint)
     if path.is_file():
         check_hash(path)

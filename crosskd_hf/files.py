@@ -64,6 +64,19 @@ def _refusal(error: BaseException | None, folder: Path) -> str | None:
     return None
 
 
+def folder_problem(path: str) -> str | None:
+    """Why a folder can't be written to, as a sentence; None if it can be, or can be made."""
+    if not path.strip():
+        return f"{path!r} names no folder: name one"
+    folder = Path(path).expanduser()
+    for place in (folder, *folder.parents):
+        if place.is_symlink() and not place.exists():
+            return f"{place} is a link to {os.readlink(place)}, which isn't there: name another folder"
+        if place.exists():
+            return None if place.is_dir() else f"{place} is a file: name a folder"
+    return None
+
+
 def flush_to_disk(path: Path) -> None:
     """Wait until a file's contents would outlast a power cut.
 

@@ -17,6 +17,7 @@ from .escaping import printable
 from .evaluation import SUMMARY_NAMES, percent
 from .factory import count_parameters, load_detector, load_processor
 from .hub import METRICS_FILE
+from .memory import out_of_memory_explained
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .models.modeling_dense import DenseDetector
 from .monitoring import memory_gb
@@ -97,7 +98,8 @@ def run(arguments: argparse.Namespace) -> ModelInfo:
     processor = load_processor(arguments.model)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     size = tuple(arguments.size) if arguments.size else None
-    info = describe_model(model.to(device), processor, arguments.model, size, arguments.batch_size, arguments.runs)
+    with out_of_memory_explained(lambda: "lower --batch-size or --size"):
+        info = describe_model(model.to(device), processor, arguments.model, size, arguments.batch_size, arguments.runs)
     print(json.dumps(asdict(info), indent=2) if arguments.json else format_info(info))
     return info
 

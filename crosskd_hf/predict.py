@@ -29,6 +29,7 @@ from torch import Tensor
 from .data.images import ImageError, load_rgb
 from .escaping import printable
 from .factory import load_detector, load_processor
+from .files import folder_problem
 from .image_files import (
     PredictionError,
     category_ids_of,
@@ -40,6 +41,7 @@ from .image_files import (
     relative_names,
 )
 from .inference import detect_images
+from .memory import out_of_memory_explained
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .models.modeling_dense import DenseDetector
 from .prediction_files import (
@@ -143,7 +145,9 @@ def run(arguments: argparse.Namespace) -> None:
     names = relative_names(paths)
     output = Path(arguments.output_dir)
     pictures = None if arguments.no_pictures else output / PICTURES_FOLDER
-    check_output(output, pictures, paths)
+    if problem := folder_problem(arguments.output_dir):
+        raise PredictionError(f"{problem} with --output-dir.")
+    check_output(output, pictures, paths, picture_names(names))
     annotated = read_annotated(arguments.annotations) if arguments.annotations else None
     entries = match_images(paths, annotated) if annotated else number_images(names)
     model, processor = _load(arguments.model, arguments.device)
@@ -239,7 +243,11 @@ def _detect(
     """Predictions of a batch, in its order."""
     inputs = [sample.inputs for sample in batch]
     sizes = [(sample.image.height, sample.image.width) for sample in batch]
-    found = detect_images(model, processor, inputs, sizes, threshold)
+    shapes = sorted({tuple(sample["pixel_values"].shape[-2:]) for sample in inputs})
+    images = ", ".join(f"{height} x {width}" for height, width in shapes[:5])
+    advice = "lower --batch-size (batch_size)" if len(batch) > 1 else "lower the size in preprocessor_config.json"
+    with out_of_memory_explained(lambda: f"a batch of {len(batch)} images of {images} pixels: {advice}"):
+        found = detect_images(model, processor, inputs, sizes, threshold)
     return [
         Prediction(sample.path, sample.image, detected["scores"], detected["labels"], detected["boxes"])
         for sample, detected in zip(batch, found, strict=True)
@@ -273,7 +281,7 @@ def _write_all(
         left_out.append(printable(f"{path} {error}"))
         bar.update()
 
-    with writer.results, Progress("predict", len(paths), "images") as bar:
+    with writer, Progress("predict", len(paths), "images") as bar:
         for prediction in predict(
             model,
             processor,

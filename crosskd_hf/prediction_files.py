@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from .data.images import ImageError
+from .files import folder_problem
 from .image_files import (
     PICTURE_FORMATS,
     ImageEntry,
     PredictionError,
     words,
 )
+from .progress import say
 from .visualization import draw_boxes, label_color
 
 
@@ -46,6 +49,7 @@ RESULTS_FILE = "predictions.json"
 
 
 PICTURES_FOLDER = "pictures"
+PICTURES_MARKER = ".crosskd_predict"  # beside the pictures of a call that was interrupted, which left no results
 
 
 def coco_results(
@@ -129,7 +133,7 @@ class PredictionWriter:
     """Where predictions go.
 
     Attributes:
-        results: open while `write` is called.
+        results: opened and closed with the writer.
         pictures: folder, or None for no pictures.
         entries, picture_names: of each image.
         id2label, category_ids: names and COCO category ids of the model's labels.
@@ -144,6 +148,17 @@ class PredictionWriter:
     category_ids: Mapping[int, int]
     threshold: float
     json_threshold: float
+
+    def __enter__(self) -> "PredictionWriter":
+        self.results.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.results.__exit__(kind, error, trace)
+        if error is None and self.pictures:
+            (self.pictures / PICTURES_MARKER).unlink(missing_ok=True)  # the results say it from now on
 
     def write(self, prediction: Prediction) -> int:
         """Write the results and the picture of an image: the number of results.
@@ -162,6 +177,8 @@ class PredictionWriter:
         self.results.add(rows)
         if self.pictures:
             _save(self._picture(prediction), self.pictures / self.picture_names[prediction.path])
+            with _writing(self.pictures):
+                (self.pictures / PICTURES_MARKER).touch()
         return len(rows)
 
     def _picture(self, prediction: Prediction) -> Image.Image:
@@ -190,20 +207,28 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def check_output(output: Path, pictures: Path | None, paths: Sequence[Path]) -> None:
-    """Refuse folders that are files, and pictures that would be written over the images they are made of.
+def check_output(output: Path, pictures: Path | None, paths: Sequence[Path], names: Sequence[str] = ()) -> None:
+    """Refuse folders that can't be written to, and to write over what isn't of an earlier call; name what is.
 
     Args:
         output: where predictions are written.
         pictures: where pictures are, or None for none.
         paths: of the images.
+        names: of the pictures that will be written.
 
     Raises:
         PredictionError: naming what stands in the way.
     """
     for folder in filter(None, (output, pictures)):
-        if folder.exists() and not folder.is_dir():
-            raise PredictionError(f"{folder} is a file: name a folder with --output-dir.")
+        if problem := folder_problem(str(folder)):
+            raise PredictionError(f"{problem} with --output-dir.")
+    results = output / RESULTS_FILE
+    if earlier := results.exists():
+        with open(results, "rb") as file:
+            start = file.read(100)
+        if not re.match(rb'\[\s*(\]|\{"image_id": )', start):
+            raise PredictionError(f"{results} is no file of this command: name another folder with --output-dir.")
+        say(f"{results} is of an earlier call, and will be replaced")
     if pictures is None:
         return
     place = pictures.resolve()
@@ -213,3 +238,13 @@ def check_output(output: Path, pictures: Path | None, paths: Sequence[Path]) -> 
                 f"the image {path} lies where pictures are written, and could be overwritten: name another folder "
                 "with --output-dir, or use --no-pictures."
             )
+    found = {p.relative_to(pictures).as_posix() for p in pictures.rglob("*") if p.is_file() and not p.is_symlink()}
+    found.discard(PICTURES_MARKER)
+    mine = earlier or (pictures / PICTURES_MARKER).exists()
+    if not mine and (lost := sorted(found.intersection(names))):
+        raise PredictionError(
+            f"{pictures} isn't of an earlier call, and holds pictures that would be written over, such as {lost[0]}: "
+            "name another folder with --output-dir, or use --no-pictures."
+        )
+    if other := sorted(found.difference(names)):
+        say(f"{pictures} holds {len(other)} other pictures, such as {other[0]}: they stay beside the new ones")

@@ -7,6 +7,7 @@ against the fields below before anything is built, and all problems are reported
 import dataclasses
 import importlib.resources
 import string
+import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +18,9 @@ import yaml
 
 from .files import write_atomically
 from .strict import RecipeError, cast, check_range, nearest, parse_yaml, type_name
-from .training_args import DetectionTrainingArguments, Problem, training_problems
+from .training_args import FIXED, DetectionTrainingArguments, Problem, training_problems
 
+MOST_PIXELS = 16384  # of a side
 RECIPE_FILE = "recipe.yaml"  # the resolved recipe, in a run's output folder
 DETECTORS = ("gfl", "retinanet", "fcos", "atss")
 
@@ -58,18 +60,18 @@ class ArchitectureSection:
     frozen_stages: int = setting(1, "stages without gradient; 1 is stem and stage 1, 0 nothing", minimum=0, maximum=4)
     train_batchnorm: bool = setting(True, "train the scale and shift of the backbone's BatchNorm")
     freeze_batchnorm_statistics: bool = setting(True, "keep pretrained BatchNorm statistics; false: from scratch")
-    fpn_channels: int = setting(256, "channels of the FPN levels", minimum=1)
+    fpn_channels: int = setting(256, "channels of the FPN levels", minimum=1, maximum=4096)
     fpn_extra_convs: str = setting("on_output", "P6 from P5 or from C5", ("on_output", "on_input"))
     fpn_relu_before_p7: bool = setting(False, "ReLU before the convolution of P7")
-    head_channels: int = setting(256, "channels of the towers", minimum=1)
-    head_blocks: int = setting(4, "convolution blocks a tower", minimum=1)
+    head_channels: int = setting(256, "channels of the towers", minimum=1, maximum=4096)
+    head_blocks: int = setting(4, "convolution blocks a tower", minimum=1, maximum=64)
 
 
 @dataclass
 class ModelSection(ArchitectureSection):
     """The detector that is trained."""
 
-    backbone_weights: str = setting("pretrained", "pretrained (by timm), random, or a file or URL")
+    backbone_weights: str | None = setting("pretrained", "pretrained (by timm), random, or a file or URL")
     checkpoint: str | None = setting(None, "start from a whole detector: folder, Hub id or MMDetection .pth")
     # setting() copies a list.
     inherit: list[str] = setting([], "parts that start from the teacher's weights where they fit", ("neck", "head"))  # noqa: RUF009
@@ -89,14 +91,14 @@ class DistillationSection:
     Source: CrossKD, arXiv 2306.11369, section 3 and its training settings; PKD, arXiv 2207.02039.
     """
 
-    crosskd: float = setting(1.0, "weight of all CrossKD terms; 0: off", minimum=0)
+    crosskd: float = setting(1.0, "weight of all CrossKD terms; 0: off", minimum=0, maximum=1e6)
     tap_index: int | None = setting(None, "tower blocks of the teacher that the student's stand in for", minimum=0)
     tap: str = setting("rectified", "tap after (rectified) or before (raw) the block's ReLU", ("rectified", "raw"))
-    cls_weight: float | None = setting(None, "weight of kd_cls", minimum=0)
-    box_weight: float | None = setting(None, "weight of kd_box", minimum=0)
-    centerness_weight: float | None = setting(None, "weight of kd_centerness", minimum=0)
-    pkd: float = setting(0.0, "weight of the PKD feature loss; 0: off", minimum=0)
-    mimic: float = setting(0.0, "weight of mimicking by the student's own predictions; 0: off", minimum=0)
+    cls_weight: float | None = setting(None, "weight of kd_cls", minimum=0, maximum=1e6)
+    box_weight: float | None = setting(None, "weight of kd_box", minimum=0, maximum=1e6)
+    centerness_weight: float | None = setting(None, "weight of kd_centerness", minimum=0, maximum=1e6)
+    pkd: float = setting(0.0, "weight of the PKD feature loss; 0: off", minimum=0, maximum=1e6)
+    mimic: float = setting(0.0, "weight of mimicking by the student's own predictions; 0: off", minimum=0, maximum=1e6)
     student_tap_index: int | None = setting(None, "tower blocks the student runs; null: tap_index", minimum=0)
 
 
@@ -124,14 +126,18 @@ class DataSection:
     on_error: str = setting(
         "stop", "an unreadable image or impossible box: stop, or skip and report", ("stop", "skip")
     )
-    shapes_side: int = setting(128, "layout shapes: longer side of a generated image, in pixels", minimum=32)
+    shapes_side: int = setting(
+        128, "layout shapes: longer side of a generated image, in pixels", minimum=32, maximum=MOST_PIXELS
+    )
     shapes_difficulty: float = setting(0.5, "layout shapes: 0 is easy, 1 hard", minimum=0, maximum=1)
     shapes_seed: int = setting(0, "layout shapes: seed of the generated images", minimum=0)
-    short_side: int = setting(800, "pixels that an image's short side is resized to", minimum=1)
-    long_side: int = setting(1333, "pixels that its long side doesn't exceed", minimum=1)
+    short_side: int = setting(800, "pixels that an image's short side is resized to", minimum=1, maximum=MOST_PIXELS)
+    long_side: int = setting(1333, "pixels that its long side doesn't exceed", minimum=1, maximum=MOST_PIXELS)
     multiscale: str = setting("none", "training short side: fixed, of a range, of a list", ("none", "range", "choice"))
     # setting() copies a list.
-    multiscale_short_sides: list[int] = setting([], "pixels: the range's two ends, or the list", minimum=1)  # noqa: RUF009
+    multiscale_short_sides: list[int] = setting(  # noqa: RUF009
+        [], "pixels: the range's two ends, or the list", minimum=1, maximum=MOST_PIXELS
+    )
     flip_probability: float = setting(0.5, "probability of a horizontal flip", minimum=0, maximum=1)
     filter_empty: bool = setting(True, "leave training images without any annotation out")
     min_image_side: int = setting(32, "pixels; training images with a shorter side are left out", minimum=0)
@@ -157,6 +163,7 @@ class Recipe:
         model, data: always there.
         teacher, distillation: both or neither.
         training: fields of `DetectionTrainingArguments`, checked and cast.
+        notes: what the reading changed for the overrides' sake, to be told.
     """
 
     model: ModelSection
@@ -164,6 +171,7 @@ class Recipe:
     teacher: TeacherSection | None = None
     distillation: DistillationSection | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list, compare=False)
 
     def training_arguments(self) -> DetectionTrainingArguments:
         """The training arguments.
@@ -205,13 +213,18 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     """
     path = find_recipe(name_or_path)
     content = _read_yaml(path)
+    before = content.get("training")  # overrides make a new one
     problems = []
     for override in overrides:
         try:
             _apply_override(content, override)
         except RecipeError as error:
             problems.append(str(error))
-    return parse_recipe(content, str(path), problems)
+    overridden = {override.partition("=")[0] for override in overrides}
+    notes = [] if problems else _follow_length(before, content.get("training"), overridden)
+    recipe = parse_recipe(content, str(path), problems)
+    recipe.notes = notes
+    return recipe
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -227,11 +240,20 @@ def find_recipe(name: str | Path) -> Path:
     if path.suffix in (".yaml", ".yml") or path.parent != Path("."):
         if path.is_file():
             return path
+        if path.is_dir():
+            raise RecipeError(_not_a_folder(path))
         raise RecipeError(f"recipe file {path} doesn't exist. {nearest(path.stem, sorted(carried_recipes()))}")
     recipes = carried_recipes()
     if str(name) not in recipes:
+        if path.is_dir():
+            raise RecipeError(_not_a_folder(path))
         raise RecipeError(f"there is no recipe {str(name)!r}. {nearest(str(name), sorted(recipes))}")
     return recipes[str(name)]
+
+
+def _not_a_folder(path: Path) -> str:
+    found = [str(file) for file in sorted(path.glob("*.y*ml"))[:5]]
+    return f"recipe {path} is a folder: name a file{' in it, such as ' + ', '.join(found) if found else ''}."
 
 
 def carried_recipes() -> dict[str, Path]:
@@ -302,6 +324,15 @@ def impossible_combinations(recipe: Recipe) -> list[Problem]:
 
 def _model_problems(recipe: Recipe) -> list[Problem]:
     problems: list[Problem] = []
+    weights = recipe.model.backbone_weights
+    # Names of files and URLs have a dot; none, imagenet, ... have not.
+    known = weights in ("pretrained", "random") or (weights and ("." in weights or Path(weights).is_file()))
+    if not (known or recipe.model.checkpoint):
+        text = (
+            f"model.backbone_weights is {'null' if weights is None else repr(weights)}; it must be pretrained (by "
+            "timm), random (from scratch), or the path or URL of a file."
+        )
+        problems.append((("model.backbone_weights",), text))
     for name, section in (("model", recipe.model), ("teacher", recipe.teacher)):
         if section and section.backbone_style == "caffe" and "resnet" not in section.backbone:
             text = f"{name}.backbone_style caffe is for ResNets, not {section.backbone!r}: set pytorch."
@@ -460,6 +491,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
+    if any("\ud800" <= letter <= "\udfff" for letter in override):  # how Python keeps bytes that it can't decode
+        raise RecipeError(
+            f"override {override!a} is no text in the encoding of this locale, {sys.getfilesystemencoding()}: "
+            "set PYTHONUTF8=1 or LC_ALL=C.UTF-8, or rename what is no UTF-8."
+        )
     key, equals, text = override.partition("=")
     parts = key.split(".")
     if not equals or len(parts) > 2 or not all(parts):
@@ -480,6 +516,46 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     content[parts[0]] = {**(section or {}), parts[1]: value}
 
 
+def _follow_length(before: Any, training: Any, overridden: set[str]) -> list[str]:
+    """Fit milestones and warm-up to a length of training that an override changes, unless one gives them, too.
+
+    Milestones keep their place in the training. A warm-up gets shorter with it, but not longer: the published
+    schedules of 12 and of 24 epochs have the same. One that `max_steps` would cut off gets a tenth of the updates.
+
+    Args:
+        before: the section as the file has it.
+        training: the same with all overrides; changed in place.
+        overridden: `section.key` of each override.
+
+    Returns:
+        a line about each change; none if a value is no number, which is told later.
+    """
+    if not (isinstance(before, dict | None) and isinstance(training, dict)):
+        return []
+    hints = typing.get_type_hints(DetectionTrainingArguments)
+    names = ("num_train_epochs", "max_steps", "lr_milestones", "warmup_steps")
+    defaults = {f.name: _default(f) for f in _fields(DetectionTrainingArguments) if f.name in names}
+    try:
+        old, now = ({n: cast(v.get(n, defaults[n]), hints[n]) for n in names} for v in (before or {}, training))
+    except ValueError:
+        return []
+    epochs, steps, milestones, warmup = now.values()
+    if (epochs, steps) == (old["num_train_epochs"], old["max_steps"]):
+        return []
+    share = epochs / old["num_train_epochs"] if steps <= 0 < old["num_train_epochs"] else 1.0
+    if milestones:
+        now["lr_milestones"] = [round(milestone * share, 4) for milestone in milestones]
+    if warmup >= 1:  # below 1 it is a part of all updates
+        now["warmup_steps"] = steps // 10 if 0 < steps < warmup else round(warmup * min(share, 1.0))
+    notes = []
+    for name, value in (("lr_milestones", milestones), ("warmup_steps", warmup)):
+        if now[name] != value and f"training.{name}" not in overridden:
+            training[name] = now[name]
+            length = f"{steps} updates" if steps > 0 else f"{epochs:g} epochs instead of {old['num_train_epochs']:g}"
+            notes.append(f"training.{name} {now[name]} instead of {value}, since the training has {length}")
+    return notes
+
+
 def _cast_section(
     name: str, values: Any, section_class: type, problems: list[str], refused: set[str]
 ) -> dict[str, Any]:
@@ -496,7 +572,8 @@ def _cast_section(
             problems.append(f"unknown key {name}.{key} (value {value!r}). {nearest(str(key), list(fields))}")
             continue
         try:
-            checked = cast(value, hints[key])
+            # Of what can't be changed, the reason says more than the type.
+            checked = value if name == "training" and key in FIXED else cast(value, hints[key])
             # transformers' fields may have choices of their own, in the same place.
             check_range(checked, fields[key].metadata)
             values_cast[key] = checked

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from transformers import TrainerState
 
-from .checkpoints import MARKER, checkpoint_folders
+from .checkpoints import LOCK, MARKER, NAME, checkpoint_folders
 from .escaping import printable
 from .factory import weights_digest
-from .files import flush_to_disk, write_atomically
+from .files import flush_to_disk, folder_problem, write_atomically
 from .hub import UPLOADED
 from .models.configuration_dense import DenseDetectorConfig
 from .models.modeling_dense import DenseDetector
@@ -35,6 +35,36 @@ ACCEPT = "--accept-changes"
 SHOWN = 10  # class names in a message
 
 
+def check_folder(path: str | None, key: str) -> None:
+    """Raise RecipeError if no run can write to a folder; `key` names it. None is transformers' own folder."""
+    if path is not None and (problem := folder_problem(path)):
+        raise RecipeError(f"{key}: {problem}.")
+
+
+def check_others_files(output: Path) -> None:
+    """Name what lies in a folder that holds no run, and refuse what a run would write over.
+
+    Raises:
+        RecipeError: naming it.
+    """
+    # Hidden ones are nobody's work, and the lock is of a run that was killed before it wrote its recipe.
+    found = [path for path in sorted(output.glob("[!.]*")) if path.name != LOCK]
+    written = (*UPLOADED, TEACHER_FILE, "training_args.bin", "evaluation")
+    lost = [p.name for p in found if NAME.fullmatch(p.name) or any(p.match(pattern) for pattern in written)]
+    if lost:
+        raise RecipeError(
+            f"{output} holds {_names(lost)}, which a run would write over, but no {RECIPE_FILE} of a run: name "
+            "another training.output_dir."
+        )
+    if found:
+        names = _names([path.name for path in found])
+        say(f"{output} holds {names}, of no run: they stay as they are, and the run is written beside them")
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
 def check_output(recipe: Recipe, output: Path, accept_changes: bool = False) -> bool:
     """Refuse a folder that holds another run, unless its changes are accepted and possible.
 
@@ -46,13 +76,15 @@ def check_output(recipe: Recipe, output: Path, accept_changes: bool = False) -> 
             values would be ignored; and a finished run would be written over.
     """
     if not (output / RECIPE_FILE).is_file():
-        if (output / "config.json").exists() or checkpoint_folders(output):
-            raise RecipeError(
-                f"{output} holds a model or checkpoints, but no {RECIPE_FILE} of a run: name another "
-                "training.output_dir, or remove that folder."
-            )
+        check_others_files(output)
         return False
-    changes = recipe_changes(load_recipe(output / RECIPE_FILE), recipe)
+    try:
+        begun = load_recipe(output / RECIPE_FILE)
+    except RecipeError as error:
+        raise RecipeError(
+            f"{output} holds a {RECIPE_FILE} of no run of this version: name another training.output_dir.\n{error}"
+        ) from error
+    changes = recipe_changes(begun, recipe)
     if not changes:
         return False
     lines = "".join(f"\n  - {line}" for line in changes.values())
@@ -65,12 +97,12 @@ def check_output(recipe: Recipe, output: Path, accept_changes: bool = False) -> 
     if fixed:
         raise RecipeError(
             f"{output} holds a run of other settings:{lines}\nIts checkpoints don't fit another {', '.join(fixed)}. "
-            "Name another training.output_dir, or remove that folder to start again."
+            "Name another training.output_dir."
         )
     if not accept_changes:
         raise RecipeError(
             f"{output} holds a run of other settings:{lines}\nTo go on with that run with these values from its last "
-            f"checkpoint on, add {ACCEPT}; or name another training.output_dir, or remove that folder to start again."
+            f"checkpoint on, add {ACCEPT}; or name another training.output_dir."
         )
     say(f"goes on with other settings than {output} was begun with:{lines}")
     return True
@@ -182,7 +214,7 @@ def check_teacher(teacher: DenseDetector, output: Path, accept_changes: bool = F
     if not accept_changes:
         raise RecipeError(
             f"{output} holds a run that learnt from other weights than its teacher has now: bring those back, or add "
-            f"{ACCEPT}, or name another training.output_dir, or remove that folder to start again."
+            f"{ACCEPT}, or name another training.output_dir."
         )
     say(f"goes on with a teacher of other weights than {output} was begun with")
 

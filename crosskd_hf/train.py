@@ -4,10 +4,12 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from transformers import TrainerCallback, set_seed
 
@@ -28,12 +30,15 @@ from .escaping import printable_lines
 from .evaluation import format_metrics
 from .factory import build_model, count_parameters, load_teacher
 from .inheritance import inherit_weights
+from .memory import OutOfMemoryError, out_of_memory_explained
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .monitoring import NonFiniteLossError
+from .output import lenient_output
 from .progress import say, set_quiet
 from .recipe import RECIPE_FILE, Recipe, RecipeError, load_recipe
 from .run_folder import (
     check_batch,
+    check_folder,
     check_labels,
     check_output,
     check_teacher,
@@ -45,10 +50,14 @@ from .run_folder import (
 from .run_log import use_run_log
 from .tracking import TrackingCallback
 from .trainer import DetectionTrainer, DistillationTrainer
+from .training_args import LIMITS
 
 # What ends in one message while a run is built, and while it trains. Other errors there keep their tracebacks.
-USER_ERRORS = (RecipeError, CheckpointError, OSError, ValueError)
-RUN_ERRORS = (CheckpointError, DataError, FolderInUseError, NonFiniteLossError, OSError, RecipeError)
+USER_ERRORS = (RecipeError, CheckpointError, OSError, OutOfMemoryError, ValueError)
+RUN_ERRORS = (
+    *(CheckpointError, DataError, FolderInUseError, NonFiniteLossError),
+    *(OSError, OutOfMemoryError, RecipeError, UnicodeEncodeError),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +71,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--accept-changes", action="store_true", help="go on with a run although the recipe has changed since it began"
     )
     add_quiet(parser)
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from `minimum` on."""
+
+    def number(text: str) -> int:
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {text}")
+        return int(text)
+
+    number.__name__ = "whole number"  # what argparse calls it if the text is none
+    return number
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
@@ -99,8 +120,6 @@ def describe(trainer: DetectionTrainer) -> str:
     """What a run would do: parameters, data, batch, learning rate, steps."""
     args = trainer.args
     total, trained = count_parameters(trainer.model)
-    steps = trainer.steps_per_epoch
-    planned = args.max_steps if args.max_steps > 0 else round(steps * args.num_train_epochs)
     lines = [
         f"model              {trainer.model.config.model_type}, {trainer.model.config.backbone}: "
         f"{total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained",
@@ -121,10 +140,25 @@ def describe(trainer: DetectionTrainer) -> str:
         f"{args.world_size} processes x {args.gradient_accumulation_steps} accumulated)",
         f"learning rate      {args.scaled_learning_rate:g} ({args.learning_rate:g} at batch "
         f"{args.base_batch_size or args.global_batch_size})",
-        f"steps              {planned} ({steps} an epoch)",
+        f"precision          {precision(trainer)}",
+        f"steps              {planned_steps(trainer)} ({trainer.steps_per_epoch} an epoch)",
         f"output             {args.output_dir}",
     ]
     return "\n".join(lines)
+
+
+def precision(trainer: DetectionTrainer) -> str:
+    """The precision that a run computes in, and what chose it."""
+    mixed = trainer.accelerator.mixed_precision
+    if mixed != "no":
+        own = getattr(trainer.args, mixed, False)
+        source = f"training.{mixed}" if own else "accelerate's configuration, ACCELERATE_MIXED_PRECISION"
+        return f"{mixed}, mixed with fp32 ({source})"
+    if trainer.args.device.type == "cuda":
+        parts = [("convolutions", torch.backends.cudnn), ("matrix products", torch.backends.cuda.matmul)]
+        tf32 = [name for name, backend in parts if backend.allow_tf32]
+        return "fp32" + (f", TF32 in {' and '.join(tf32)}" if tf32 else "")
+    return "fp32"
 
 
 def run(trainer: DetectionTrainer, recipe: Recipe) -> None:
@@ -200,6 +234,7 @@ def train_recipe(recipe: Recipe, dry_run: bool = False, accept_changes: bool = F
         SystemExit: with one message about what the user can mend.
     """
     with explained(USER_ERRORS):
+        check_folder(recipe.training_values()["output_dir"], "training.output_dir")
         output = Path(recipe.training_arguments().output_dir)
         existed = output.exists()
         trainer = prepare(recipe, dry_run, accept_changes)
@@ -218,19 +253,50 @@ def prepare(recipe: Recipe, dry_run: bool = False, accept_changes: bool = False)
     check_output(recipe, output, accept_changes)
     if is_finished(output) and not dry_run:
         if PartialState().is_main_process:
-            print(f"{output} holds this run, finished; remove the folder to run it again.")
+            print(f"{output} holds this run, finished; name another training.output_dir to run it again.")
             print_metrics(final_metrics(output))
         return None
     check_batch(recipe, output, PartialState().num_processes, accept_changes)
-    trainer = build_trainer(recipe)
+    with out_of_memory_explained(lambda: "student and teacher don't fit, before any image: lower the sizes of model"):
+        trainer = build_trainer(recipe)
+    check_schedule(trainer)
     if isinstance(trainer, DistillationTrainer):
         check_teacher(trainer.teacher, output, accept_changes)
     if dry_run:  # a run itself looks once the folder is claimed
         check_labels(trainer.model, last_complete_checkpoint(output))
     check_space(trainer)
     if trainer.is_world_process_zero():
-        (print if dry_run else say)(printable_lines(describe(trainer)))
+        tell = print if dry_run else say
+        for note in recipe.notes:
+            tell(note)
+        tell(printable_lines(describe(trainer)))
     return trainer
+
+
+def check_schedule(trainer: DetectionTrainer) -> None:
+    """Refuse a schedule that can't be meant, once the numbers of processes and of steps are known.
+
+    Raises:
+        RecipeError: the warm-up doesn't end before the training does, or the scaled learning rate is too high.
+    """
+    args, steps = trainer.args, planned_steps(trainer)
+    if args.get_warmup_steps(steps) > steps:
+        raise RecipeError(
+            f"training.warmup_steps is {args.warmup_steps:g}, but training ends after {steps} steps "
+            f"({trainer.steps_per_epoch} an epoch): lower it, such as training.warmup_steps={steps // 10}."
+        )
+    if args.scaled_learning_rate > LIMITS["learning_rate"][1]:
+        raise RecipeError(
+            f"training.learning_rate {args.learning_rate:g} at a batch of {args.base_batch_size} is "
+            f"{args.scaled_learning_rate:g} at the {args.global_batch_size} images of this run: lower it, or set "
+            "training.base_batch_size=null."
+        )
+
+
+def planned_steps(trainer: DetectionTrainer) -> int:
+    """Optimizer steps of a complete run."""
+    args = trainer.args
+    return args.max_steps if args.max_steps > 0 else math.ceil(trainer.steps_per_epoch * args.num_train_epochs)
 
 
 def check_space(trainer: DetectionTrainer) -> None:
@@ -256,7 +322,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `train.py` and `python -m crosskd_hf.train`."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
     add_arguments(parser)
-    launch(parse(parser, argv))
+    with lenient_output(results=False):
+        launch(parse(parser, argv))
 
 
 def launch(arguments: argparse.Namespace) -> None:
@@ -297,6 +364,8 @@ def explain(error: Exception) -> str:
     name = type(error).__name__
     # torch puts a data worker's traceback before the message.
     text = str(error).rpartition(f"{name}: ")[2] if str(error).startswith("Caught") else str(error)
+    if isinstance(error, UnicodeEncodeError):
+        text += f" (the locale has the encoding {error.encoding}: set PYTHONUTF8=1 or LC_ALL=C.UTF-8)"
     return printable_lines(f"{rank}{name}: {text}")
 
 

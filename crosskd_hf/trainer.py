@@ -33,6 +33,7 @@ from .escaping import printable
 from .evaluation import CocoEvaluator
 from .factory import load_detector, weights_digest
 from .hub import HubUpload
+from .memory import out_of_memory_explained
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .models.modeling_dense import DenseDetector, DenseDetectorOutput
 from .monitoring import TERMS, NonFiniteLossError, StepMonitor
@@ -113,6 +114,7 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         self._skipped_at_log = 0
         self.termination = TerminationSignal()
         self.evaluation_sheet: Image.Image | None = None  # of the last evaluation, for the trackers
+        self._batch_shape: tuple[int, ...] | None = None  # of the last batch of images
         self.add_callback(_TrainingHooks(self))
         self.add_callback(TrackingCallback(self))
 
@@ -177,6 +179,8 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         """What the model reads of a batch, on the device that trains. The host doesn't wait for pinned memory."""
         if isinstance(labels := inputs.get("labels"), Mapping):
             inputs = {**inputs, "labels": {name: labels[name] for name in MODEL_LABELS if name in labels}}
+        if "pixel_values" in inputs:
+            self._batch_shape = tuple(inputs["pixel_values"].shape)
         inputs = super()._prepare_inputs(inputs)
         return self.data_collator.finish(inputs) if "pixel_sizes" in inputs else inputs
 
@@ -239,9 +243,28 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
     def train(self, *args, **kwargs) -> TrainOutput:
         """As `transformers.Trainer` does it. However it ends, the model then normalises by the batch it is given."""
         try:
-            return super().train(*args, **kwargs)
+            with out_of_memory_explained(lambda: self._memory_advice("per_device_train_batch_size")):
+                return super().train(*args, **kwargs)
         finally:
             self._forget_normalizers()
+
+    def _memory_advice(self, key: str) -> str:
+        """The batch that was computed last, and what needs less memory. `key` is the argument with its images."""
+        args, size = self.args, getattr(self.args, key)
+        trains = key == "per_device_train_batch_size"
+        images = "no batch was computed yet"
+        if self._batch_shape is not None:
+            number, _, height, width = self._batch_shape
+            images = f"the last batch had {number} images, padded to {height} x {width} pixels"
+        lower = [f"training.{key}"] if size > 1 else []
+        if lower and trains:
+            lower[0] += f" (and raise training.gradient_accumulation_steps, {args.gradient_accumulation_steps})"
+        lower += ["data.short_side and data.long_side"]
+        lower += [f"training.dataloader_num_workers ({args.dataloader_num_workers})"] * (
+            args.dataloader_num_workers > 0
+        )
+        more = ", or set training.gradient_checkpointing=true" if trains and not args.gradient_checkpointing else ""
+        return f"{key} is {size}, {images}. Lower {', '.join(lower)}{more}"
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """SGD as the published recipes use it, or any optimizer that transformers names."""
@@ -447,11 +470,12 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         model.eval()
         evaluator = CocoEvaluator(dataloader.dataset.split)
         self.callback_handler.eval_dataloader = dataloader
-        for batch in dataloader:
-            if self.termination.noted:
-                break
-            evaluator.update(batch["image_ids"].tolist(), self.detect(model, batch))
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        with out_of_memory_explained(lambda: self._memory_advice("per_device_eval_batch_size")):
+            for batch in dataloader:
+                if self.termination.noted:
+                    break
+                evaluator.update(batch["image_ids"].tolist(), self.detect(model, batch))
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         if self.termination.agreed_now():
             model.train(was_training)
             raise self._terminated()
@@ -622,8 +646,8 @@ def _refuse_unsupported(args: DetectionTrainingArguments) -> None:
     for tracker, (available, package) in TRACKERS.items():
         if tracker in args.report_to and not available():
             raise ValueError(
-                f'training.report_to={tracker} needs the package {package}: pip install "crosskd-hf[tracking]", or '
-                "training.report_to=none."
+                f"training.report_to={tracker} needs the package {package}: pip install {package}, or, in a clone of "
+                'the repository, pip install -e ".[tracking]"; or set training.report_to=none.'
             )
     if args.fsdp or args.deepspeed:
         raise ValueError("FSDP and DeepSpeed aren't supported; these detectors fit a GPU: use plain multi_gpu.")

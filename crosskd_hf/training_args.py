@@ -1,10 +1,12 @@
 """Training arguments: transformers' own, with detection's defaults and the few settings it lacks."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -21,22 +23,43 @@ FIXED: dict[str, tuple[Any, str]] = {
     "save_only_model": (False, "a run can't go on from checkpoints without optimizer and random state"),
     "save_on_each_node": (False, "a run is resumed from one output folder that all machines share"),
     "auto_find_batch_size": (False, "the learning rate is scaled for per_device_train_batch_size"),
+    "data_seed": (None, "the order of the images follows seed"),
+    "resume_from_checkpoint": (
+        None,
+        "a run resumes by itself from the last complete checkpoint in its output_dir; to start from a trained "
+        "detector, set model.checkpoint",
+    ),
+}
+# What accelerate's configuration or launcher turns on by these variables of the environment.
+UNSUPPORTED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
 # Lowest and highest value. Not in the fields' metadata: HfArgumentParser hands that to argparse as it is.
+# The highest ones are far above what is ever meant: they catch slips such as 1e30.
 LIMITS: dict[str, tuple[float, float]] = {
-    "learning_rate": (0.0, math.inf),
-    "weight_decay": (0.0, math.inf),
-    "momentum": (0.0, 1.0),
+    "learning_rate": (0.0, 100.0),
+    "weight_decay": (0.0, 10.0),
+    "momentum": (0.0, 0.9999),
+    "adam_beta1": (0.0, 0.999999),
+    "adam_beta2": (0.0, 0.999999),
+    "adam_epsilon": (0.0, 1.0),
     "warmup_start_factor": (0.0, 1.0),
     "lr_gamma": (0.0, 1.0),
-    "bias_lr_factor": (0.0, math.inf),
-    "ema_decay": (0.0, 1.0),
+    "bias_lr_factor": (0.0, 1000.0),
+    "ema_decay": (0.0, 0.999999),
     "max_grad_norm": (0.0, math.inf),
-    "base_batch_size": (1, math.inf),
-    "per_device_train_batch_size": (1, math.inf),
-    "per_device_eval_batch_size": (1, math.inf),
-    "gradient_accumulation_steps": (1, math.inf),
-    "evaluation_pictures": (0, math.inf),
+    "num_train_epochs": (0.0, 1e6),
+    "max_steps": (-1, 1e9),
+    "base_batch_size": (1, 65536),
+    "per_device_train_batch_size": (1, 4096),
+    "per_device_eval_batch_size": (1, 4096),
+    "gradient_accumulation_steps": (1, 65536),
+    "dataloader_num_workers": (0, 1024),
+    "seed": (0, 2**32 - 1),
+    "evaluation_pictures": (0, 1000),
     "skip_nonfinite_steps": (0, math.inf),
 }
 
@@ -124,6 +147,7 @@ class DetectionTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         # Before transformers' own: its __post_init__ sets up the process group, and these mistakes need none.
+        refuse_unsupported_launch()
         if problems := training_problems(vars(self)):
             raise ValueError("\n".join(message for _, message in problems))
         super().__post_init__()
@@ -139,6 +163,17 @@ class DetectionTrainingArguments(TrainingArguments):
         if self.base_batch_size is None:
             return self.learning_rate
         return self.learning_rate * self.global_batch_size / self.base_batch_size
+
+
+def refuse_unsupported_launch() -> None:
+    """Raise ValueError if accelerate was configured to split the model: its launcher says so in the environment."""
+    for variable, name in UNSUPPORTED.items():
+        if parse_flag_from_env(variable):
+            raise ValueError(
+                f"accelerate's configuration turns on {name} ({variable}={os.environ[variable]}), which isn't "
+                "supported; these detectors fit a GPU. Start with `accelerate launch --multi_gpu` (one GPU: "
+                "`--num_processes 1`), or choose another configuration with `accelerate config`."
+            )
 
 
 def training_problems(values: Mapping[str, Any]) -> list[Problem]:

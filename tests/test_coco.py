@@ -150,7 +150,11 @@ def test_pickled_split_maps_the_file_again(write_coco, load):
             lambda c: c["annotations"][0].update(bbox=[1, 2, 3, float("nan")]),
             "four finite numbers .*annotation 21 of 5.png",
         ),
-        (lambda c: c["annotations"][0].update(area="big"), "four finite numbers .*annotation 21 of .* area 'big'"),
+        (
+            lambda c: c["annotations"][0].update(area="big"),
+            "area that is not a finite .*annotation 21 of .* area 'big'",
+        ),
+        (lambda c: c["annotations"][0].update(area=float("nan")), "area that is not a finite .*annotation 21 of "),
         (lambda c: c["annotations"][1].update(id=21), "id of an earlier one .*annotation 21"),
         (lambda c: c["annotations"][1].pop("id"), "annotation number 1: id must be an integer"),
         (lambda c: c["annotations"][1].update(id=1.5), "annotation number 1: id must be an integer, got 1.5"),
@@ -259,3 +263,10 @@ def test_real_coco(coco_mini, load):
 def test_real_other_layout(bccd, load):
     split = load(bccd, "train", images="images")
     assert (len(split.dataset), split.label_names) == (292, ("RBC", "WBC", "Platelets"))
+
+
+def test_a_box_is_not_blamed_for_its_area(write_coco) -> None:
+    root = write_coco([(5, 10, 8)], [(21, 5, 3, [1, 1, 4, 2], {"area": "big"})])
+    with pytest.raises(DataError) as error:
+        load_coco(root, "mini", cache_dir=root / "cache")
+    assert "bbox" not in str(error.value)

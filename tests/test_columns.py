@@ -349,3 +349,16 @@ def test_what_is_skipped_is_told_at_every_load(tmp_path, load, caplog, monkeypat
     assert [row["image_id"] for row in contents(split)] == [0, 2]
     assert [len(row["objects"]["bbox"]) for row in contents(split)] == [1, 1]
     assert split.dataset[1]["image"].size == (40, 30)
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_a_metadata_file_without_lines_is_named(tmp_path: Path, load, text: str) -> None:
+    for split in ("train", "validation"):
+        (tmp_path / "set" / split).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / "set" / split / "1.png")
+        row = {"file_name": "1.png", "objects": {"bbox": [[1, 2, 30, 30]], "category": ["a"]}}
+        (tmp_path / "set" / split / "metadata.jsonl").write_text(json.dumps(row))
+    empty = tmp_path / "set" / "validation" / "metadata.jsonl"
+    empty.write_text(text)
+    with pytest.raises(DataError, match=f"{empty} is empty"):
+        load(tmp_path / "set", "validation")

@@ -406,3 +406,38 @@ def test_a_reference_checkpoint_that_isnt_there(tmp_path):
 def test_a_reference_checkpoint_needs_an_architecture(tmp_path):
     with pytest.raises(CheckpointError, match="doesn't say which detector it holds"):
         load_detector(str(tmp_path / "gfl.pth"), None, ())
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.bin", "pytorch_model.bin", "model.safetensors"])
+def test_a_file_is_not_called_missing(tmp_path, monkeypatch, name):
+    (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    for source in (str(tmp_path / name), name):
+        with pytest.raises(CheckpointError, match=f"{name}' is a file.*save_pretrained") as error:
+            load_detector(source, None, ())
+        assert "no such" not in str(error.value)
+
+
+def test_pickles_in_a_folder_that_is_no_model_are_named(tmp_path):
+    (tmp_path / "latest.pth").touch()
+    with pytest.raises(CheckpointError, match=r"no config\.json.* holds latest\.pth.*save_pretrained"):
+        load_detector(str(tmp_path), None, ())
+    build_config(MODEL, LABELS).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no file named.* holds latest\.pth.*save_pretrained"):
+        load_detector(str(tmp_path), None, ())
+
+
+@pytest.mark.parametrize(("weights", "frozen"), [("random", 0), ("file", 1)])
+def test_random_stages_are_trained(tmp_path, weights, frozen):
+    if weights == "file":
+        weights = str(tmp_path / "weights.pth")
+        torch.save(timm.create_model("resnet18").state_dict(), weights)
+    model = build_model(dataclasses.replace(MODEL, backbone_weights=weights), LABELS)
+    assert model.config.frozen_stages == frozen
+    assert model.backbone.body.conv1.weight.requires_grad == (frozen == 0)
+
+
+def test_a_file_of_backbone_weights_that_is_missing_is_named_with_its_key(tmp_path):
+    for path in (tmp_path / "gone.pth", tmp_path / "gone.safetensors", tmp_path):
+        with pytest.raises(CheckpointError, match=f"model.backbone_weights {path} is no file"):
+            build_model(dataclasses.replace(MODEL, backbone_weights=str(path)), LABELS)

@@ -426,10 +426,10 @@ def test_stop_leaves_the_earlier_results(tmp_path: Path, saved: str) -> None:
     with pytest.raises(PredictionError, match=r"2\.png cannot be read .*restore or remove it"):
         command(*arguments)
     assert os.listdir(tmp_path / "out") == ["pictures"], "neither results nor a part of them"
-    (tmp_path / "out" / "predictions.json").write_text("earlier")
+    (tmp_path / "out" / "predictions.json").write_text("[]\nearlier")
     with pytest.raises(PredictionError):
         command(*arguments)
-    assert (tmp_path / "out" / "predictions.json").read_text() == "earlier"
+    assert (tmp_path / "out" / "predictions.json").read_text() == "[]\nearlier"
     noise(tmp_path / "in" / "2.png")
     command(*arguments)
     assert {row["image_id"] for row in results(tmp_path / "out")} == {1, 2}
@@ -480,7 +480,7 @@ def test_output_that_is_a_file(tmp_path: Path, saved: str) -> None:
     (tmp_path / "out" / "pictures").touch()
     with pytest.raises(PredictionError, match=r"pictures is a file"):
         command(saved, path, "--output-dir", tmp_path / "out")
-    with pytest.raises(PredictionError, match=r"can't be written \(Not a directory\)"):
+    with pytest.raises(PredictionError, match=r"a\.png is a file"):
         command(saved, path, "--output-dir", path / "below")
 
 
@@ -646,3 +646,55 @@ def test_extreme_sizes(tmp_path: Path, saved: str, size: tuple[int, int]) -> Non
         limit = size if row["image_id"] == 1 else (96, 64)
         assert x >= 0 and y >= 0 and x + width <= limit[0] + 2e-3 and y + height <= limit[1] + 2e-3
     assert (tmp_path / "out" / "pictures" / "a.png").is_file()
+
+
+def test_an_old_folder_is_named_and_nothing_of_others_is_written_over(
+    saved: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    first, second, out = noise(tmp_path / "1.png"), noise(tmp_path / "2.png"), tmp_path / "out"
+    command(saved, first, "--output-dir", out)
+    assert "earlier" not in capsys.readouterr().out
+    command(saved, second, "--output-dir", out)
+    printed = capsys.readouterr().out
+    assert f"{out / 'predictions.json'} is of an earlier call" in printed
+    assert "1 other pictures, such as 1.png" in printed and (out / "pictures" / "1.png").exists()
+
+    (out / "predictions.json").unlink()
+    (tmp_path / "3.png").write_bytes(b"no image")
+    with pytest.raises(PredictionError):  # 1 is drawn by then, as in a call that is interrupted
+        command(saved, first, tmp_path / "3.png", "--output-dir", out, "--on-error", "stop", "--batch-size", 1)
+    command(saved, second, "--output-dir", out)
+    assert sorted(os.listdir(out / "pictures")) == ["1.png", "2.png"]
+    (out / "predictions.json").write_text("my own")
+    with pytest.raises(PredictionError, match=r"predictions\.json is no file of this command"):
+        command(saved, second, "--output-dir", out)
+    assert (out / "predictions.json").read_text() == "my own"
+
+    mine = tmp_path / "mine" / "pictures"
+    mine.mkdir(parents=True)
+    (mine / "1.png").write_text("my own")
+    with pytest.raises(PredictionError, match=r"written over, such as 1\.png"):
+        command(saved, first, "--output-dir", mine.parent)
+    assert (mine / "1.png").read_text() == "my own"
+    command(saved, second, "--output-dir", mine.parent)
+    assert (mine / "1.png").read_text() == "my own"
+
+
+def test_output_folders_that_can_be_none(saved: str, tmp_path: Path) -> None:
+    image = noise(tmp_path / "1.png")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for folder, reason in (("", "names no folder"), (tmp_path / "link", "is a link to .*gone"), (image, "is a file")):
+        with pytest.raises(PredictionError, match=f"{reason}.*--output-dir"):
+            command(saved, image, "--output-dir", folder)
+
+
+def test_out_of_memory_names_batch_and_option(detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = detector
+    paths = [noise(tmp_path / f"{i}.png", seed=i) for i in range(2)]
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(module, "detect_images", fail)
+    with pytest.raises(torch.OutOfMemoryError, match=r"2 images of 64 x 96 pixels.*--batch-size"):
+        list(predict(model, processor, paths, batch_size=2))

@@ -565,3 +565,99 @@ def test_a_strategy_of_no_needs_no_quotes():
     """YAML reads an unquoted `no` as false; transformers' strategies have it as a word."""
     given = {"output_dir": "x", "eval_strategy": False, "save_strategy": False}
     assert parse_recipe({"training": given}).training == {**given, "eval_strategy": "no", "save_strategy": "no"}
+
+
+@pytest.mark.parametrize("value", ["none", "None", "null", "''", "imagenet"])
+def test_words_that_are_no_backbone_weights(value: str) -> None:
+    with pytest.raises(RecipeError, match=r"model\.backbone_weights is .*; it must be pretrained .*random") as error:
+        load_recipe("gfl_r50_1x", [f"model.backbone_weights={value}"])
+    assert value.strip("'") in str(error.value)
+    for known in ("random", "pretrained", "weights.pth", "./weights", "https://host/weights.pth"):
+        load_recipe("gfl_r50_1x", [f"model.backbone_weights={known}"])
+    load_recipe("gfl_r50_1x", [f"model.backbone_weights={value}", "model.checkpoint=runs/trained"])
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "./run", str(tmp_path / "run")):
+        with pytest.raises(RecipeError, match=r"run is a folder.*recipe\.yaml"):
+            find_recipe(name)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.short_side=100000",
+        "data.long_side=100000",
+        "data.multiscale_short_sides=[480, 100000]",
+        "model.head_channels=1000000",
+        "model.fpn_channels=1000000",
+        "model.head_blocks=100000",
+        "distillation.crosskd=1e30",
+        "training.learning_rate=1e30",
+        "training.num_train_epochs=1e15",
+        "training.seed=-1",
+        "training.dataloader_num_workers=-1",
+    ],
+)
+def test_what_cannot_be_meant_is_refused(override: str) -> None:
+    with pytest.raises(RecipeError, match=override.partition("=")[0].replace(".", r"\.")):
+        load_recipe("gfl_r50_crosskd", [override])
+
+
+@pytest.mark.parametrize("value", ["runs/x/checkpoint-3", "true"])
+def test_resuming_is_not_chosen_by_a_key_that_is_not_read(value: str) -> None:
+    with pytest.raises(RecipeError, match=r"training\.resume_from_checkpoint is .*resumes by itself"):
+        load_recipe("gfl_r50_crosskd", [f"training.resume_from_checkpoint={value}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "milestones", "warmup"),
+    [
+        # Of 12 epochs, milestones 8 and 11, 500 updates of warm-up.
+        ([], [8, 11], 500),
+        (["training.num_train_epochs=1"], [0.6667, 0.9167], 42),
+        (["training.num_train_epochs=24"], [16, 22], 500),  # the published 2x schedule
+        (["training.num_train_epochs=6", "training.lr_milestones=[5]"], [5], 250),
+        (["training.num_train_epochs=6", "training.warmup_steps=7"], [4, 5.5], 7),
+        (["training.num_train_epochs=6", "training.warmup_steps=0.1"], [4, 5.5], 0.1),
+        (["training.num_train_epochs=1", "training.lr_milestones=[]"], [], 42),
+        (["training.max_steps=3"], [8, 11], 0),
+        (["training.max_steps=400"], [8, 11], 40),
+        (["training.max_steps=500"], [8, 11], 500),
+        (["training.max_steps=3", "training.num_train_epochs=1"], [8, 11], 0),
+        (["training.max_steps=3", "training.warmup_steps=2"], [8, 11], 2),
+    ],
+)
+def test_the_schedule_follows_its_length(
+    tmp_path: Path, overrides: list[str], milestones: list, warmup: float
+) -> None:
+    read = load_recipe("gfl_r50_1x", overrides)
+    assert (read.training["lr_milestones"], read.training["warmup_steps"]) == (milestones, warmup)
+    told = "".join(read.notes)
+    for key, changed in (("lr_milestones", milestones != [8, 11]), ("warmup_steps", warmup != 500)):
+        assert (f"training.{key}" in told) == (changed and not any(key in override for override in overrides))
+    read.save(tmp_path / "recipe.yaml")
+    again = load_recipe(tmp_path / "recipe.yaml")
+    assert again == read and not again.notes, "what was resolved is not changed again"
+
+
+def test_a_length_that_is_no_number_is_told_as_such() -> None:
+    with pytest.raises(RecipeError, match=r"training\.num_train_epochs: 'many' is no number"):
+        load_recipe("gfl_r50_1x", ["training.num_train_epochs=many"])
+
+
+def test_bytes_that_the_locale_cannot_read_are_told_as_such() -> None:
+    """Python keeps bytes of the command line that it can't decode as halves of characters: all of UTF-8 in ASCII."""
+    override = b"data.path=/B\xc3\xbccher".decode("ascii", "surrogateescape")
+    with pytest.raises(RecipeError, match=r"LC_ALL=C\.UTF-8") as error:
+        load_recipe("gfl_r50_1x", [override])
+    str(error.value).encode("ascii")
+
+
+def test_no_hint_names_a_package_that_no_index_has() -> None:
+    package = Path(recipe_module.__file__).parent
+    found = [path.name for path in package.rglob("*.py") if "crosskd-hf[" in path.read_text(encoding="utf-8")]
+    assert found == []

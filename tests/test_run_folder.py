@@ -23,6 +23,50 @@ def checkpoint(run: Path, step: int, ranks: int, whole: bool = True) -> None:
         (folder / name).touch()
 
 
+def test_what_is_no_run_is_named_and_never_written_over(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "_lock").touch()  # of a run that was killed before it wrote its recipe
+    (tmp_path / ".cache").mkdir()
+    run_folder.check_output(recipe(), tmp_path)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "thesis.docx").touch()
+    run_folder.check_output(recipe(), tmp_path)
+    assert "thesis.docx" in capsys.readouterr().out
+    for name in ("README.md", "model.safetensors", "evaluation", "checkpoint-3"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(RecipeError, match=f"holds {name}, which") as error:
+            run_folder.check_output(recipe(), tmp_path)
+        assert "training.output_dir" in str(error.value) and "remove" not in str(error.value)
+        (tmp_path / name).rmdir()
+    (tmp_path / RECIPE_FILE).write_text("servings: 4\n")
+    with pytest.raises(RecipeError, match=f"{tmp_path} holds a recipe.yaml of no run.*output_dir.\n.*servings"):
+        run_folder.check_output(recipe(), tmp_path)
+
+
+def test_no_folder_is_advised_away(tmp_path: Path) -> None:
+    recipe().save(tmp_path / RECIPE_FILE)
+    for change in ("training.learning_rate=0.5", "model.head_blocks=2"):
+        with pytest.raises(RecipeError, match=r"Name another|name another") as error:
+            run_folder.check_output(recipe(change), tmp_path)
+        assert "remove" not in str(error.value)
+
+
+def test_what_can_be_no_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for path in (tmp_path / "new" / "run", tmp_path, None):
+        run_folder.check_folder(None if path is None else str(path), "training.output_dir")
+    for path, reason in (
+        (tmp_path / "file", "file is a file"),
+        (tmp_path / "file" / "run", "file is a file"),
+        (tmp_path / "link", f"link is a link to {tmp_path / 'gone'}"),
+        (tmp_path / "link" / "run", f"link is a link to {tmp_path / 'gone'}"),
+        ("", "'' names no folder"),
+        (" ", "names no folder"),
+    ):
+        with pytest.raises(RecipeError, match=f"training.output_dir: .*{reason}"):
+            run_folder.check_folder(str(path), "training.output_dir")
+
+
 def test_a_finished_runs_table_is_in_the_order_of_the_labels(tmp_path: Path) -> None:
     metrics = {"eval_AP": 0.5, "eval_AP/ant": 0.1, "eval_AP/bee": 0.2, "eval_AP50": 0.6, "step": 1}
     state, config = {"log_history": [metrics]}, {"id2label": {"10": "ant", "9": "bee"}}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from tiny import tiny_model, tiny_split, write_tiny_coco
 
 from crosskd_hf import cli, run_folder, train
@@ -108,6 +110,10 @@ def test_a_recipe_runs_and_its_resolved_copy_runs_again(recipe: Path, capsys: py
         (["model.backbone=resnet5"], "resnet5"),
         (["model.backbone=vit_tiny_patch16_224"], "strides"),
         (["training.max_steps=many"], "max_steps"),
+        (["training.output_dir="], "training.output_dir"),
+        (["training.learning_rate=90", "training.base_batch_size=1"], "learning_rate 90 at a batch of 1 is 180"),
+        (["training.max_steps=-1", "training.warmup_steps=100"], "training.warmup_steps=3"),  # 12 x 3 steps
+        (["model.backbone_weights=nowhere.pth"], "model.backbone_weights nowhere.pth"),
     ],
 )
 def test_what_cannot_work_ends_in_one_message(recipe: Path, overrides: list[str], message: str) -> None:
@@ -268,16 +274,64 @@ def test_a_power_cut_at_the_end_loses_no_run(
     assert run_folder.is_finished(run) and "eval_AP" in run_folder.final_metrics(run)
 
 
+def test_a_short_trial_takes_one_override(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    del content["training"]["max_steps"]
+    recipe.write_text(yaml.safe_dump({**content, "training": {**content["training"], "warmup_steps": 30}}))
+    train.main([str(recipe), "training.max_steps=2"])
+    printed = capsys.readouterr().out
+    assert "training.warmup_steps 0 instead of 30" in printed and "step 2/2" in printed
+    train.main([str(recipe), "training.num_train_epochs=1", "--dry-run", f"training.output_dir={recipe.parent / 'x'}"])
+    printed = capsys.readouterr().out
+    assert "training.warmup_steps 2 instead of 30" in printed and "lr_milestones [0.6667, 0.9167]" in printed
+
+
+@pytest.mark.parametrize(("given", "expected"), [("", "fp32"), ("bf16", "bf16, .*accelerate.*ACCELERATE_MIXED_PREC")])
+def test_the_precision_in_effect_is_told(
+    recipe: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, given: str, expected: str
+) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if given:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", given)
+    train.main([str(recipe), "--dry-run"])
+    assert re.search(f"precision +{expected}", capsys.readouterr().out)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_run_goes_on_when_its_output_is_closed(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        train.main([str(recipe)])
+    assert run_folder.is_finished(recipe.parent / "run")
+
+
+def test_random_weights_are_not_frozen(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = train.build_trainer(load_recipe(recipe, ["teacher=null", "distillation=null"])).model
+    assert all(parameter.requires_grad for parameter in model.parameters()) and model.config.frozen_stages == 0
+    assert "model.frozen_stages is 0 instead of 1" in caplog.text
+
+
+def test_out_of_memory_while_a_run_is_built_is_one_message(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(train, "build_model", fail)
+    with pytest.raises(SystemExit, match=r"OutOfMemoryError: .*can't allocate memory"):
+        train.main([str(recipe)])
+
+
 def test_a_folder_of_something_else_is_not_written_to(recipe: Path) -> None:
     train.main([str(recipe)])
     with pytest.raises(SystemExit, match=r"max_steps: was 3, is 4"):
         train.main([str(recipe), "training.max_steps=4"])
     foreign = recipe.parent / "foreign"
     tiny_model().save_pretrained(foreign)
-    with pytest.raises(SystemExit, match=r"foreign holds a model or checkpoints, but no recipe\.yaml"):
+    with pytest.raises(SystemExit, match=r"foreign holds config\.json, model\.safetensors, .* no recipe\.yaml"):
         train.main([str(recipe), f"training.output_dir={foreign}"])
     (recipe.parent / "other" / "checkpoint-3").mkdir(parents=True)
-    with pytest.raises(SystemExit, match=r"other holds a model or checkpoints"):
+    with pytest.raises(SystemExit, match=r"other holds checkpoint-3, "):
         train.main([str(recipe), f"training.output_dir={recipe.parent / 'other'}"])
 
 

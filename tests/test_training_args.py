@@ -6,7 +6,7 @@ import inspect
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from crosskd_hf.training_args import FIXED, LIMITS, DetectionTrainingArguments, training_problems
+from crosskd_hf.training_args import FIXED, LIMITS, UNSUPPORTED, DetectionTrainingArguments, training_problems
 
 
 def arguments(tmp_path, **values) -> DetectionTrainingArguments:
@@ -105,10 +105,24 @@ def test_global_batch_counts_the_processes(tmp_path, monkeypatch):
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is 'group_by_length'"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size is True"),
         ({"warmup_style": "cosine"}, "warmup_style is 'cosine'; it must be linear or constant"),
-        ({"learning_rate": -1.0}, "learning_rate is -1.0; it must be at least 0"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0; it must be from 0.0"),
+        ({"learning_rate": 1e30}, "learning_rate is 1e[+]30"),
+        ({"weight_decay": 1e30}, "weight_decay is 1e[+]30"),
+        ({"momentum": 1.0}, "momentum is 1.0"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"adam_beta2": 1.0}, "adam_beta2 is 1.0"),
+        ({"per_device_train_batch_size": 10**6}, "per_device_train_batch_size is 1000000"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers is -1; it must be from 0"),
+        ({"seed": -1}, "seed is -1; it must be from 0"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"data_seed": 3}, "data_seed is 3, but must stay None: the order of the images follows seed"),
+        (
+            {"resume_from_checkpoint": "run/checkpoint-3"},
+            "resume_from_checkpoint is 'run/checkpoint-3'.*model.checkpoint",
+        ),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"learning_rate": float("inf")}, "learning_rate is inf"),
-        ({"momentum": 1.5}, "momentum is 1.5; it must be from 0.0 to 1.0"),
+        ({"momentum": 1.5}, "momentum is 1.5; it must be from 0.0 to 0.9999"),
         ({"lr_gamma": 2}, "lr_gamma is 2"),
         ({"warmup_start_factor": -0.1}, "warmup_start_factor is -0.1"),
         ({"bias_lr_factor": -2.0}, "bias_lr_factor is -2.0"),
@@ -161,6 +175,15 @@ def test_all_problems_are_told_at_once(tmp_path):
         arguments(tmp_path, momentum=2.0, warmup_style="none", remove_unused_columns=True)
     for name in ("momentum", "warmup_style", "remove_unused_columns"):
         assert name in str(error.value)
+
+
+@pytest.mark.parametrize("variable", sorted(UNSUPPORTED))
+def test_what_accelerates_configuration_splits_is_refused(tmp_path, monkeypatch, variable):
+    monkeypatch.setenv(variable, "False")
+    arguments(tmp_path)
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match=f"{UNSUPPORTED[variable]} .{variable}=true"):
+        arguments(tmp_path)
 
 
 def test_transformers_own_checks_still_run(tmp_path):

@@ -233,6 +233,8 @@ def _check_metadata(folder: Path) -> None:
         lines = file.read_text(encoding="utf-8").splitlines()
         found = ((number, _metadata_fault(line)) for number, line in enumerate(lines, start=1))
         wrong += [f"{file}, line {number}{fault}" for number, fault in found if fault]
+        if not any(map(str.strip, lines)):
+            wrong.append(f"{file} is empty: it needs a line for each image, with file_name and objects")
     if wrong:
         more = f"\n  - and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise DataError(f"{folder} cannot be used as it is:\n  - " + "\n  - ".join(wrong[:5]) + more)

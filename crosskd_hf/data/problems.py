@@ -22,6 +22,11 @@ class Kind(Enum):
     IMAGE_ID = ("annotation", "is of an image that is not in the list of images", "add the image or remove it")
     CATEGORY = ("annotation", "is of a category that is not listed", "add the category or remove it")
     BOX = ("annotation", "has a bbox that is not four finite numbers", "correct or remove it")
+    AREA_NUMBER = (
+        "annotation",
+        "has an area that is not a finite number",
+        "correct it, or leave area out to take the box's",
+    )
     CROWD = ("annotation", "has an iscrowd that is neither 0 nor 1", "correct or remove it")
     BOX_NEGATIVE = ("annotation", "has a box of negative width or height", "correct or remove it")
     BOX_EMPTY = ("annotation", "has a box less than 1 pixel wide or high", "it is not trained on")

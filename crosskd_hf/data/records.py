@@ -132,8 +132,11 @@ def _check_objects(record: ImageRecord, box_format: str, unit: str, problems: Pr
     for obj in record.objects:
         name = f"annotation {obj.id} of {record.file_name} (image id {record.id})"
         area = obj.area
-        if not is_box(obj.bbox) or not (area is None or is_finite(area)):
-            problems.add(Kind.BOX, f"{name}: bbox {repr(obj.bbox)[:200]}, area {repr(area)[:100]}")
+        if not is_box(obj.bbox):
+            problems.add(Kind.BOX, f"{name}: bbox {repr(obj.bbox)[:200]}")
+            continue
+        if not (area is None or is_finite(area)):
+            problems.add(Kind.AREA_NUMBER, f"{name}: area {repr(area)[:100]}")
             continue
         if not (obj.iscrowd is None or (isinstance(obj.iscrowd, (bool, int, float)) and obj.iscrowd in (0, 1))):
             problems.add(Kind.CROWD, f"{name}: iscrowd {repr(obj.iscrowd)[:100]}")

@@ -1,0 +1,42 @@
+"""Out of memory: what was computed when it happened, and which keys need less."""
+
+import contextlib
+import errno
+from collections.abc import Callable, Iterator
+
+import torch
+
+# How torch's allocator for the CPU says it, and a data worker that the system has ended.
+TEXTS = ("can't allocate memory", "out of memory", "is killed by signal: Killed")
+
+
+class OutOfMemoryError(torch.OutOfMemoryError):
+    """Out of memory, with the batch, the image size and the keys that lower them."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is that of a device, of Python or of the system without memory."""
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or getattr(error, "errno", None) == errno.ENOMEM
+    told = isinstance(error, RuntimeError) and any(text in str(error) for text in TEXTS)
+    return memory or told or (error.__cause__ is not None and is_out_of_memory(error.__cause__))
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(explanation: Callable[[], str]) -> Iterator[None]:
+    """Around work that takes much memory.
+
+    Args:
+        explanation: gives what is computed and what lowers its memory; called if the memory is out. Of contexts in one
+            another the innermost tells.
+
+    Raises:
+        OutOfMemoryError: instead of torch's, Python's or the system's. Other errors pass as they are.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
+            raise
+        # The last line: before it, torch puts a data worker's traceback.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise OutOfMemoryError(f"the memory is out: {explanation()} ({reason})") from error
