@@ -119,7 +119,7 @@ def load_coco(
     dataset = builder.as_dataset(split=SPLIT_NAME)
     names = tuple(dataset.features["objects"]["category"].feature.names)
     category_ids, problems = read_cache_note(dataset.info, str(annotation_file))
-    return DetectionSplit(dataset, names, category_ids, problems)
+    return DetectionSplit(dataset, names, category_ids, problems, split, str(root))
 
 
 def _files_hash(folder: Path) -> str:

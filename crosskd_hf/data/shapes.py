@@ -123,7 +123,8 @@ def load_shapes(
         seed=seed,
     )
     builder.download_and_prepare()
-    return DetectionSplit(builder.as_dataset(split=SPLIT_NAME), CLASSES, tuple(range(1, len(CLASSES) + 1)))
+    ids = tuple(range(1, len(CLASSES) + 1))
+    return DetectionSplit(builder.as_dataset(split=SPLIT_NAME), CLASSES, ids, name=split, source="generated shapes")
 
 
 def draw_scene(index: int, split: str, side: int, difficulty: float, seed: int) -> Scene:
