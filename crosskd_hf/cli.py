@@ -29,7 +29,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data",
-        help="data set of the same layout, instead of the recipe's data.path; in COCO's if there is no recipe",
+        help="data set of the same layout, instead of the recipe's data.path; COCO's layout if there is none",
     )
     parser.add_argument("--split", help="split to evaluate on, instead of the recipe's data.val_split")
     parser.add_argument("--output-dir", help="where metrics and COCO results go (default: the model's folder)")
@@ -51,8 +51,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, float]:
     recipe = arguments.recipe or (saved if saved.is_file() else None)
     if not (recipe or arguments.data):
         raise RecipeError(
-            f"{arguments.model} has no {RECIPE_FILE} that says which images to evaluate on: name a recipe with --recipe, "
-            "or a data set in COCO's layout with --data."
+            f"{arguments.model} has no {RECIPE_FILE} that says which images to evaluate on: name a recipe with "
+            "--recipe, or a data set in COCO's layout with --data."
         )
     data = load_recipe(recipe).data if recipe else DataSection()
     model = load_detector(arguments.model, None, ())

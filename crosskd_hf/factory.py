@@ -181,7 +181,7 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
                 check_hash(path)
             folder = converted(path, section, label_names)
         model = AutoModelForObjectDetection.from_pretrained(folder, trust_remote_code=False)
-        check_finite(model.state_dict(), shown)  # an earlier version may have converted it
+        check_finite(model.state_dict(), repr(shown))  # an earlier version may have converted it
         return model
     folder = Path(source).expanduser()
     if folder.is_absolute() or (folder.parent != Path() and folder.parent.is_dir()):
@@ -229,7 +229,7 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
         raise CheckpointError(
             f"{shown!r} lacks {len(missing)} weights of its model, such as {', '.join(missing[:3])}: save it again."
         )
-    check_finite(model.state_dict(), shown)
+    check_finite(model.state_dict(), repr(shown))
     return model
 
 

@@ -484,7 +484,7 @@ def test_old_names_of_coco_keep_all_classes_and_the_predictor(tmp_path):
     assert_equal_weights(model, source)
     assert model.config.label_names == list(old) and model.config.label2id["traffic_light"] == 9
     taught = load_teacher(teacher(path), COCO_CLASSES)
-    settings = resolve_settings(DistillationSection(), taught)
+    settings = resolve_settings(DistillationSection(tap_index=1), taught)
     pairing = pair_up(model, taught, settings)
     assert pairing.labels is None and pairing.notes == (), "80 of 80 classes"
 
