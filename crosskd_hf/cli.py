@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,9 +29,12 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or Hub id of a saved detector")
     parser.add_argument(
         "--recipe",
-        help="recipe with the data section (default: recipe.yaml in the model's folder, else COCO in data/coco)",
+        help="recipe with the data section (default: recipe.yaml in the model's folder)",
     )
-    parser.add_argument("--data", help="data set of the same layout, instead of the recipe's data.path")
+    parser.add_argument(
+        "--data",
+        help="data set of the same layout, instead of the recipe's data.path; COCO's layout if there is none",
+    )
     parser.add_argument("--split", help="split to evaluate on, instead of the recipe's data.val_split")
     parser.add_argument("--output-dir", help="where metrics and COCO results go (default: the model's folder)")
     parser.add_argument(
@@ -41,11 +45,13 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, float]:
-    """COCO metrics of a saved model; also written to OUTPUT_DIR/evaluation.
+    """COCO metrics of a saved model; also written to OUTPUT_DIR/evaluation, beside what a run wrote there itself.
 
     Raises:
         RecipeError, CheckpointError, ValueError: if recipe, model or data can't be used.
     """
+    if arguments.max_images is not None and arguments.max_images < 1:
+        raise ValueError(f"--max-images must be at least 1, got {arguments.max_images}")
     folder = Path(arguments.model)
     PartialState()  # joins the other processes, if there are some
     there, missing = (processes_where(folder.is_dir() is found) for found in (True, False))
@@ -53,6 +59,11 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, float]:
         raise ValueError(f"{folder} is a folder on {there}, but not on {missing}: copy it to all machines.")
     saved = folder / RECIPE_FILE
     recipe = arguments.recipe or (saved if saved.is_file() else None)
+    if not (recipe or arguments.data):
+        raise RecipeError(
+            f"{arguments.model} has no {RECIPE_FILE} that says which images to evaluate on: name a recipe with "
+            "--recipe, or a data set in COCO's layout with --data."
+        )
     data = load_recipe(recipe).data if recipe else DataSection()
     if arguments.output_dir is not None:
         check_folder(arguments.output_dir, "--output-dir")
@@ -75,11 +86,13 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, float]:
     )
     trainer = DetectionTrainer(model, args, eval_dataset=dataset, processing_class=processor)
     use_run_log(trainer)
-    metrics = trainer.evaluate()
+    # A run's own are called eval.
+    prefix = f"evaluate_{re.sub(r'[^a-zA-Z0-9.-]', '_', split.name)}_{len(split)}"
+    metrics = trainer.evaluate(metric_key_prefix=prefix)
     if trainer.is_world_process_zero():
         print(f"{len(split)} images")
-        print(format_metrics({name.removeprefix("eval_"): value for name, value in metrics.items()}))
-        say(f"written to {Path(args.output_dir) / EVALUATION_FOLDER}")
+        print(format_metrics({name.removeprefix(f"{prefix}_"): value for name, value in metrics.items()}))
+        say(f"written to {Path(args.output_dir) / EVALUATION_FOLDER / prefix}_metrics.json")
     return metrics
 
 

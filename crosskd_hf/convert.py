@@ -4,12 +4,13 @@ import contextlib
 import pickle
 import pickletools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .label_names import coco_spelling
 from .models.modeling_dense import DenseDetector
 from .models.swin import merge_order
 
@@ -38,17 +39,6 @@ FOREIGN_PACKAGES = ("mmengine", "mmcv", "mmdet", "numpy")
 FOREIGN_NAMES = ("_codecs.encode", "builtins.getattr")
 # Magic number, protocol, platform, content: the pickles of the format before torch 1.6.
 LEGACY_PICKLES = 4
-
-
-# The classes of COCO 2017, in the order of their ids: what published checkpoints without names were trained on.
-COCO_CLASSES = tuple(
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
-    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,"
-    "snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,"
-    "fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
-    "potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
-    "refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush".split(",")
-)
 
 
 class CheckpointError(ValueError):
@@ -116,7 +106,7 @@ def load_reference_state(model: DenseDetector, state: dict[str, Tensor], source:
     """Copy an MMDetection state dict into a model, using every key exactly once.
 
     Raises:
-        CheckpointError: listing missing, unexpected and mis-shaped keys.
+        CheckpointError: listing missing, unexpected and mis-shaped keys, or those that hold NaN or infinity.
     """
     names = reference_keys(model)
     own = model.state_dict()
@@ -138,8 +128,28 @@ def load_reference_state(model: DenseDetector, state: dict[str, Tensor], source:
             f"{source} doesn't hold this model ({model.config.model_type}, {model.config.backbone}, "
             f"{model.config.num_labels} labels); check the recipe's architecture fields.\n  " + "\n  ".join(problems)
         )
+    check_finite({name: state[name] for name in names.values()}, source)
     values = {key: from_reference(key, state[name]).to(own[key].dtype) for key, name in names.items()}
     model.load_state_dict(values, strict=False)
+
+
+def check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that hold NaN or infinity.
+
+    Args:
+        state: parameters and buffers by name.
+        source: what they were read from.
+
+    Raises:
+        CheckpointError: naming the tensors.
+    """
+    wrong = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if wrong:
+        names = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
+        raise CheckpointError(
+            f"{source} holds NaN or infinity in {len(wrong)} of {len(state)} tensors: {names}. It is damaged, or of a "
+            "run that diverged: fetch it again, or take an earlier checkpoint."
+        )
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
@@ -178,14 +188,17 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], tuple[str, ...
 
 
 def _class_names(meta: object) -> tuple[str, ...] | None:
-    """Class names from a checkpoint's `meta`: `CLASSES` in 2.x, `dataset_meta.classes` (any case) in 3.x."""
+    """Class names from a checkpoint's `meta`: `CLASSES` in 2.x, `dataset_meta.classes` (any case) in 3.x.
+
+    COCO's are spelt as COCO does.
+    """
     if not isinstance(meta, dict):
         return None
     dataset = meta.get("dataset_meta")
     for place in (meta, dataset if isinstance(dataset, dict) else {}):
         for key, names in place.items():
             if isinstance(key, str) and key.lower() == "classes" and isinstance(names, (list, tuple)):
-                return tuple(map(str, names))
+                return tuple(coco_spelling([str(name) for name in names]))
     return None
 
 

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 # 96^2 pixels.
 SUMMARY_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
+SETTINGS = "evaluation"  # key of a metrics file: of which images, and how
+
 BACKENDS = ("auto", "pycocotools", "faster")
 
 
@@ -113,6 +115,11 @@ class CocoEvaluator:
         for what, ids in (("image", self._image_ids), ("category", self._category_ids)):
             if len(set(ids)) != len(ids):
                 raise ValueError(f"the split lists {len(ids)} {what} ids, but only {len(set(ids))} different ones")
+
+    @property
+    def backend(self) -> str:
+        """The package that computes the metrics."""
+        return self._tools.name
 
     def __len__(self) -> int:
         """The number of images that detections are held of."""
@@ -221,7 +228,13 @@ class CocoEvaluator:
                 )
         return entries
 
-    def save(self, folder: str | os.PathLike[str], metrics: Mapping[str, float], prefix: str = "") -> None:
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        metrics: Mapping[str, float],
+        prefix: str = "",
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write `<prefix>predictions.json` (see `results`) and `<prefix>metrics.json`; one process is to call it.
 
         Each file appears complete or not at all: an earlier one stays until its successor is on disk.
@@ -230,13 +243,16 @@ class CocoEvaluator:
             folder: created if it does not exist.
             metrics: what `compute` returned.
             prefix: put before both file names, such as "val2017_".
+            settings: of which images, and how; they stand under `SETTINGS` in the metrics file.
 
         Raises:
             OSError: a file or the folder could not be written; the message names it.
             ValueError: a metric is not finite, which JSON has no word for. Nothing is written then.
         """
         folder = Path(folder)
-        values = {name: float(value) for name, value in metrics.items()}
+        values: dict[str, Any] = {name: float(value) for name, value in metrics.items()}
+        if settings is not None:
+            values[SETTINGS] = dict(settings)
         metrics_text = json.dumps(values, indent=2, allow_nan=False) + "\n"
         _write(folder / f"{prefix}predictions.json", json.dumps(self.results()))
         _write(folder / f"{prefix}metrics.json", metrics_text)

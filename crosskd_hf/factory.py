@@ -18,14 +18,15 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTrainedConfig
 
 from .convert import (
-    COCO_CLASSES,
     CheckpointError,
+    check_finite,
     first_line,
     load_reference_state,
     read_checkpoint,
 )
 from .download import check_hash, fetch
 from .files import cache_explained
+from .label_names import COCO_CLASSES, coco_spelling, loosely, near_matches, spelling_problem
 from .models import CONFIGS, MODELS
 from .models.configuration_dense import DenseDetectorConfig
 from .models.image_processing_dense import DenseDetectorImageProcessor
@@ -94,11 +95,20 @@ def for_labels(model: DenseDetector, label_names: Sequence[str]) -> DenseDetecto
 
     Args:
         model: a trained detector.
-        label_names: of the data that it is to be trained on; if they are its own, it is returned as it is.
+        label_names: of the data that it is to be trained on; if they are its own, it is returned as it is, but that
+            COCO's are spelt as the data does.
+
+    Raises:
+        CheckpointError: its classes are the data's, but for case, blanks, underscores or hyphens.
     """
-    own = [model.config.id2label[label] for label in range(model.config.num_labels)]
-    if own == list(label_names):
+    own, given = model.config.label_names, list(label_names)
+    if coco_spelling(own) == coco_spelling(given):
+        model.config.id2label = dict(enumerate(given))
+        model.config.label2id = {name: label for label, name in enumerate(given)}
         return model
+    near = near_matches(coco_spelling(own), coco_spelling(given))
+    if near and list(map(loosely, own)) == list(map(loosely, given)):  # others would be replaced anyhow
+        raise CheckpointError(f"the checkpoint and the data have {spelling_problem(near, 'checkpoint', 'data')}.")
     logger.warning(
         "the checkpoint knows %d classes (%s, ...), the data has %d (%s, ...): its class predictor is replaced by a "
         "new one, which has to be trained",
@@ -118,7 +128,8 @@ def load_backbone_weights(model: DenseDetector, path: str) -> None:
     """Fill the backbone from a file with timm's or torchvision's names (`.safetensors` or `.pth`), or from its URL.
 
     Raises:
-        CheckpointError: if the file can't be read, or a key of the backbone is missing or has another shape.
+        CheckpointError: if the file can't be read, a key of the backbone is missing or has another shape, or weights
+            aren't finite.
     """
     if "://" in path:
         with PartialState().local_main_process_first():
@@ -143,6 +154,7 @@ def load_backbone_weights(model: DenseDetector, path: str) -> None:
             f"{path} doesn't hold the weights of {model.config.backbone}: {len(wrong)} keys are missing or have "
             f"another shape, such as {', '.join(wrong[:3])}."
         )
+    check_finite(state, path)
     body.load_state_dict(state, strict=False)
 
 
@@ -167,7 +179,8 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
     """A whole detector from a folder, a Hub id, or an MMDetection `.pth` by path or URL (converted once and cached).
 
     Raises:
-        CheckpointError: if it can't be read, isn't one of this package's detectors, or lacks weights.
+        CheckpointError: if it can't be read, isn't one of this package's detectors, lacks weights, has some that
+            aren't finite, or its configuration holds what no detector can be built with.
     """
     shown = public_url(source) if "://" in source else source
     if source.endswith(".pth"):
@@ -179,7 +192,9 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
             if path.is_file():
                 check_hash(path)
             folder = converted(path, section, label_names)
-        return AutoModelForObjectDetection.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForObjectDetection.from_pretrained(folder, trust_remote_code=False)
+        check_finite(model.state_dict(), repr(shown))  # an earlier version may have converted it
+        return model
     folder = Path(source).expanduser()
     if folder.is_file():
         raise CheckpointError(
@@ -196,9 +211,14 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
                 f"{shown!r} can't be loaded as a detector: that folder holds no config.json."
                 f"{hint or ' If a run writes to it, it is not finished.'}"
             )
+    _check_config(source, shown)
     try:
         model, info = AutoModelForObjectDetection.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            source,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with the shapes
+            trust_remote_code=False,
         )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -218,10 +238,17 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
         raise CheckpointError(
             f"{shown!r} is a {type(model).__name__}; only the dense detectors of this package can be used."
         )
+    if mismatched := sorted(info["mismatched_keys"]):
+        key, given, own = mismatched[0]
+        raise CheckpointError(
+            f"{shown!r} can't be loaded as a detector: its config.json doesn't fit {len(mismatched)} of its weights, "
+            f"such as {key}, which is {tuple(given)} and would have to be {tuple(own)}."
+        )
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"{shown!r} lacks {len(missing)} weights of its model, such as {', '.join(missing[:3])}: save it again."
         )
+    check_finite(model.state_dict(), repr(shown))
     return model
 
 
@@ -232,6 +259,21 @@ def _to_model(path: Path) -> str:
         "weights of a model of this package, read them with torch.load(..., weights_only=True), or load_file of "
         "safetensors.torch, put them into the model with load_state_dict, and save it with save_pretrained."
     )
+
+
+def _check_config(source: str, shown: str) -> None:
+    """Raise CheckpointError if the config.json of a folder or Hub id describes no detector that can be built."""
+    try:
+        try:
+            content = PreTrainedConfig.get_config_dict(source)[0]
+        except (OSError, ValueError):
+            return  # loading tells what is wrong
+        own = {config.model_type: config for config in CONFIGS.values()}
+        if content.get("model_type") in own:
+            own[content["model_type"]].from_dict(content)
+    except Exception as error:  # whatever a file may hold
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{shown!r} can't be loaded as a detector (config.json: {reason})") from error
 
 
 def _foreign_type(source: str) -> str | None:
@@ -256,14 +298,17 @@ def load_processor(source: str) -> DenseDetectorImageProcessor:
         CheckpointError: if there is none, or it can't be read.
     """
     try:
-        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+        if not isinstance(processor, DenseDetectorImageProcessor):
+            raise ValueError(f"image_processor_type is {type(processor).__name__}, which isn't this package's")
+        return processor
+    except Exception as error:  # whatever a file may hold
         # transformers advises to trust the code.
         own = "it is code of the model's own, which is never run here"
         reason = own if "trust_remote_code" in str(error) else getattr(error, "strerror", None) or first_line(error)
         raise CheckpointError(
-            f"{source!r} has no image processor that can be read ({reason}). Save it beside the model with "
-            "DenseDetectorImageProcessor.for_model(model.config).save_pretrained(...)."
+            f"{source!r} has no image processor that can be read (preprocessor_config.json: {reason}). Save it beside "
+            "the model with DenseDetectorImageProcessor.for_model(model.config).save_pretrained(...)."
         ) from error
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from .escaping import file_name, printable
+from .label_names import coco_spelling
 
 # What is looked for in folders and by patterns. A file that is named itself may have any name.
 IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -131,14 +132,15 @@ def category_ids_of(id2label: Mapping[int, str], annotated: Annotated | None) ->
     """The COCO category id of each label."""
     if annotated is None:
         return {label: label for label in id2label}
-    known = annotated.category_ids
-    if unknown := [name for name in id2label.values() if name not in known]:
+    known = dict(zip(coco_spelling(list(annotated.category_ids)), annotated.category_ids.values(), strict=True))
+    names = dict(zip(id2label, coco_spelling(list(id2label.values())), strict=True))
+    if unknown := [name for name in names.values() if name not in known]:
         raise PredictionError(
             f"the model has {len(unknown)} labels that aren't categories of the annotation file, such as "
             f"{unknown[0]!r}; its categories are {', '.join(map(printable, list(known)[:8]))}. Leave --annotations "
             "out, or rename one."
         )
-    return {label: known[name] for label, name in id2label.items()}
+    return {label: known[name] for label, name in names.items()}
 
 
 def _matches(source: str, recursive: bool) -> list[Path]:

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,7 +15,7 @@ from transformers.utils import cached_file
 
 from .data.transforms import resized_size
 from .escaping import printable
-from .evaluation import SUMMARY_NAMES, percent
+from .evaluation import SETTINGS, SUMMARY_NAMES, percent
 from .factory import count_parameters, load_detector, load_processor
 from .hub import METRICS_FILE
 from .memory import out_of_memory_explained
@@ -45,7 +46,8 @@ class ModelInfo:
         device: that latency and memory were measured on.
         labels: class names.
         origin: what is known of how it was made: a line each.
-        metrics: COCO metrics that lie beside it, 0..1.
+        metrics: COCO metrics that lie beside it, 0..1: those of its run, else of the latest `crosskd evaluate`.
+        evaluation: of which images, and how, they are, where the file says so.
     """
 
     source: str
@@ -63,6 +65,7 @@ class ModelInfo:
     labels: list[str]
     origin: list[str]
     metrics: dict[str, float]
+    evaluation: dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,6 +139,8 @@ def describe_model(
         peak = memory_gb(model.device) - before
         seconds = [_timed(model, processor, pixels) for _ in range(runs + 1)][1:]
     total, trained = count_parameters(model)
+    metrics = _metrics(source)
+    evaluation = metrics.pop(SETTINGS, {})
     parts = {"backbone": model.backbone, "FPN": model.fpn, "head": model.head}
     return ModelInfo(
         source=source,
@@ -152,7 +157,8 @@ def describe_model(
         device=_device_name(model.device),
         labels=[model.config.id2label[label] for label in range(model.config.num_labels)],
         origin=_origin(model, source),
-        metrics=_metrics(source),
+        metrics=metrics,
+        evaluation=evaluation,
     )
 
 
@@ -173,7 +179,9 @@ def format_info(info: ModelInfo) -> str:
     ]
     shown = [f"{name} {percent(info.metrics[name])}" for name in SUMMARY_NAMES[:6] if name in info.metrics]
     if shown:
-        lines.append(("measured", "  ".join(shown)))
+        said = info.evaluation
+        images = f"  ({said['split']}, {said['images']} images)" if said else ""
+        lines.append(("measured", "  ".join(shown) + images))
     return "\n".join(f"{name:<14}{printable(text)}" for name, text in lines)
 
 
@@ -219,8 +227,11 @@ def _origin(model: DenseDetector, source: str) -> list[str]:
     return lines
 
 
-def _metrics(source: str) -> dict[str, float]:
+def _metrics(source: str) -> dict[str, Any]:
     path = _beside(source, METRICS_FILE)
+    if path is None:  # a model that no run made
+        found = Path(source, METRICS_FILE).parent.glob("evaluate_*_metrics.json")
+        path = max(found, key=lambda file: file.stat().st_mtime, default=None)
     try:
         return {} if path is None else json.loads(path.read_text(encoding="utf-8"))
     except ValueError:  # no JSON: somebody else's file

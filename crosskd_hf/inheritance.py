@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .label_names import coco_spelling
 from .models.modeling_dense import DenseDetector
 
 # What a recipe calls a part -> the detector's submodule.
@@ -70,7 +71,7 @@ def _foreign(student: DenseDetector, teacher: DenseDetector) -> set[str]:
     foreign = set()
     if not _same_outputs(student, teacher):
         foreign.update(PREDICTORS)
-    if mine.id2label != theirs.id2label:
+    if coco_spelling(mine.label_names) != coco_spelling(theirs.label_names):
         foreign.add("cls_predictor")
     if (mine.fpn_extra_convs, mine.fpn_relu_before_p7) != (theirs.fpn_extra_convs, theirs.fpn_relu_before_p7):
         foreign.add("extra_convs")

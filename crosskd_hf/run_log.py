@@ -70,14 +70,16 @@ def log_line(logs: dict[str, float], step: int, steps: int, remaining: float | N
 
     Args:
         logs: what `Trainer.log` got: of a training step, an evaluation, or the end of training.
-        step, steps: optimizer steps that are done, and in all.
+        step, steps: optimizer steps that are done, and in all; 0 steps in all: there is no training.
         remaining: seconds of training that are left.
     """
     if "train_runtime" in logs:
         return f"trained to step {step} in {duration(logs['train_runtime'])}"
-    if "eval_AP" in logs:
-        values = (f"{name} {percent(logs[f'eval_{name}'])}" for name in SUMMARY_NAMES[:6] if f"eval_{name}" in logs)
-        return f"evaluation at step {step}: " + "  ".join(values)
+    evaluated = next((name.removesuffix("AP") for name in logs if name.endswith("_AP")), None)
+    if evaluated is not None:
+        names = (name for name in SUMMARY_NAMES[:6] if f"{evaluated}{name}" in logs)
+        values = (f"{name} {percent(logs[f'{evaluated}{name}'])}" for name in names)
+        return f"evaluation{f' at step {step}' if steps else ''}: " + "  ".join(values)
     parts = [f"step {step}/{steps}", f"epoch {logs.get('epoch', 0):.2f}"]
     terms = [f"{name} {value:.4f}" for name, value in logs.items() if name.startswith(TERMS)]
     if "loss" in logs:

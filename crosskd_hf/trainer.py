@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
@@ -33,11 +34,13 @@ from .escaping import printable
 from .evaluation import CocoEvaluator
 from .factory import load_detector, weights_digest
 from .hub import HubUpload
+from .label_names import coco_spelling, near_matches, spelling_problem
 from .memory import out_of_memory_explained
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .models.modeling_dense import DenseDetector, DenseDetectorOutput
 from .monitoring import TERMS, NonFiniteLossError, StepMonitor
 from .optimization import build_optimizer, multistep_scheduler, parameter_groups
+from .public import public
 from .recipe import DistillationSection
 from .saving import SafeSaving
 from .termination import TerminationSignal, obey_parent_only
@@ -483,7 +486,11 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         self.evaluation_sheet = self._evaluation_sheet(evaluator, dataloader.dataset)
         results = evaluator.results() if description == "Prediction" else None
         model.train(was_training)
-        metrics = [self._metrics(evaluator, metric_key_prefix) if self.accelerator.is_main_process else None]
+        metrics = [
+            self._metrics(evaluator, dataloader.dataset, metric_key_prefix)
+            if self.accelerator.is_main_process
+            else None
+        ]
         metrics = broadcast_object_list(metrics)[0]
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.last_evaluation = self.state.global_step, named
@@ -495,10 +502,25 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
             return None
         return evaluation_sheet(dataset, evaluator, count)
 
-    def _metrics(self, evaluator: CocoEvaluator, prefix: str) -> dict[str, float]:
+    def _metrics(self, evaluator: CocoEvaluator, dataset: DetectionDataset, prefix: str) -> dict[str, float]:
         metrics = evaluator.compute()
-        evaluator.save(Path(self.args.output_dir) / EVALUATION_FOLDER, metrics, prefix=f"{prefix}_")
+        settings = self._evaluation_settings(dataset) | {"backend": evaluator.backend}
+        evaluator.save(Path(self.args.output_dir) / EVALUATION_FOLDER, metrics, f"{prefix}_", settings)
         return metrics
+
+    def _evaluation_settings(self, dataset: DetectionDataset) -> dict[str, Any]:
+        """Of which images, and how, metrics are; as others may read it."""
+        split, processor = dataset.split, self.processing_class
+        names = ("score_threshold", "nms_threshold", "max_candidates", "max_detections")
+        return {
+            "data": public(split.source),
+            "split": split.name,
+            "images": len(split),
+            **dict(zip(("short_side", "long_side"), dataset.size, strict=True)),
+            **{name: getattr(processor, name) for name in names},
+            "precision": "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32",
+            **({"step": self.state.global_step} if self.state.max_steps else {}),
+        }
 
     @torch.no_grad()
     def detect(self, model: DenseDetector, batch: dict) -> list[dict[str, Tensor]]:
@@ -669,9 +691,10 @@ def _as_dataset(data, processor: DenseDetectorImageProcessor, train: bool, seed:
 def _check_labels(model: DenseDetector, dataset: DetectionDataset | None, name: str) -> None:
     if dataset is None:
         return
-    mine = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    theirs = list(dataset.split.label_names)
+    mine, theirs = map(coco_spelling, (model.config.label_names, dataset.split.label_names))
     if mine != theirs:
+        if near := near_matches(mine, theirs):
+            raise ValueError(f"{name} and the model have {spelling_problem(near, 'model', name)}.")
         raise ValueError(
             f"{name} has {len(theirs)} labels ({', '.join(theirs[:5])}, ...), the model {len(mine)} "
             f"({', '.join(mine[:5])}, ...): give the model id2label=split.id2label."

@@ -270,6 +270,7 @@ def test_reads_a_bare_state_dict_without_names(tmp_path):
         ({"CLASSES": ["a", "b"]}, ("a", "b")),
         ({"dataset_meta": {"CLASSES": ("a", "b")}}, ("a", "b")),
         ({"dataset_meta": {"classes": ["a", "b"]}}, ("a", "b")),
+        ({"CLASSES": ("traffic_light", "polar_bear")}, ("traffic light", "polar_bear")),  # COCO's and another's
         ({"CLASSES": None}, None),
         ({"dataset_meta": None}, None),
         ({}, None),

@@ -8,22 +8,27 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from tiny import tiny_model, tiny_processor, write_tiny_coco
 from transformers import AutoImageProcessor, YolosConfig, YolosForObjectDetection
 
-from crosskd_hf import GFLForObjectDetection, factory
+from crosskd_hf import GFLForObjectDetection, cli, factory
 from crosskd_hf.convert import CheckpointError, reference_keys
+from crosskd_hf.distillation.pairing import pair_up
+from crosskd_hf.distillation.settings import resolve_settings
 from crosskd_hf.factory import (
     build_config,
     build_model,
     count_parameters,
     load_backbone_weights,
     load_detector,
+    load_processor,
     load_teacher,
 )
+from crosskd_hf.label_names import COCO_CLASSES
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.backbone import Backbone
 from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor, pixel_style
-from crosskd_hf.recipe import DETECTORS, ArchitectureSection, ModelSection, TeacherSection
+from crosskd_hf.recipe import DETECTORS, ArchitectureSection, DistillationSection, ModelSection, TeacherSection
 
 LABELS = ("cat", "dog", "emu")
 TINY = {"backbone": "resnet18", "fpn_channels": 32, "head_channels": 32, "head_blocks": 2}
@@ -318,7 +323,7 @@ def test_a_saved_model_that_lacks_weights(tmp_path, saved):
 
 def test_a_saved_model_of_other_shapes(tmp_path, saved):
     folder = copied(saved, tmp_path / "other", fpn_channels=64)
-    with pytest.raises(CheckpointError, match="can't be loaded as a detector"):
+    with pytest.raises(CheckpointError, match=r"config\.json doesn't fit .* fpn\.\S+, which is \(32.*to be \(64"):
         load_detector(str(folder), None, ())
 
 
@@ -327,6 +332,98 @@ def test_a_saved_model_that_was_cut_off(tmp_path, saved):
     (folder / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="can't be loaded as a detector"):
         load_detector(str(folder), None, ())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("strides", "x"),
+        ("head_blocks", 100_000),
+        ("head_blocks", "2"),
+        ("nms_threshold", float("nan")),
+        ("num_labels", 10**9),
+        ("id2label", {"0": "cat", "2": "dog"}),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_named_with_its_file(tmp_path, saved, key, value):
+    with pytest.raises(CheckpointError, match=rf"bad'.*config\.json: .*{key}"):
+        load_detector(str(copied(saved, tmp_path / "bad", **{key: value})), None, ())
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "5"])
+def test_a_configuration_that_is_no_mapping(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_detector(str(tmp_path), None, ())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image_std", 0),
+        ("image_std", [1.0, float("nan"), 1.0]),
+        ("nms_threshold", float("nan")),
+        ("max_candidates", "x"),
+        ("size", 5),
+        ("image_processor_type", "DetrImageProcessor"),
+    ],
+)
+def test_an_image_processor_that_cannot_be_is_named_with_its_file(tmp_path, saved, key, value):
+    folder = copied(saved, tmp_path / "bad")
+    DenseDetectorImageProcessor().save_pretrained(folder)
+    path = folder / "preprocessor_config.json"
+    assert load_processor(str(folder)).max_candidates == 1000
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(CheckpointError, match=rf"bad'.*preprocessor_config.json: .*{key}"):
+        load_processor(str(folder))
+
+
+# Weights that aren't finite -----------------------------------------------------------------------------------------
+
+
+def spoilt(key: str, value: float) -> GFLForObjectDetection:
+    """A detector with one number of a tensor that is no number."""
+    model = filled(build_model(MODEL, LABELS))
+    model.state_dict()[key].view(-1)[-1] = value
+    return model
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("head.box_predictor.bias", float("nan")), ("backbone.body.layer2.0.bn1.running_var", float("inf"))],
+)
+def test_a_saved_model_with_weights_that_are_not_finite(tmp_path, key, value):
+    spoilt(key, value).save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=rf"model' holds NaN or infinity in 1 of \d+ tensors: {key}\."):
+        load_teacher(teacher(tmp_path / "model"), LABELS)
+
+
+def test_a_reference_checkpoint_with_weights_that_are_not_finite(tmp_path, cache):
+    path = save_reference(spoilt("head.cls_predictor.weight", float("nan")), tmp_path / "gfl.pth")
+    with pytest.raises(CheckpointError, match=r"gfl\.pth holds NaN .*: bbox_head\.gfl_cls\.weight\."):
+        build_model(dataclasses.replace(MODEL, checkpoint=str(path)), LABELS)
+    assert not cache.exists()
+
+
+def test_backbone_weights_that_are_not_finite(tmp_path):
+    state = backbone_state()
+    state["layer1.0.conv1.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(state, tmp_path / "backbone.pth")
+    with pytest.raises(CheckpointError, match=r"backbone\.pth holds NaN .*: layer1\.0\.conv1\.weight\."):
+        load_backbone_weights(build_model(MODEL, LABELS), str(tmp_path / "backbone.pth"))
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "export", "info"])
+def test_no_command_runs_weights_that_are_not_finite(tmp_path, command):
+    model = tiny_model(backbone="lcnet_050", head_blocks=1)
+    with torch.no_grad():
+        model.fpn.output_convs[0].bias[0] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    tiny_processor(model).save_pretrained(tmp_path / "model")
+    write_tiny_coco(tmp_path / "data", 1)
+    more = {"predict": [str(tmp_path / "data" / "mini")], "evaluate": ["--data", str(tmp_path / "data")]}
+    with pytest.raises(SystemExit, match=r"model' holds NaN .*: fpn\.output_convs\.0\.bias\."):
+        cli.main([command, str(tmp_path / "model"), *more.get(command, [])])
 
 
 # MMDetection checkpoints --------------------------------------------------------------------------------------------
@@ -374,6 +471,30 @@ def test_another_content_or_architecture_is_converted_anew(tmp_path, cache, conv
 def test_label_names_in_the_file_come_first(tmp_path):
     path = save_reference(build_model(MODEL, LABELS), tmp_path / "gfl.pth", {"CLASSES": ("a", "b", "c")})
     assert load_teacher(teacher(path), LABELS).config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+def test_old_names_of_coco_keep_all_classes_and_the_predictor(tmp_path):
+    """MMDetection 1.x wrote `traffic_light`; neither is another class."""
+    old = tuple(name.replace(" ", "_") for name in COCO_CLASSES)
+    source = filled(build_model(MODEL, COCO_CLASSES))
+    path = save_reference(source, tmp_path / "gfl.pth", {"CLASSES": old})
+    section = dataclasses.replace(MODEL, checkpoint=str(path))
+    assert_equal_weights(build_model(section, COCO_CLASSES), source)
+    model = build_model(section, old)  # the data's spelling stays
+    assert_equal_weights(model, source)
+    assert model.config.label_names == list(old) and model.config.label2id["traffic_light"] == 9
+    taught = load_teacher(teacher(path), COCO_CLASSES)
+    settings = resolve_settings(DistillationSection(tap_index=1), taught)
+    pairing = pair_up(model, taught, settings)
+    assert pairing.labels is None and pairing.notes == (), "80 of 80 classes"
+
+
+def test_no_predictor_is_replaced_for_a_spelling(saved):
+    section = dataclasses.replace(MODEL, checkpoint=str(saved))
+    with pytest.raises(CheckpointError, match=f"checkpoint {LABELS[0]!r}, data {LABELS[0].upper()!r}"):
+        build_model(section, (LABELS[0].upper(), *LABELS[1:]))
+    # It would be replaced however the names were spelt.
+    assert build_model(section, (LABELS[0].upper(), *LABELS[1:], "gnu")).config.num_labels == 4
 
 
 def test_a_reference_checkpoint_from_a_url(tmp_path, monkeypatch):

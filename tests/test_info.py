@@ -61,7 +61,9 @@ def test_recipe_and_metrics_beside_the_model(saved: Path, capsys: pytest.Capture
         "data: {path: data/cells, train_split: train}\ntraining: {output_dir: runs/x}\n"
     )
     (saved / "evaluation").mkdir(exist_ok=True)
-    (saved / "evaluation" / "eval_metrics.json").write_text('{"AP": 0.41, "AP50": 0.62, "APs": -1.0}')
+    (saved / "evaluation" / "eval_metrics.json").write_text(
+        '{"AP": 0.41, "AP50": 0.62, "APs": -1.0, "evaluation": {"split": "val", "images": 72}}'
+    )
     try:
         cli.main(["info", str(saved), "--runs", "1", "--size", "40", "50"])
         text = capsys.readouterr().out
@@ -70,7 +72,7 @@ def test_recipe_and_metrics_beside_the_model(saved: Path, capsys: pytest.Capture
     assert "1 x 3 x 64 x 64" in text
     assert "trained on data/cells (train), from random backbone weights" in text
     assert "distilled (crosskd, pkd) from https://a.org/b.pth\n" in text
-    assert "AP 41.0  AP50 62.0  APs -" in text
+    assert "AP 41.0  AP50 62.0  APs -  (val, 72 images)" in text
 
 
 def test_many_labels_are_cut_off(tmp_path: Path) -> None:

@@ -54,6 +54,11 @@ def test_takes_the_class_predictor_only_of_the_same_classes():
     assert "head.cls_predictor.weight" in report
 
 
+def test_takes_the_class_predictor_of_coco_s_old_names():
+    names, _, _ = inherit(["head"], {"id2label": {0: "cat", 1: "stop_sign"}}, id2label={0: "cat", 1: "stop sign"})
+    assert "head.cls_predictor.weight" in names
+
+
 def test_takes_only_towers_of_another_kind_of_detector():
     """FCOS's and ATSS's box outputs have one shape and two meanings."""
     names, _, _ = inherit(["head"], kinds=("fcos", "atss"))

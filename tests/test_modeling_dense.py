@@ -7,8 +7,10 @@ from tiny import tiny_batch, tiny_model
 
 from crosskd_hf import CONFIGS, MODELS, GFLConfig, GFLForObjectDetection
 from crosskd_hf.models import modeling_dense
+from crosskd_hf.models.configuration_dense import LIMITS
 from crosskd_hf.models.fpn import FPNConv
 from crosskd_hf.models.head import HeadConv
+from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor
 
 DETECTORS = sorted(CONFIGS)
 
@@ -162,11 +164,41 @@ def test_wrong_numbers_of_labels_are_named() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("backbone_style", "tensorflow"), ("fpn_extra_convs", "both"), ("head_blocks", 0), ("strides", [4, 8, 16])],
+    [
+        *(("backbone_style", "tensorflow"), ("fpn_extra_convs", "both"), ("head_blocks", 0), ("head_blocks", 65)),
+        *(("strides", [4, 8, 16]), ("strides", [8, 16]), ("strides", [8, 16, 32, 48]), ("fpn_channels", 10**9)),
+        *(("nms_threshold", float("nan")), ("nms_threshold", 1.01), ("size_divisor", 0), ("frozen_stages", -1)),
+        *(("drop_path_rate", float("nan")), ("reg_max", 0), ("box_loss_weight", float("nan")), ("num_labels", 10**9)),
+        *(("id2label", {}), ("id2label", {0: "a", 2: "b"}), ("id2label", {0: None}), ("id2label", ["a"])),
+    ],
 )
 def test_configurations_that_cannot_be(field: str, value) -> None:
     with pytest.raises(ValueError, match=field):
         GFLConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("detector", "field", "value"),
+    [
+        ("retinanet", "anchor_ratios", []),
+        ("retinanet", "anchor_ratios", [1.0, float("nan")]),
+        ("retinanet", "negative_iou", 0.6),
+        ("fcos", "regress_ranges", [[64.0, -1.0]]),
+        ("fcos", "regress_ranges", [[64.0]]),
+        ("atss", "delta_scales", [0.1, 0.1]),
+        ("atss", "delta_scales", [0.1, 0.1, 0.2, 0.0]),
+    ],
+)
+def test_configurations_of_one_detector_that_cannot_be(detector: str, field: str, value) -> None:
+    with pytest.raises(ValueError, match=field):
+        CONFIGS[detector](**{field: value})
+
+
+def test_limits_are_inclusive_and_of_fields_that_there_are() -> None:
+    config = GFLConfig(nms_threshold=0.0, drop_path_rate=1.0, head_blocks=64, num_labels=3, strides=[8, 16, 32])
+    assert config.label_names == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    fields = set(DenseDetectorImageProcessor().to_dict()).union(*(vars(made()) for made in CONFIGS.values()))
+    assert set(LIMITS) <= fields
 
 
 def test_a_checkpoint_without_a_backbone_weight_is_noticed(tmp_path) -> None:

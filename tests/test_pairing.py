@@ -16,6 +16,7 @@ from crosskd_hf.distillation.adapters import ADAPTERS_FILE, ATTRIBUTE, Adapters
 from crosskd_hf.distillation.objective import distillation_losses, student_forward, teacher_forward
 from crosskd_hf.distillation.pairing import STUDENT, TEACHER, Pairing, PixelChange, pair_up
 from crosskd_hf.distillation.settings import resolve_settings
+from crosskd_hf.label_names import COCO_CLASSES
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor, pixel_style
 from crosskd_hf.models.modeling_dense import Predictions
@@ -106,11 +107,27 @@ def test_classes_of_which_none_is_shared_are_refused():
     assert "train the teacher on the student's data first" in problem
 
 
-def test_names_that_differ_in_case_are_pointed_out():
-    (problem,) = problems(model(labels=("Cat", "dog")), model(labels=("cat", "Emu")))
-    assert "some differ in upper and lower case only" in problem
-    (problem,) = problems(model(labels=("cat", "dog")), model(labels=("emu", "fox")))
-    assert "case" not in problem
+@pytest.mark.parametrize(
+    ("mine", "theirs"),
+    [("Cat", "cat"), ("polar bear", "polar_bear"), ("polar-bear", "polarbear"), ("traffic-light", "traffic light")],
+)
+def test_names_that_differ_in_spelling_only_are_refused(mine, theirs):
+    """Whichever other classes are shared: this one would be learnt without the teacher."""
+    (problem,) = problems(model(labels=(mine, "dog")), model(labels=("dog", theirs)))
+    assert f"student {mine!r}, teacher {theirs!r}" in problem and "config.json" in problem
+
+
+def test_a_name_with_an_equal_is_no_other_names_near_match():
+    assert "1 of the student's 2" in pair(model(labels=("Cat", "cat")), model(labels=("cat", "fox"))).notes[0]
+
+
+def test_coco_s_old_names_are_coco_s():
+    """MMDetection 1.x wrote them with underscores."""
+    old = tuple(name.replace(" ", "_") for name in COCO_CLASSES)
+    found = pair(model(labels=COCO_CLASSES), model(labels=old))
+    assert (found.labels, found.notes) == (None, ()), "80 of 80, in one order"
+    found = pair(model(labels=("stop sign", "gnu", "traffic_light")), model(labels=old))
+    assert [index.tolist() for index in found.labels] == [[0, 2], [11, 9]]
 
 
 def test_levels_are_matched_by_stride():

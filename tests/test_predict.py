@@ -23,6 +23,7 @@ from crosskd_hf.image_files import (
     Annotated,
     ImageEntry,
     PredictionError,
+    category_ids_of,
     find_images,
     match_images,
     number_images,
@@ -253,6 +254,11 @@ def test_ids_are_the_stems_if_those_are_different_numbers() -> None:
     assert ids("1.jpg", "01.png") == [1, 2], "the same number"
     assert ids("7.jpg", "9.jpg", "b.jpg") == [1, 2, 3]
     assert ids("-3.jpg") == ids("3.5.jpg") == ids("٣.jpg") == [1]
+
+
+def test_categories_are_found_by_coco_s_old_names_too() -> None:
+    assert category_ids_of({0: "stop_sign", 1: "cat"}, Annotated({}, {"cat": 17, "stop sign": 13})) == {0: 13, 1: 17}
+    assert category_ids_of({0: "stop sign"}, Annotated({}, {"stop_sign": 13})) == {0: 13}
 
 
 def test_annotated_images_are_found_by_the_end_of_the_path(tmp_path: Path) -> None:

@@ -33,7 +33,6 @@ LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-ZOO = "https://download.openmmlab.com/mmdetection/v2.0/"
 
 
 def distilled(**sections) -> dict:
@@ -474,7 +473,7 @@ def test_carried_recipes_are_complete_and_run_as_they_are(name, tmp_path):
     read = load_recipe(name)
     text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
     assert text.startswith("# ")
-    assert f"accelerate launch train.py recipes/{name}.yaml" in text
+    assert re.search(rf"^#.*accelerate launch .*train\.py recipes/{name}\.yaml", text, re.MULTILINE)
     assert read.training["output_dir"] == f"runs/{name}"
     assert read.training["seed"] == 0
     args = load_recipe(name, [f"training.output_dir={tmp_path}", "training.use_cpu=true"]).training_arguments()
@@ -535,24 +534,6 @@ def test_published_rows_write_every_setting_out(name):
         "save_strategy": "epoch",
     }
     assert {key: read.training.get(key) for key in expected} == expected
-
-
-def test_teachers_of_the_published_rows():
-    r101 = f"{ZOO}gfl/gfl_r101_fpn_mstrain_2x_coco/gfl_r101_fpn_mstrain_2x_coco_20200629_200126-dd12f847.pth"
-    r50 = f"{ZOO}gfl/gfl_r50_fpn_1x_coco/gfl_r50_fpn_1x_coco_20200629_121244-25944287.pth"
-    for name, url, backbone, pkd in (
-        ("gfl_r50_crosskd", r101, "resnet101.tv_in1k", 0),
-        ("gfl_r50_crosskd_pkd", r101, "resnet101.tv_in1k", 6),
-        ("gfl_r18_crosskd", r50, "resnet50.tv_in1k", 0),
-    ):
-        read = load_recipe(name)
-        assert (read.teacher.checkpoint, read.teacher.backbone) == (url, backbone)
-        assert read.distillation == DistillationSection(1.0, 3, "rectified", 1.0, 4.0, None, pkd)
-
-
-def test_the_teacher_s_own_row_is_multi_scale():
-    data = load_recipe("gfl_r101_2x_ms").data
-    assert (data.multiscale, data.multiscale_short_sides, data.long_side) == ("range", [480, 800], 1333)
 
 
 def test_the_trial_recipe_is_short_and_offline():

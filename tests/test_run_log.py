@@ -36,6 +36,10 @@ def test_lines(logs: dict, expected: str) -> None:
     assert log_line(logs, 5, 90, 65.0) == expected
 
 
+def test_an_evaluation_without_training_has_no_step() -> None:
+    assert log_line({"evaluate_val_9_AP": 0.5, "evaluate_val_9_AP/cat": 0.5}, 0, 0) == "evaluation: AP 50.0"
+
+
 @pytest.mark.parametrize("quiet", [False, True])
 def test_a_run_prints_lines_and_no_dicts(
     quiet: bool, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch

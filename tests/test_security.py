@@ -125,11 +125,14 @@ def test_an_image_processor_that_a_model_brings_is_not_run(
 ) -> None:
     bring_code(saved, "preprocessor_config.json", proof, image_processor_type="EvilImageProcessor")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    options = {"predict": [str(tmp_path / "a.png"), "--output-dir", str(tmp_path / "out")]}.get(command, [])
+    options = {
+        "predict": [str(tmp_path / "a.png"), "--output-dir", str(tmp_path / "out")],
+        "evaluate": ["--data", "x"],
+    }
     with pytest.raises(
-        SystemExit, match=r"model' has no image processor that can be read \(it is code of the model's"
+        SystemExit, match=r"model' has no image processor that can be read \(.*: it is code of the model's"
     ):
-        main([command, str(saved), *options])
+        main([command, str(saved), *options.get(command, [])])
     assert not proof.exists()
 
 

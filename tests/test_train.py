@@ -94,10 +94,16 @@ def test_a_recipe_runs_and_its_resolved_copy_runs_again(recipe: Path, capsys: py
     train.main([str(run / "recipe.yaml"), f"training.output_dir={again}"])
     assert json.loads((again / "evaluation" / "eval_metrics.json").read_text()) == first
     # The same numbers from the saved model
+    capsys.readouterr()
     cli.main(["evaluate", str(run), "--workers", "0", "--output-dir", str(recipe.parent / "evaluated")])
-    evaluated = json.loads((recipe.parent / "evaluated" / "evaluation" / "eval_metrics.json").read_text())
-    assert evaluated == first
-    assert "AP50" in capsys.readouterr().out
+    (path,) = (recipe.parent / "evaluated" / "evaluation").glob("*_metrics.json")
+    evaluated = json.loads(path.read_text())
+    settings, own = evaluated.pop("evaluation"), first.pop("evaluation")
+    assert evaluated == first and {**settings, "step": own["step"]} == own and own["step"] == 3
+    assert {"split": "mini", "data": "data", "nms_threshold": 0.6, "precision": "fp32"}.items() <= settings.items()
+    assert path.name == f"evaluate_mini_{settings['images']}_metrics.json"
+    printed = capsys.readouterr().out
+    assert "AP50" in printed and "step" not in printed
 
 
 @pytest.mark.parametrize(
@@ -354,8 +360,18 @@ def test_another_evaluation_does_not_change_a_finished_run(recipe: Path) -> None
     train.main([str(recipe)])
     run = recipe.parent / "run"
     before = run_folder.final_metrics(run)
+    files = {path: path.read_bytes() for path in (run / "evaluation").iterdir()}
     cli.main(["evaluate", str(run), "--workers", "0", "--max-images", "1"])
     assert run_folder.final_metrics(run) == before and "eval_AP/cat" in before
+    assert {path: path.read_bytes() for path in files} == files
+    written = json.loads((run / "evaluation" / "evaluate_mini_1_metrics.json").read_text())
+    assert written["evaluation"]["images"] == 1
+    for count in ("0", "-1"):
+        with pytest.raises(SystemExit, match=f"--max-images must be at least 1, got {count}"):
+            cli.main(["evaluate", str(run), "--max-images", count])
+    (run / "recipe.yaml").unlink()
+    with pytest.raises(SystemExit, match=r"recipe\.yaml.*--recipe.*--data"):
+        cli.main(["evaluate", str(run)])
 
 
 def relabelled(recipe: Path, name: str, categories: list[str]) -> str:

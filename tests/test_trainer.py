@@ -233,6 +233,9 @@ def test_labels_that_differ_are_refused(tmp_path: Path) -> None:
     model = tiny_model(id2label={0: "cat", 1: "bird"})
     with pytest.raises(ValueError, match=r"train_dataset has 2 labels \(cat, dog.*model 2 \(cat, bird"):
         DetectionTrainer(model, tiny_args(tmp_path / "run"), split, None, tiny_processor(model))
+    model = tiny_model(id2label={0: "cat", 1: "Dog"})
+    with pytest.raises(ValueError, match="model 'Dog', train_dataset 'dog'"):
+        DetectionTrainer(model, tiny_args(tmp_path / "run"), split, None, tiny_processor(model))
 
 
 def test_a_teacher_that_does_not_fit_is_refused_before_data_is_read(tmp_path: Path) -> None:

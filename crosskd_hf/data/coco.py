@@ -129,7 +129,7 @@ def load_coco(
     dataset = builder.as_dataset(split=SPLIT_NAME)
     names = tuple(dataset.features["objects"]["category"].feature.names)
     category_ids, problems = read_cache_note(dataset.info, str(annotation_file))
-    return DetectionSplit(dataset, names, category_ids, problems).part(part)
+    return DetectionSplit(dataset, names, category_ids, problems, split, str(root)).part(part)
 
 
 def _splits_there(root: Path, annotations: str) -> list[str]:

@@ -162,7 +162,8 @@ def load_columns(
     if len(annotations) != len(images):
         images = images.select(annotations["row"][:])
     both = datasets.concatenate_datasets([annotations.remove_columns(["row"]), images], axis=1)
-    return DetectionSplit(both.cast_column("image", datasets.Image()), vocabulary.names, ids, problems)
+    both = both.cast_column("image", datasets.Image())
+    return DetectionSplit(both, vocabulary.names, ids, problems, split, path)
 
 
 def _open(path: str, split: str, config: str | None, cache_dir: str | None) -> datasets.Dataset:

@@ -59,6 +59,7 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         self.split = split
         self.train = train
         self.seed = seed
+        self.size = short_side, long_side
         self.transform = build_transform(
             train=train,
             short_side=short_side,

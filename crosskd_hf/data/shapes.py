@@ -129,7 +129,8 @@ def load_shapes(
         ),
         cache_dir,
     )
-    whole = DetectionSplit(builder.as_dataset(split=SPLIT_NAME), CLASSES, tuple(range(1, len(CLASSES) + 1)))
+    ids = tuple(range(1, len(CLASSES) + 1))
+    whole = DetectionSplit(builder.as_dataset(split=SPLIT_NAME), CLASSES, ids, name=split, source="generated shapes")
     return whole.part(part)
 
 

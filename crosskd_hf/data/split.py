@@ -24,12 +24,15 @@ class DetectionSplit:
         label_names: the C class names, by label.
         category_ids: the C COCO category ids, by label.
         problems: what was wrong with the whole split; with `on_error="skip"` it is left out.
+        name: the split's name, and `source` the folder or Hub id that it was read from; "" if not known.
     """
 
     dataset: datasets.Dataset
     label_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     problems: Problems = field(default_factory=Problems)
+    name: str = ""
+    source: str = ""
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -57,7 +60,7 @@ class DetectionSplit:
         Raises:
             DataError: see `take_part`.
         """
-        return replace(self, dataset=take_part(self.dataset, part))
+        return replace(self, dataset=take_part(self.dataset, part), name=f"{self.name}{part}")
 
 
 def split_and_part(name: str) -> tuple[str, str]:

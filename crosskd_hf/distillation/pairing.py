@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..label_names import coco_spelling, near_matches, spelling_problem
 from ..models.configuration_dense import DenseDetectorConfig
 from ..models.image_processing_dense import DenseDetectorImageProcessor, pixel_style
 from ..models.modeling_dense import DenseDetector, DenseDetectorOutput, Predictions, Priors
@@ -137,8 +138,9 @@ def pair_up(
             the one that goes with it.
 
     Raises:
-        ValueError: naming everything by which the pair can't work: no shared class name or stride, taps beyond a
-            tower, padding that doesn't suit the teacher, or predictions that can't be compared (mimic).
+        ValueError: naming everything by which the pair can't work: no shared class name or stride, class names that
+            differ in spelling only, taps beyond a tower, padding that doesn't suit the teacher, or predictions that
+            can't be compared (mimic).
     """
     problems = _tap_problems(student.config, teacher.config, settings)
     labels, notes = _shared_labels(student.config, teacher.config, problems)
@@ -187,15 +189,16 @@ def _tap_problems(mine: DenseDetectorConfig, theirs: DenseDetectorConfig, settin
 def _shared_labels(
     student: DenseDetectorConfig, teacher: DenseDetectorConfig, problems: list[str]
 ) -> tuple[tuple[Tensor, Tensor] | None, list[str]]:
-    mine, theirs = ([c.id2label[i] for i in range(c.num_labels)] for c in (student, teacher))
+    mine, theirs = coco_spelling(student.label_names), coco_spelling(teacher.label_names)
     if mine == theirs:
+        return None, []
+    if near := near_matches(mine, theirs):
+        problems.append(spelling_problem(near, "student", "teacher"))
         return None, []
     shared = [name for name in mine if name in theirs]
     known = f"student {', '.join(mine[:5])}{', ...' if len(mine) > 5 else ''}; teacher {', '.join(theirs[:5])}"
     known += ", ..." if len(theirs) > 5 else ""
     if not shared:
-        if {name.lower() for name in mine} & {name.lower() for name in theirs}:
-            known += "; some differ in upper and lower case only"
         problems.append(
             f"label names, none of which both know ({known}): train the teacher on the student's data first, with "
             "model.checkpoint naming it, or give both the same names"

@@ -1,12 +1,71 @@
 """Configurations of the dense detectors: one shared base, one small subclass a detector."""
 
+from collections.abc import Iterator
 from dataclasses import field
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 BACKBONE_STYLES = ("pytorch", "caffe")
 EXTRA_CONVS = ("on_output", "on_input")
+# Lowest and highest value of a number, or of each item of a list. A file with more than these is damaged, and would
+# take hours or all memory to build.
+LIMITS = {
+    "drop_path_rate": (0, 1),
+    "frozen_stages": (0, 10),
+    "fpn_channels": (1, 4096),
+    "head_channels": (1, 4096),
+    "head_blocks": (1, 64),
+    "size_divisor": (1, 4096),
+    "nms_threshold": (0, 1),
+    "reg_max": (1, 1000),
+    "anchor_scale": (1, 1000),
+    "anchor_base_scale": (1, 1000),
+    "anchor_ratios": (1e-3, 1e3),
+    "anchor_scales_per_octave": (1, 100),
+    "assigner_topk": (1, 10_000),
+    "positive_iou": (0, 1),
+    "negative_iou": (0, 1),
+    "regress_ranges": (-1, float("inf")),
+    "delta_scales": (1e-6, 1e6),
+    "quality_focal_beta": (0, 100),
+    "focal_alpha": (0, 1),
+    "focal_gamma": (0, 100),
+    "box_loss_weight": (0, 1e6),
+    "dfl_loss_weight": (0, 1e6),
+    # Of the image processor
+    "score_threshold": (0, 1),
+    "max_candidates": (1, 1_000_000),
+    "max_detections": (1, 1_000_000),
+    "image_mean": (-1e6, 1e6),
+    "image_std": (1e-6, 1e6),
+    "rescale_factor": (1e-9, 1e6),
+}
+MOST_LABELS = 100_000
+MOST_LEVELS = 12
+
+
+def check_number(name: str, value: Any, whole: bool = False) -> None:
+    """Compare a number, or every number of a list, with `LIMITS`.
+
+    Raises:
+        ValueError: it is outside of them, NaN, or no number; or, if `whole`, no whole one.
+    """
+    low, high = LIMITS[name]
+    for item in _flat(value):
+        number = isinstance(item, int if whole else int | float) and not isinstance(item, bool)
+        if not (number and low <= item <= high):  # NaN fails here as well
+            kind = "a whole number" if whole else "a number"
+            raise ValueError(f"{name} is {value!r}; it must be {kind} from {low:g} to {high:g}.")
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if not isinstance(value, list | tuple):
+        yield value
+        return
+    for item in value:
+        yield from _flat(item)
 
 
 @strict
@@ -31,6 +90,9 @@ class DenseDetectorConfig(PreTrainedConfig):
         strides (`list[int]`): pixels between two cells of each level.
         size_divisor (`int`): an image's own size is rounded up to this; cells beyond have class weight 0.
         nms_threshold (`float`): IoU above which the lower-scored of two boxes of a class is dropped.
+
+    Raises:
+        ValueError: a value that no detector can be built with, by the name of its key.
     """
 
     backbone: str = "resnet50"
@@ -48,17 +110,39 @@ class DenseDetectorConfig(PreTrainedConfig):
     size_divisor: int = 32
     nms_threshold: float = 0.6
 
+    @property
+    def label_names(self) -> list[str]:
+        """Class names, by label."""
+        return [self.id2label[label] for label in range(self.num_labels)]
+
     def __post_init__(self, **kwargs):
+        self._check_labels(kwargs.get("num_labels"))
         super().__post_init__(**kwargs)
         if self.id2label and not self.label2id:
             self.label2id = {name: label for label, name in self.id2label.items()}
         for name, allowed in (("backbone_style", BACKBONE_STYLES), ("fpn_extra_convs", EXTRA_CONVS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
-        if self.head_blocks < 1:
-            raise ValueError(f"head_blocks is {self.head_blocks}; a tower needs at least 1 block.")
-        if len(self.strides) < 3 or self.strides[:3] != [8, 16, 32]:
-            raise ValueError(f"strides is {self.strides}; the FPN's first three levels have strides 8, 16 and 32.")
+        for name in LIMITS:
+            if hasattr(self, name):
+                check_number(name, getattr(self, name))
+        levels = len(self.strides)
+        if not 3 <= levels <= MOST_LEVELS or self.strides != [8 * 2**level for level in range(levels)]:
+            raise ValueError(
+                f"strides is {self.strides}; the FPN's levels have strides 8, 16, 32, and on by factors of 2."
+            )
+
+    def _check_labels(self, num_labels: int | None) -> None:
+        if num_labels is not None and not (isinstance(num_labels, int) and 1 <= num_labels <= MOST_LABELS):
+            raise ValueError(f"num_labels is {num_labels!r}; it must be a whole number from 1 to {MOST_LABELS}.")
+        if self.id2label is None:
+            return
+        if not (isinstance(self.id2label, dict) and all(isinstance(name, str) for name in self.id2label.values())):
+            raise ValueError(f"id2label is {self.id2label!r:.200}; it must give each label its name.")
+        count = len(self.id2label)
+        if not count or {str(label) for label in self.id2label} != {str(label) for label in range(count)}:
+            labels = ", ".join(map(str, list(self.id2label)[:5])) or "none"
+            raise ValueError(f"id2label has the labels {labels}; they must count from 0 without gaps.")
 
 
 @strict
@@ -111,6 +195,13 @@ class RetinaNetConfig(DenseDetectorConfig):
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
 
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if not self.anchor_ratios:
+            raise ValueError("anchor_ratios is empty; there must be an anchor.")
+        if self.negative_iou > self.positive_iou:
+            raise ValueError(f"negative_iou is {self.negative_iou}, above positive_iou, {self.positive_iou}.")
+
 
 @strict
 class FCOSConfig(DenseDetectorConfig):
@@ -132,6 +223,11 @@ class FCOSConfig(DenseDetectorConfig):
     )
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if not all(len(limits) == 2 and limits[0] < limits[1] for limits in self.regress_ranges):
+            raise ValueError(f"regress_ranges is {self.regress_ranges}; it must hold [lowest, highest] of each level.")
 
 
 @strict
@@ -156,3 +252,8 @@ class ATSSConfig(DenseDetectorConfig):
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
     box_loss_weight: float = 2.0
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if len(self.delta_scales) != 4:
+            raise ValueError(f"delta_scales is {self.delta_scales}; there must be one of each of the 4 deltas.")

@@ -17,12 +17,13 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from crosskd_hf.data.images import load_rgb, to_rgb
 from crosskd_hf.data.transforms import resized_size
 
-from .configuration_dense import DenseDetectorConfig
+from .configuration_dense import DenseDetectorConfig, check_number
 from .modeling_dense import DenseDetectorOutput
 from .postprocess import select_detections
 
 logger = logging.getLogger(__name__)
 
+LARGEST_SIDE = 100_000  # pixels
 # Keyword arguments of `DenseDetectorImageProcessor`: grey levels 0..255, channels in the order that the model sees.
 RGB_IMAGENET: dict[str, Any] = {
     "image_mean": [123.675, 116.28, 103.53],
@@ -78,7 +79,7 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
             levels it is left out, and a warning says so. `RGB_IMAGENET` and `BGR_CAFFE` are the two styles in use.
 
     Raises:
-        ValueError: a threshold outside [0, 1], or a count below 1.
+        ValueError: a value that no image can be prepared with, by the name of its key.
     """
 
     valid_kwargs = DenseDetectorImageProcessorKwargs
@@ -106,20 +107,24 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
         **kwargs: Unpack[DenseDetectorImageProcessorKwargs],
     ) -> None:
         super().__init__(**kwargs)  # type: ignore[misc] # takes every key of `valid_kwargs`
-        for name, value in (("score_threshold", score_threshold), ("nms_threshold", nms_threshold)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, got {value}")
-        for name, count in (
-            ("max_candidates", max_candidates),
-            ("max_detections", max_detections),
-            ("size_divisor", self.size_divisor),
-        ):
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
         self.score_threshold = score_threshold
         self.nms_threshold = nms_threshold
         self.max_candidates = max_candidates
         self.max_detections = max_detections
+        for name in ("score_threshold", "nms_threshold", "image_mean", "image_std", "rescale_factor"):
+            check_number(name, getattr(self, name))
+        for name in ("max_candidates", "max_detections", "size_divisor"):
+            check_number(name, getattr(self, name), whole=True)
+        for name in ("do_resize", "do_rescale", "do_normalize", "do_pad", "do_flip_channel_order", "do_convert_rgb"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
+        mean, std = self.image_mean, self.image_std
+        if not (isinstance(mean, list | tuple) and isinstance(std, list | tuple) and len(mean) == len(std)):
+            raise ValueError(f"image_mean is {mean!r}, image_std {std!r}; both must have a number for each channel.")
+        if self.do_resize:
+            _check_size(self.size)
+        if isinstance(self.resample, int):
+            PILImageResampling(self.resample)  # a ValueError names what it isn't
 
     @classmethod
     def for_model(
@@ -296,6 +301,16 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
             max_detections=self.max_detections,
         )
         return [{name: value[own["scores"] > threshold] for name, value in own.items()} for own in found]
+
+
+def _check_size(size: SizeDict) -> None:
+    """Raise ValueError for sides that images can't be resized to."""
+    for side in ("shortest_edge", "longest_edge"):
+        pixels = getattr(size, side)
+        if isinstance(pixels, bool) or not (isinstance(pixels, int) and 1 <= pixels <= LARGEST_SIDE):
+            raise ValueError(
+                f"size has the {side} {pixels!r}; it must be a whole number of pixels from 1 to {LARGEST_SIDE}."
+            )
 
 
 def _channels_can_only_be_last(shape: Sequence[int]) -> bool:
