@@ -1,7 +1,6 @@
 """Arrow caches: whatever is wrong with one is named and mended, and one that can't be written is explained."""
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -171,7 +170,9 @@ def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
 def test_without_a_home_directory_no_folder_of_that_name_is_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("~/.cache/huggingface/datasets"))
-    monkeypatch.setattr(os.path, "expanduser", lambda path: str(path))  # as without HOME, for an unknown user
+    pwd = pytest.importorskip("pwd")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # a user that the system doesn't know, as in containers
     with pytest.raises(CacheError, match=r"no home directory .*~/\.cache.*HF_HOME"):
         load_shapes("train", 1)
     assert not list(tmp_path.iterdir())

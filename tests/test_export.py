@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +222,29 @@ def test_a_failed_export_leaves_the_file_that_was_there(monkeypatch, tmp_path: P
         export_detector(model, processor_of(model), path, format="torch")
     assert "more" not in str(raised.value)
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("format", export.SUFFIXES)
+def test_a_full_disk_is_told_by_the_exporters_themselves(monkeypatch, tmp_path: Path, format: str) -> None:
+    """By a limit for files. PyTorch's own writer ended the process here."""
+    resource = pytest.importorskip("resource")
+    if format == "onnx" and not HAS_ONNX:
+        pytest.skip("onnx isn't installed")
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(torch.nn.Linear(100, 100), (torch.zeros(2, 100),), dynamic_shapes=(batch,))
+    monkeypatch.setattr(export, "_trace", lambda *options: program)
+    monkeypatch.setattr(export, "AXES", {"input": {0: "batch"}})
+    monkeypatch.setattr(export, "OUTPUTS", ("output",))
+    path, model = tmp_path / f"m{export.SUFFIXES[format]}", small_model()
+    previous, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, previous[1]))
+    try:
+        with pytest.raises(ExportError, match=rf"{path} can't be written \(File too large\).*--output"):
+            export_detector(model, processor_of(model), path, format=format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_gives_other_detections_is_not_kept(monkeypatch, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def load_coco(
 
     fingerprint = file_digest(annotation_file)
     if on_error == "skip":  # images that were left out may be put right later
-        fingerprint += f"-{_files_hash(image_dir)}"
+        fingerprint += f"-{files_hash(image_dir)}"
     builder = open_cache(
         lambda: CocoDetection(
             cache_dir=None if cache_dir is None else str(cache_dir),
@@ -141,7 +141,7 @@ def _splits_there(root: Path, annotations: str) -> list[str]:
     return sorted(name.removeprefix(before).removesuffix(after[0]) for name in found)
 
 
-def _files_hash(folder: Path) -> str:
+def files_hash(folder: Path) -> str:
     """Changes when a file below the folder is written, added or removed."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):

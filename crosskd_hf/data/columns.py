@@ -22,7 +22,7 @@ from ..files import CacheError
 from ..image_files import IMAGE_EXTENSIONS
 from ..strict import nearest
 from .cache import CheckedBuilder, file_digest, open_cache
-from .coco import LARGEST_INTEGER, leaves_folder, unique_keys
+from .coco import LARGEST_INTEGER, files_hash, leaves_folder, unique_keys
 from .images import ImageSource
 from .problems import DataError, Kind, Problems
 from .records import ImageRecord, ObjectRecord, arrow_row, cache_note, check_records, read_cache_note
@@ -50,7 +50,7 @@ class Vocabulary:
 
 @dataclass
 class ColumnsConfig(datasets.BuilderConfig):
-    """What one Arrow cache is made from; `fingerprint` is that of the data set."""
+    """What one Arrow cache is made from; `fingerprint` is that of the data set, and of files that it may leave out."""
 
     fingerprint: str = ""
     where: str = ""
@@ -139,12 +139,15 @@ def load_columns(
             name = f"{path}, split {other!r}"
             sources[name] = _with_image_column(_open(path, other, config, cache), name)
     vocabulary = _vocabulary(sources, label_names, category_ids, where)
+    fingerprint, folder = source._fingerprint, Path(path).expanduser() / split_and_part(split)[0]
+    if on_error == "skip" and (folder / METADATA).is_file():  # images that were left out may be put right later
+        fingerprint += f"-{files_hash(folder)}"
 
     def make() -> ColumnAnnotations:
         builder = ColumnAnnotations(
             cache_dir=cache,
             dataset_name="crosskd_columns",
-            fingerprint=source._fingerprint,
+            fingerprint=fingerprint,
             where=where,
             box_format=box_format,
             box_unit=box_unit,

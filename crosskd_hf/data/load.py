@@ -111,9 +111,7 @@ def check_same_classes(train: DetectionSplit, evaluated: DetectionSplit, names: 
     ]
     texts += [f"{' and '.join(map(repr, group))} differ only by case or blanks" for group in alike([*one, *other])]
     if not texts:
-        texts = [
-            f"they are in another order: {', '.join(one[:5])} in {names[0]!r}, {', '.join(other[:5])} in the other"
-        ]
+        texts = [f"another order, {', '.join(one[:5])} and {', '.join(other[:5])}"]
     raise DataError(f"the splits {names[0]!r} and {names[1]!r} have different classes: {'; '.join(texts)}")
 
 
