@@ -30,7 +30,7 @@ WAITING = ("nonzero", "unique", "masked_select", "_local_scalar_dense", "bincoun
 class PretendTensor(Tensor):
     """A CPU tensor that says it is elsewhere."""
 
-    where = torch.device("privateuseone:0")
+    where: torch.device
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
@@ -189,7 +189,7 @@ def cuda_autocast() -> dict[str, str]:
     found = {}
     with PretendDevice():
         for detector in DETECTORS:
-            head = tiny_model(detector).head.to(PretendTensor.where)
+            head = tiny_model(detector).head.requires_grad_(False).to(PretendTensor.where)
             features = [torch.ones(1, 32, 8, 8).to(PretendTensor.where)]
             torch.set_autocast_enabled("cuda", True)
             torch.set_autocast_dtype("cuda", torch.bfloat16)
@@ -202,7 +202,8 @@ def cuda_autocast() -> dict[str, str]:
 def main() -> None:
     """Each detector on the CPU and on the pretended device."""
     torch.set_num_threads(1)
-    _setup_privateuseone_for_python_backend(None, Backend())
+    _setup_privateuseone_for_python_backend("pretend", Backend())
+    PretendTensor.where = torch.device("pretend:0")
     torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor(..., device=) is a copy that can be seen
     report = {"counted": counted()}
     for detector in DETECTORS:
