@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .data.columns import images_without_row
+from .data.duplicates import Entry, find_duplicates, find_shared, read_entries
 from .data.images import load_rgb
-from .data.load import load_split
+from .data.load import alike, check_same_classes, load_split
+from .data.problems import DataError, Kind, Problems
 from .data.split import DetectionSplit, keep_for_training
 from .data.transforms import resized_size
+from .escaping import file_name, printable, printable_lines
 from .plots import bars, new_figure, save_figure
 from .progress import say
 from .recipe import DataSection, load_recipe
@@ -33,6 +37,7 @@ class Report:
         classes: class -> number of boxes that aren't crowds.
         sizes: range of the box's side (square root of its area, in pixels as the model sees it) -> number.
         split: the data itself.
+        entries: its rows with the hashes of their images.
         stopped: whether training would refuse this data.
     """
 
@@ -41,6 +46,7 @@ class Report:
     classes: dict[str, int]
     sizes: dict[str, int]
     split: DetectionSplit
+    entries: list[Entry]
     stopped: bool
 
 
@@ -61,15 +67,16 @@ def run(arguments: argparse.Namespace) -> None:
     data = load_recipe(arguments.recipe, arguments.overrides).data
     output = Path(arguments.output_dir)
     reports = [report(data, data.train_split, training=True), report(data, data.val_split, training=False)]
-    text = "\n\n".join("\n".join(r.lines) for r in reports)
+    refused, between = compare(*reports)
+    text = printable_lines("\n\n".join("\n".join(lines) for lines in (*(r.lines for r in reports), between)))
     output.mkdir(parents=True, exist_ok=True)
     (output / "report.txt").write_text(text + "\n", encoding="utf-8")
     print(text)
     for r in reports:
-        draw_report(r, output / f"{_file_name(r.name)}.png")
-        samples(r.split).save(output / f"{_file_name(r.name)}_samples.png")
+        draw_report(r, output / f"{file_name(r.name)}.png")
+        samples(r.split).save(output / f"{file_name(r.name)}_samples.png")
     say(f"\nwritten to {output}: report.txt, and for each split a chart and sample pictures")
-    if any(r.stopped for r in reports):
+    if refused or any(r.stopped for r in reports):
         raise SystemExit("training would stop at this data: mend it, or set data.on_error=skip to leave that out.")
 
 
@@ -92,7 +99,8 @@ def report(data: DataSection, name: str, *, training: bool) -> Report:
     stopping = split.problems.lines(stopping=True)
     counts = [len(objects["id"]) for objects in table["objects"]]
     lines = [
-        f"{name}: {len(split)} images, {sum(counts)} boxes ({sum(crowds)} of them crowds), {len(classes)} classes",
+        f"{printable(name)}: {len(split)} images, {sum(counts)} boxes ({sum(crowds)} of them crowds), "
+        f"{len(classes)} classes",
         f"  images without any box: {counts.count(0)}; boxes an image: {np.mean(counts):.1f} on average, "
         f"{max(counts)} at most",
         f"  image sizes: {widths.min()} x {heights.min()} to {widths.max()} x {heights.max()} pixels; "
@@ -110,12 +118,49 @@ def report(data: DataSection, name: str, *, training: bool) -> Report:
         f"  box side at the model's input (fit into {data.short_side} x {data.long_side}), pixels:",
         *_table(sizes),
     ]
-    lines.append("  problems: none" if not split.problems.counts else "  problems:")
+    entries = read_entries(split)
+    notes = [*split.problems.lines(stopping=False), *find_twice(data, name, entries).lines()]
+    lines.append("  problems:" if stopping or notes else "  problems: none")
     lines += [f"  ! {line}" for line in stopping]
-    lines += [f"  - {line}" for line in split.problems.lines(stopping=False)]
+    lines += [f"  - {line}" for line in notes]
     if missing := [n for n, count in classes.items() if not count]:
-        lines.append(f"  - {len(missing)} classes have no box: {', '.join(missing[:10])}")
-    return Report(name, lines, classes, sizes, split, stopped=bool(stopping) and data.on_error == "stop")
+        lines.append(f"  - {len(missing)} classes have no box: {', '.join(map(printable, missing[:10]))}")
+    return Report(name, lines, classes, sizes, split, entries, stopped=bool(stopping) and data.on_error == "stop")
+
+
+def compare(train: Report, evaluated: Report) -> tuple[bool, list[str]]:
+    """What is wrong with two splits together: whether training would refuse them, and the report as text."""
+    name = f"{train.name} and {evaluated.name}"
+    if train.name == evaluated.name:
+        return False, [f"{name} are one split: what is measured on it says nothing about other images"]
+    refused, found = False, []
+    try:
+        check_same_classes(train.split, evaluated.split, (train.name, evaluated.name))
+    except DataError as error:
+        refused, found = True, [f"  ! {error}"]
+    for one, other in ((train, evaluated), (evaluated, train)):
+        if only := [n for n, count in one.classes.items() if count and not other.classes.get(n)]:
+            found.append(f"  - {len(only)} classes have boxes in {one.name} only: {', '.join(map(repr, only[:10]))}")
+    ids = {n: i for r in (train, evaluated) for n, i in zip(r.split.label_names, r.split.category_ids, strict=True)}
+    boxes = {n: train.classes.get(n, 0) + evaluated.classes.get(n, 0) for n in ids}
+    if unused := [f"{n!r} (category id {ids[n]})" for n in ids if not boxes[n]]:
+        found.append(
+            f"  - {len(unused)} classes have no box in any split (Roboflow writes the project's name as category 0; "
+            f"remove it from both files): {', '.join(unused[:10])}"
+        )
+    for group in alike(ids):
+        found.append(f"  - class names that differ only by case or blanks: {', '.join(map(repr, group))}")
+    found += [f"  - {line}" for line in find_shared(train.entries, evaluated.entries).lines()]
+    return refused, [f"{name}:", *(found or ["  problems: none"])]
+
+
+def find_twice(data: DataSection, name: str, entries: list[Entry]) -> Problems:
+    """What only this command looks for in a split: duplicates, and image files without a row."""
+    problems = find_duplicates(entries)
+    if data.layout == "datasets":
+        for file in images_without_row(data.path, name):
+            problems.add(Kind.NO_ROW, file)
+    return problems
 
 
 def box_sizes(table: Mapping[str, list], short_side: int, long_side: int) -> dict[str, int]:
@@ -168,11 +213,9 @@ def samples(split: DetectionSplit) -> Image.Image:
 def _table(counts: Mapping[str, int]) -> list[str]:
     total = max(1, sum(counts.values()))
     rows = sorted(counts.items(), key=lambda item: -item[1]) if len(counts) > MANY_CLASSES else counts.items()
-    lines = [f"    {name:<24}{count:>8}{100 * count / total:>7.1f}%" for name, count in list(rows)[:MANY_CLASSES]]
+    lines = [
+        f"    {printable(name):<24}{count:>8}{100 * count / total:>7.1f}%" for name, count in list(rows)[:MANY_CLASSES]
+    ]
     if len(counts) > MANY_CLASSES:
         lines.append(f"    ... and {len(counts) - MANY_CLASSES} more")
     return lines
-
-
-def _file_name(split: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in split)

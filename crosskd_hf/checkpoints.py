@@ -22,7 +22,7 @@ from torch import distributed as dist
 from torch import nn
 from transformers.training_args import OptimizerNames
 
-from .files import flush_to_disk, write_atomically
+from .files import SHARED_MEMORY, flush_to_disk, is_disk_full, write_atomically
 from .training_args import DetectionTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -33,10 +33,6 @@ LOCK = "_lock"  # names with an underscore aren't pushed to the Hub
 NAME = re.compile(r"checkpoint-(\d+)")
 CHUNK = 1 << 22  # bytes
 DISK_FULL = "the disk is full"
-FULL = (errno.ENOSPC, errno.EDQUOT)
-# How safetensors (Rust) and torch.save (C++) report a write that failed: neither raises an OSError.
-FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "inline_container", "PytorchStreamWriter")
-SHARED_MEMORY = "unable to write to file </torch_"  # how torch says that /dev/shm is full
 
 
 # Whole or not ---------------------------------------------------------------------------------------------------
@@ -305,16 +301,6 @@ def _disk_full(what: str, output_dir: Path) -> OSError:
     intact = f"The last good checkpoint, {good}, is intact" if good else "There is no earlier checkpoint"
     advice = "free some space (or lower save_total_limit) and start the same command again to go on"
     return OSError(errno.ENOSPC, f"{DISK_FULL}: {what}. {intact}; {advice}")
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, is that of a full disk, as Python, safetensors or torch says it."""
-    while error is not None and SHARED_MEMORY not in str(error):
-        full = isinstance(error, OSError) and error.errno in FULL
-        if full or (not isinstance(error, OSError) and any(text in str(error) for text in FULL_TEXTS)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def checkpoint_bytes(model: nn.Module, args: DetectionTrainingArguments) -> int:

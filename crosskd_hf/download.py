@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .convert import CheckpointError
-from .files import write_atomically
+from .files import cache_explained, write_atomically
 from .progress import Progress
 from .public import public_url, without_credentials
 
@@ -55,25 +55,31 @@ def fetch(url: str, folder: str | Path) -> Path:
 
     Raises:
         CheckpointError: if the address can't be reached or the content doesn't match the hash.
+        CacheError: if the folder can't be written, or its disk is full.
     """
     name = public_url(url).rsplit("/", 1)[-1]
     if hash_in(name) is None:  # nothing else tells two files of one name from each other
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}"
     target = Path(folder) / name
     if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with _one_at_a_time(target):
-                if not target.is_file():
-                    _fetch_to(url, target)
-        except CheckpointError:
-            raise
-        except (http.client.InvalidURL, ValueError):  # they quote the URL, with its password: not even as the cause
-            raise _unfetchable(url, "the address, or what its server says, isn't valid") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise _unfetchable(url, without_credentials(str(error))) from error
+        with cache_explained(target.parent, "HF_HOME"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _fetch_once(url, target)
     check_hash(target)
     return target
+
+
+def _fetch_once(url: str, target: Path) -> None:
+    try:
+        with _one_at_a_time(target):
+            if not target.is_file():
+                _fetch_to(url, target)
+    except CheckpointError:
+        raise
+    except (http.client.InvalidURL, ValueError):  # they quote the URL, with its password: not even as the cause
+        raise _unfetchable(url, "the address, or what its server says, isn't valid") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise _unfetchable(url, without_credentials(str(error))) from error
 
 
 def _unfetchable(url: str, reason: str) -> CheckpointError:

@@ -26,6 +26,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from .escaping import printable
+
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
 
@@ -316,11 +318,11 @@ def format_metrics(metrics: Mapping[str, float]) -> str:
         if present:
             lines.append("".join(f"{name:>8}" for name in present))
             lines.append("".join(f"{percent(metrics[name]):>8}" for name in present))
-    classes = {name.removeprefix("AP/"): value for name, value in metrics.items() if name.startswith("AP/")}
+    classes = [(printable(name[3:]), value) for name, value in metrics.items() if name.startswith("AP/")]
     if classes:
-        width = max(len("class"), *map(len, classes))
+        width = max(len("class"), *(len(name) for name, _ in classes))
         lines += ["", f"{'class':<{width}}{'AP':>8}"]
-        lines += [f"{name:<{width}}{percent(value):>8}" for name, value in classes.items()]
+        lines += [f"{name:<{width}}{percent(value):>8}" for name, value in classes]
     return "\n".join(lines)
 
 

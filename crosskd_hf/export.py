@@ -33,6 +33,7 @@ import argparse
 import contextlib
 import copy
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -50,10 +51,11 @@ from torch.nn import functional as F
 from torchvision.ops import nms as nms_of_one_class
 
 from .factory import load_detector, load_processor
+from .files import flush_to_disk, is_disk_full
 from .image_files import words
 from .models.head import HeadOutput, flatten_levels
 from .models.image_processing_dense import DenseDetectorImageProcessor
-from .models.modeling_dense import DenseDetector, Priors, unpadded_sizes
+from .models.modeling_dense import DenseDetector, unpadded_sizes
 from .progress import say
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
@@ -135,9 +137,9 @@ def export_detector(
         try:
             with _quiet():
                 _save(program, unfinished, format, opset, metadata(model, processor, nms))
-        except OSError as error:
-            raise _unwritable(path, error) from error
         except Exception as error:  # exporters raise whatever their parts do
+            if isinstance(error, OSError) or is_disk_full(error):
+                raise _unwritable(path, error) from error
             raise _not_exportable(model, error) from error
         if not check:
             return None
@@ -435,7 +437,7 @@ class ExportableDetector(nn.Module):
         prior, label = pair // num_labels, pair % num_labels
         if predictions.centerness is not None:
             score = score * predictions.centerness.sigmoid().gather(1, prior)
-        boxes = _rows(self.model.decode(predictions.boxes, self._priors(head)), prior)
+        boxes = _rows(self.model.decode(predictions.boxes, self.model.priors(head)), prior)
         height, width = image_sizes[:, None, :1], image_sizes[:, None, 1:]
         boxes = torch.minimum(boxes.clamp(min=0), torch.cat([width, height, width, height], dim=-1))
         has_area = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
@@ -453,11 +455,6 @@ class ExportableDetector(nn.Module):
             pairs.append(torch.where(keep, index, 0) + start)
             start = start + flat.shape[1]
         return torch.cat(scores, dim=1), torch.cat(pairs, dim=1)
-
-    def _priors(self, head: HeadOutput) -> Priors:
-        # The model's own method keeps them by size, which is a symbol here.
-        sizes = [(level.shape[2], level.shape[3]) for level in head.logits]
-        return self.model.build_priors(sizes, head.logits[0].device)
 
 
 def _rows(boxes: Tensor, index: Tensor) -> Tensor:
@@ -505,7 +502,10 @@ def _save(
     program: torch.export.ExportedProgram, path: Path, format: str, opset: int, properties: dict[str, str]
 ) -> None:
     if format == "torch":
-        torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(properties)})
+        # Through memory: where a disk is full, PyTorch's own writer ends the process.
+        content = io.BytesIO()
+        torch.export.save(program, content, extra_files={METADATA_FILE: json.dumps(properties)})
+        path.write_bytes(content.getbuffer())
         return
     converted = torch.onnx.export(
         program,
@@ -538,9 +538,11 @@ def _appearing(path: Path) -> Iterator[Path]:
         raise _unwritable(path, error) from error
     try:
         yield unfinished
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        try:
+            flush_to_disk(unfinished)
+            os.replace(unfinished, path)
+        except OSError as error:
+            raise _unwritable(path, error) from error
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -604,7 +606,7 @@ def _need(*packages: str) -> None:
         raise ExportError(f'ONNX needs {", ".join(missing)}: pip install "crosskd-hf[onnx]"')
 
 
-def _unwritable(path: Path, error: OSError) -> ExportError:
+def _unwritable(path: Path, error: Exception) -> ExportError:
     return ExportError(f"{path} can't be written ({words(error)}); choose another file with --output")
 
 

@@ -1,5 +1,6 @@
 """Recipe sections -> models and image processors."""
 
+import contextlib
 import copy
 import hashlib
 import logging
@@ -24,6 +25,7 @@ from .convert import (
     read_checkpoint,
 )
 from .download import check_hash, fetch
+from .files import cache_explained
 from .models import CONFIGS, MODELS
 from .models.configuration_dense import DenseDetectorConfig
 from .models.image_processing_dense import DenseDetectorImageProcessor
@@ -256,11 +258,13 @@ def converted(path: Path, section: ArchitectureSection, label_names: Sequence[st
     model = MODELS[section.detector](config)
     load_reference_state(model, state, source=str(path))
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-    model.save_pretrained(partial)
-    DenseDetectorImageProcessor.for_model(config).save_pretrained(partial)
     try:
-        partial.rename(folder)
-    except OSError:  # another process was faster
+        with cache_explained(CACHE, "HF_HOME"):
+            model.save_pretrained(partial)
+            DenseDetectorImageProcessor.for_model(config).save_pretrained(partial)
+        with contextlib.suppress(OSError):  # another process was faster
+            partial.rename(folder)
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
 

@@ -1,7 +1,67 @@
-"""Files that are there whole or not at all, and stay."""
+"""Files that are there whole or not at all, and stay; and folders that can't be written."""
 
+import contextlib
+import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: a limit of the shell (ulimit -f)
+# How safetensors (Rust) and torch.save (C++) report a write that failed: neither raises an OSError.
+FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "inline_container", "PytorchStreamWriter")
+SHARED_MEMORY = "unable to write to file </torch_"  # how torch says that /dev/shm is full
+
+
+class CacheError(OSError):
+    """A cache's folder that can't be used, and the settings that move it."""
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is that of a full disk, as Python, safetensors or torch says it."""
+    while error is not None and SHARED_MEMORY not in str(error):
+        full = isinstance(error, OSError) and error.errno in FULL
+        if full or (not isinstance(error, OSError) and any(text in str(error) for text in FULL_TEXTS)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextlib.contextmanager
+def cache_explained(folder: Path, settings: str) -> Iterator[None]:
+    """Around what reads and fills a cache: name the folder, and the settings that move it, if it can't be used.
+
+    Args:
+        folder: of the cache.
+        settings: that choose another folder.
+
+    Raises:
+        CacheError: the disk is full, there is no home directory, or the folder can't be made, read or written. Other
+            errors pass as they are.
+    """
+    advice = f"set {settings} to a folder that you may write to, on a disk with free space"
+    if folder.parts[:1] == ("~",):  # what `expanduser` leaves where it finds no home: it would be made here
+        raise CacheError(f"there is no home directory for the cache {folder}: set HOME, or {advice}")
+    folder = Path(os.path.abspath(folder))
+    try:
+        yield
+    except CacheError:
+        raise
+    except Exception as error:
+        reason = "the disk is full" if is_disk_full(error) else _refusal(error, folder)
+        if reason is None:
+            raise
+        raise CacheError(f"the cache {folder} can't be used ({reason}): {advice}") from error
+
+
+def _refusal(error: BaseException | None, folder: Path) -> str | None:
+    """Why a folder, one above it or something in it can't be made, read or written, if that is what an error says."""
+    while error is not None:
+        if isinstance(error, OSError) and isinstance(error.filename, str):
+            path = Path(os.path.abspath(error.filename))
+            if path.is_relative_to(folder) or folder.is_relative_to(path):
+                return f"{error.filename}: {error.strerror}"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def flush_to_disk(path: Path) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from .escaping import file_name, printable
+
 # What is looked for in folders and by patterns. A file that is named itself may have any name.
 IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -114,11 +116,13 @@ def match_images(paths: Sequence[Path], annotated: Annotated) -> list[ImageEntry
         entry = next((annotated.images[end] for end in ends if end in annotated.images), None)
         if entry is None:
             raise PredictionError(
-                f"{path} is not an image of the annotation file: no file_name in it is the end of this path. "
-                "Leave the image out, or name the annotation file that lists it."
+                f"{printable(path)} is not an image of the annotation file: no file_name in it is the end of this "
+                "path. Leave the image out, or name the annotation file that lists it."
             )
         if (first := owners.setdefault(entry.file_name, path)) is not path:
-            raise PredictionError(f"{first} and {path} are both {entry.file_name!r} of the annotation file.")
+            raise PredictionError(
+                f"{printable(first)} and {printable(path)} are both {entry.file_name!r} of the annotation file."
+            )
         entries.append(entry)
     return entries
 
@@ -131,7 +135,8 @@ def category_ids_of(id2label: Mapping[int, str], annotated: Annotated | None) ->
     if unknown := [name for name in id2label.values() if name not in known]:
         raise PredictionError(
             f"the model has {len(unknown)} labels that aren't categories of the annotation file, such as "
-            f"{unknown[0]!r}; its categories are {', '.join(list(known)[:8])}. Leave --annotations out, or rename one."
+            f"{unknown[0]!r}; its categories are {', '.join(map(printable, list(known)[:8]))}. Leave --annotations "
+            "out, or rename one."
         )
     return {label: known[name] for label, name in id2label.items()}
 
@@ -181,16 +186,19 @@ def relative_names(paths: Sequence[Path]) -> list[str]:
 
 
 def picture_names(names: Sequence[str]) -> list[str]:
-    """The names of pictures: those of the images, with .png added where it isn't a format that pictures have."""
+    """The names of pictures: those of the images, with .png added where it isn't a format that pictures have.
+
+    Each part is made a `file_name`; where two would then be one, .png is added, too.
+    """
     taken = set(names)
     pictures = []
     for name in names:
-        picture = name
-        if PurePath(name).suffix.lower() not in PICTURE_FORMATS:
+        picture = "/".join(map(file_name, name.split("/")))
+        if PurePath(picture).suffix.lower() not in PICTURE_FORMATS:
             picture += ".png"
-            while picture in taken:  # x.bmp beside an image x.bmp.png
-                picture += ".png"
-            taken.add(picture)
+        while picture != name and picture in taken:  # x.bmp beside an image x.bmp.png
+            picture += ".png"
+        taken.add(picture)
         pictures.append(picture)
     return pictures
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import cached_file
 
 from .data.transforms import resized_size
+from .escaping import printable
 from .evaluation import SUMMARY_NAMES, percent
 from .factory import count_parameters, load_detector, load_processor
 from .hub import METRICS_FILE
@@ -171,7 +172,7 @@ def format_info(info: ModelInfo) -> str:
     shown = [f"{name} {percent(info.metrics[name])}" for name in SUMMARY_NAMES[:6] if name in info.metrics]
     if shown:
         lines.append(("measured", "  ".join(shown)))
-    return "\n".join(f"{name:<14}{text}" for name, text in lines)
+    return "\n".join(f"{name:<14}{printable(text)}" for name, text in lines)
 
 
 def _timed(model: DenseDetector, processor: DenseDetectorImageProcessor, pixels: torch.Tensor) -> float:

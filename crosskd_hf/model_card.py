@@ -1,5 +1,6 @@
 """The model card of a trained detector: what it is, how it was made, what it measured, how it is used."""
 
+import json
 import logging
 import math
 import re
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .escaping import markdown, markdown_block, markdown_code, printable
 from .files import write_atomically
 from .models.configuration_dense import DenseDetectorConfig
 from .public import last_part, public, without_tokens
@@ -244,7 +246,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         ValueError: the metadata isn't one that the Hub's client reads.
     """
     sections = (
-        f"# {facts.name}",
+        f"# {markdown(facts.name)}",
         MARKER,
         _introduction(facts),
         _usage(facts),
@@ -310,7 +312,9 @@ def _introduction(facts: CardFacts) -> str:
     teacher = facts.teacher
     if teacher is None:
         return f"{text}, alone: without a teacher."
-    name = f"[{teacher.hub_id}](https://huggingface.co/{teacher.hub_id})" if teacher.hub_id else f"`{teacher.name}`"
+    name = markdown_code(teacher.name)
+    if teacher.hub_id:
+        name = f"[{teacher.hub_id}](https://huggingface.co/{teacher.hub_id})"
     return (
         f"{text} as the student of {name}, {_architecture(teacher.config)}. The method is cross-head knowledge "
         f"distillation ([CrossKD]({PAPER})); the teacher is no part of this model."
@@ -318,17 +322,17 @@ def _introduction(facts: CardFacts) -> str:
 
 
 def _usage(facts: CardFacts) -> str:
-    where = facts.repo_id or facts.name
+    where = printable(json.dumps(facts.repo_id or facts.name, ensure_ascii=False))  # quoted, whatever it holds
     return f"""## Use
 
 ```python
 import crosskd_hf  # registers the detectors
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
 
-pipeline("object-detection", model="{where}")("photo.jpg")
+pipeline("object-detection", model={where})("photo.jpg")
 
-model = AutoModelForObjectDetection.from_pretrained("{where}")
-processor = AutoImageProcessor.from_pretrained("{where}")
+model = AutoModelForObjectDetection.from_pretrained({where})
+processor = AutoImageProcessor.from_pretrained({where})
 ```"""
 
 
@@ -337,7 +341,7 @@ def _results(facts: CardFacts) -> str:
     if not results:
         return ""
     data = facts.data
-    where = " ".join(filter(None, (data.name, data.config, data.split)))
+    where = markdown(" ".join(filter(None, (data.name, data.config, data.split))))
     images = f" ({data.images} images)" if data.images else ""
     names = " | ".join(result.metric_name for result in results)
     values = " | ".join(f"{100 * result.metric_value:.1f}" for result in results)
@@ -348,8 +352,8 @@ def _results(facts: CardFacts) -> str:
 
 
 def _labels(config: DenseDetectorConfig) -> str:
-    names = [str(config.id2label[i]).replace("`", "'").replace("\n", " ") for i in range(config.num_labels)]
-    text = ", ".join(f"`{name}`" for name in names)
+    names = [markdown_code(config.id2label[i]) for i in range(config.num_labels)]
+    text = ", ".join(names)
     if len(names) > 20:
         text = f"<details><summary>{len(names)} labels</summary>\n\n{text}\n\n</details>"
     return f"## Labels\n\n{text}"
@@ -361,7 +365,7 @@ def _training(facts: CardFacts) -> str:
         recipe = public_recipe(facts.recipe)
         lines.append(
             f"\n`{RECIPE_FILE}` is the resolved recipe.\n\n"
-            f"<details><summary>{RECIPE_FILE}</summary>\n\n```yaml\n{recipe}```\n\n</details>"
+            f"<details><summary>{RECIPE_FILE}</summary>\n\n{markdown_block(recipe, 'yaml')}\n\n</details>"
         )
     return "## Training\n\n" + "\n".join(lines) if lines else ""
 

@@ -2,6 +2,8 @@
 
 import logging
 import sys
+import time
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -11,6 +13,55 @@ logger = logging.getLogger(__name__)
 STEP_CLOCKS = ("data_time", "step_time")
 GRADIENT = "gradient"
 TERMS = ("loss_", "kd_", "mimic_")  # what the names of loss terms begin with
+
+
+class StepClock:
+    """Seconds that steps take: `data_time` waiting for the data, `step_time` from there to the optimizer's update.
+
+    On a GPU they are the GPU's own, from one event in its stream to the next: data time is time in which it is idle
+    since the host waits for data. Nobody waits for an event before the log is written. Elsewhere they are the host's.
+
+    Args:
+        device: that trains.
+
+    Attributes:
+        seconds: of each clock, of what is known to be over.
+    """
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._running: tuple[str, torch.cuda.Event | float] | None = None
+        self._unread: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self.seconds = dict.fromkeys(STEP_CLOCKS, 0.0)
+
+    def switch(self, name: str | None) -> None:
+        """Stop the clock that runs, if any, and start another, or none."""
+        if self._on_gpu:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        if self._running is not None:
+            before, start = self._running
+            if self._on_gpu:
+                self._unread.append((before, start, now))
+            else:
+                self.seconds[before] += now - start
+        self._running = None if name is None else (name, now)
+        while self._unread and self._unread[0][2].query():
+            self._read()
+
+    def take(self) -> dict[str, float]:
+        """Seconds of each clock since the last call. Waits for the GPU."""
+        while self._unread:
+            self._unread[0][2].synchronize()
+            self._read()
+        seconds, self.seconds = self.seconds, dict.fromkeys(STEP_CLOCKS, 0.0)
+        return seconds
+
+    def _read(self) -> None:
+        name, start, end = self._unread.popleft()
+        self.seconds[name] += start.elapsed_time(end) / 1000
 
 
 class NonFiniteLossError(RuntimeError):
@@ -38,10 +89,12 @@ class StepMonitor:
         self._bad_steps, self._good_batches = torch.zeros(2, device=device).unbind()  # since the last log
         self.zero = torch.zeros((), device=device)
         self.names: list[str] = []
-        self.count = 0
+        self.count = self.steps = 0  # batches and optimizer steps since the last log
         self.sums = torch.zeros(0, device=device)
         self.first_bad = torch.zeros(0, dtype=torch.long, device=device)
-        self.seconds = dict.fromkeys(STEP_CLOCKS, 0.0)
+        self._overflows = torch.zeros((), dtype=torch.long, device=device)
+        self._last_step = -1
+        self.clock = StepClock(device)
 
     def record(self, terms: dict[str, Tensor], step: int) -> Tensor:
         """Add a step's terms (scalars). Returns a factor for the loss: 1, or NaN if any term isn't finite.
@@ -61,6 +114,8 @@ class StepMonitor:
             self.sums = self.sums + values
         self.first_bad = torch.where(bad & (self.first_bad < 0), step, self.first_bad)
         self.count += 1
+        self.steps += step != self._last_step
+        self._last_step = step
         return torch.where(bad.any(), float("nan"), 1.0)
 
     def record_gradient(self, bad: Tensor, step: int) -> None:
@@ -70,6 +125,14 @@ class StepMonitor:
         self.first_bad[index] = torch.where(bad & (first < 0), step, first)
         if self.may_skip:
             self._bad_step = self._bad_step | bad
+
+    def record_overflow(self, bad: Tensor) -> None:
+        """Note whether GradScaler skips the step, since a gradient overflowed (a scalar)."""
+        self._overflows = torch.where(bad, self._overflows + 1, 0)
+
+    def overflows_in_a_row(self) -> int:
+        """How many of the last steps GradScaler has skipped. Reads the device."""
+        return int(self._overflows)
 
     def end_step(self) -> None:
         """Count the step if it wasn't finite in any of its batches, or in its gradient."""
@@ -90,7 +153,7 @@ class StepMonitor:
         self.names = names
         self.sums = torch.zeros(len(names), device=self.device)
         self.first_bad = torch.full((len(names),), -1, dtype=torch.long, device=self.device)
-        self.count = 0
+        self.count = self.steps = 0
         self._bad_steps, self._good_batches = torch.zeros(2, device=self.device).unbind()
 
     def averages(self, gather) -> dict[str, float]:
@@ -132,10 +195,9 @@ class StepMonitor:
             logs = dict(zip(logs, ((means[:, :-1].T @ good) / good.sum()).tolist(), strict=True)) if good.any() else {}
         if self.skipped:
             logs["skipped_steps"] = self.skipped
-        logs |= {clock: seconds / self.count for clock, seconds in self.seconds.items()}
+        logs |= {clock: seconds / self.steps for clock, seconds in self.clock.take().items()}
         logs["memory_gb"] = memory_gb(self.device)
         self._start(self.names)
-        self.seconds = dict.fromkeys(STEP_CLOCKS, 0.0)
         return logs
 
     def _refuse_or_skip(self, steps: dict[str, float], skipped: int) -> None:

@@ -45,7 +45,7 @@ class DenseDetectionPipeline(ObjectDetectionPipeline):
             ImageError: what can't be fetched or read.
             TypeError: none of these.
         """
-        image = to_rgb(upright(image)) if isinstance(image, Image.Image) else _read(image, timeout)
+        image = upright(to_rgb(image)) if isinstance(image, Image.Image) else _read(image, timeout)
         inputs = dict(self.image_processor(image, return_tensors="pt"))
         return {"inputs": inputs, "target_size": (image.height, image.width)}
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .escaping import printable
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -36,9 +38,11 @@ def bars(figure: "Figure", position: tuple[int, int, int], title: str, counts: M
         counts: name -> value.
     """
     axes = figure.add_subplot(*position)
-    axes.barh(list(counts), list(counts.values()))
+    axes.barh(range(len(counts)), list(counts.values()))
+    # Between two $ matplotlib reads a formula; equal names, once they are escaped, would share a bar.
+    axes.set_yticks(range(len(counts)), [printable(name).replace("$", r"\$") for name in counts])
     axes.invert_yaxis()
-    axes.set_title(title, fontsize="medium")
+    axes.set_title(printable(title).replace("$", r"\$"), fontsize="medium")
     axes.tick_params(labelsize="small")
 
 

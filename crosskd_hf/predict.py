@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from .data.images import ImageError, load_rgb
+from .escaping import printable
 from .factory import load_detector, load_processor
 from .image_files import (
     PredictionError,
@@ -269,7 +270,7 @@ def _write_all(
     def leave_out(path: Path, error: ImageError) -> None:
         if arguments.on_error == "stop":
             raise _unreadable(path, error) from error
-        left_out.append(f"{path} {error}")
+        left_out.append(printable(f"{path} {error}"))
         bar.update()
 
     with writer.results, Progress("predict", len(paths), "images") as bar:
@@ -302,4 +303,4 @@ def _check_numbers(batch_size: int, workers: int, *thresholds: float) -> None:
 
 
 def _unreadable(path: Path, error: ImageError) -> PredictionError:
-    return PredictionError(f"{path} {error}: restore or remove it.")
+    return PredictionError(f"{printable(path)} {error}: restore or remove it.")

@@ -11,6 +11,8 @@ import huggingface_hub
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
+from .escaping import printable_lines
+
 LINE_SECONDS = 30  # between two lines of a progress in a log file
 _quiet = False
 
@@ -36,7 +38,7 @@ def is_quiet() -> bool:
 def say(text: str) -> None:
     """Print a message about the work itself, unless quiet."""
     if not is_quiet():
-        print(text, flush=True)
+        print(printable_lines(text), flush=True)
 
 
 class Progress:

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import TrainerState
 
 from .checkpoints import MARKER, checkpoint_folders
+from .escaping import printable
 from .factory import weights_digest
 from .files import flush_to_disk, write_atomically
 from .hub import UPLOADED
@@ -234,7 +235,7 @@ def _labels(config: DenseDetectorConfig) -> list[str]:
 def _excerpt(names: list[str], first: int) -> str:
     """Names around the first that differs: some data sets have a thousand."""
     start, end = max(0, first - SHOWN // 2), first + SHOWN // 2
-    shown = ["..."] * (start > 0) + names[start:end] + ["..."] * (end < len(names))
+    shown = ["..."] * (start > 0) + list(map(printable, names[start:end])) + ["..."] * (end < len(names))
     return ", ".join(shown)
 
 

@@ -24,6 +24,7 @@ from .convert import CheckpointError
 from .data.load import load_datasets
 from .data.problems import DataError
 from .distributed import check_shared
+from .escaping import printable_lines
 from .evaluation import format_metrics
 from .factory import build_model, count_parameters, load_teacher
 from .inheritance import inherit_weights
@@ -228,7 +229,7 @@ def prepare(recipe: Recipe, dry_run: bool = False, accept_changes: bool = False)
         check_labels(trainer.model, last_complete_checkpoint(output))
     check_space(trainer)
     if trainer.is_world_process_zero():
-        (print if dry_run else say)(describe(trainer))
+        (print if dry_run else say)(printable_lines(describe(trainer)))
     return trainer
 
 
@@ -296,7 +297,7 @@ def explain(error: Exception) -> str:
     name = type(error).__name__
     # torch puts a data worker's traceback before the message.
     text = str(error).rpartition(f"{name}: ")[2] if str(error).startswith("Caught") else str(error)
-    return f"{rank}{name}: {text}"
+    return printable_lines(f"{rank}{name}: {text}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import functools
 import logging
 import math
 import os
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from .distillation.objective import distillation_losses, prepare_teacher, studen
 from .distillation.pairing import PARTLY, pair_up
 from .distillation.settings import resolve_settings
 from .distributed import check_same, num_processes
+from .escaping import printable
 from .evaluation import CocoEvaluator
 from .factory import load_detector, weights_digest
 from .hub import HubUpload
@@ -51,6 +51,9 @@ TRACKERS = {
     "trackio": (is_trackio_available, "trackio"),
 }
 MONITOR = "StepMonitor"  # its part of a checkpoint's state
+MODEL_LABELS = ("boxes", "class_labels", "mask")  # what a model reads of the labels
+MAX_OVERFLOWS = 20  # steps in a row: GradScaler halves its scale in each, from 65536 to below 0.1
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DetectionTrainer(SafeSaving, HubUpload, Trainer):
@@ -131,8 +134,10 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
             group=self.args.group_by_orientation,
             drop_last=self.args.dataloader_drop_last,
         )
-        loader = self.accelerator.prepare(
-            DataLoader(self.train_dataset, batch_sampler=self.train_sampler, **self._loader_options())
+        # `_prepare_inputs` copies to the device what the model reads; this would copy all of it, and wait.
+        loader = self.accelerator.prepare_data_loader(
+            DataLoader(self.train_dataset, batch_sampler=self.train_sampler, **self._loader_options()),
+            device_placement=False,
         )
         self._batches_per_epoch = len(loader)
         return loader
@@ -169,14 +174,23 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         }
 
     def _prepare_inputs(self, inputs: dict) -> dict:
+        """What the model reads of a batch, on the device that trains. The host doesn't wait for pinned memory."""
+        if isinstance(labels := inputs.get("labels"), Mapping):
+            inputs = {**inputs, "labels": {name: labels[name] for name in MODEL_LABELS if name in labels}}
         inputs = super()._prepare_inputs(inputs)
         return self.data_collator.finish(inputs) if "pixel_sizes" in inputs else inputs
 
+    def _prepare_input(self, data):
+        if isinstance(data, Tensor):
+            # MPS would read memory that may be another tensor's by then.
+            return data.to(self.args.device, non_blocking=self.args.device.type != "mps")
+        return super()._prepare_input(data)
+
     def get_batch_samples(self, *args, **kwargs):
-        """Fetch batches, timed."""
-        start = time.perf_counter()
+        """Fetch batches, timed. What follows, up to the optimizer's update, is the step."""
+        self.monitor.clock.switch("data_time")
         batches, count = super().get_batch_samples(*args, **kwargs)
-        self.monitor.seconds["data_time"] += time.perf_counter() - start
+        self.monitor.clock.switch("step_time")
         self._forget_normalizers()
         self._unmeasured = batches if len(batches) > 1 else []
         return batches, count
@@ -196,8 +210,7 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         looking_ahead = self._looking_ahead(model) if model.normalizers_need_predictions else contextlib.nullcontext()
         with looking_ahead, model.normalizers.measuring():
             for batch in batches:
-                # Prepared again for its own step: the loader has moved it already, and to keep all batches of a step
-                # normalised takes four times the memory.
+                # Prepared again for its own step: to keep all batches of a step on the device takes its memory.
                 model.measure_normalizers(**self._prepare_inputs(batch))
 
     def _forget_normalizers(self) -> None:
@@ -270,8 +283,7 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def training_step(self, *args, **kwargs) -> Tensor:
-        """Forward and backward, timed."""
-        start = time.perf_counter()
+        """Forward and backward."""
         if self._unmeasured:
             # Not when they are fetched: a resumed run's random state is restored after that.
             self.measure_normalizers(self._unmeasured)
@@ -279,7 +291,6 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:  # the step's last batch: callbacks may ask the model for losses now
             self._forget_normalizers()
-        self.monitor.seconds["step_time"] += time.perf_counter() - start
         # transformers sums the losses up to the next log, where one that isn't finite would stay for good.
         return loss.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) if self.monitor.may_skip else loss
 
@@ -313,11 +324,12 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         their own state. For others a copy of both is kept over the step, and put back in `restore_masked_step`, where
         the host waits once a step for those that count steps on the CPU.
         """
-        if self.accelerator.scaler is not None:  # it skips steps by itself
-            self.monitor.end_step()
-            return
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         bad = ~torch.nn.utils.get_total_norm(gradients).isfinite()
+        if self.accelerator.scaler is not None:  # it skips steps by itself, for ever if need be
+            self.monitor.record_overflow(bad)
+            self.monitor.end_step()
+            return
         self.monitor.record_gradient(bad, self._step)
         self.monitor.end_step()
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
@@ -348,14 +360,16 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
 
         Raises:
             NonFiniteLossError: if a term or gradient was not finite since the last log, more often than
-                `skip_nonfinite_steps` allows. The updates of such steps were masked out; the model as it is then is
-                saved first.
+                `skip_nonfinite_steps` allows, or fp16 overflowed in each of the last `MAX_OVERFLOWS` steps (of a
+                shorter run, in all). The updates of such steps were masked out; the model as it is then is saved
+                first.
         """
         if not ({"loss", "train_loss"} & set(logs)):
             super().log(logs, start_time)
             return
         try:
             averages = self.monitor.averages(self.accelerator.gather)
+            self._refuse_overflows()
         except NonFiniteLossError as error:
             # Without the removal of others: what is healthy may be an earlier one.
             self._save_checkpoint(self.model_wrapped, trial=None)
@@ -373,6 +387,19 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
             logs["loss"] = sum(terms) if terms else math.nan
             logs = {name: value for name, value in logs.items() if math.isfinite(value)}
         super().log({**logs, **averages}, start_time)
+
+    def _refuse_overflows(self) -> None:
+        """Raise NonFiniteLossError if GradScaler has skipped all of the last steps. With fp16, reads the device."""
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            return
+        overflows = self.monitor.overflows_in_a_row()
+        if overflows >= min(MAX_OVERFLOWS, self.state.max_steps):
+            raise NonFiniteLossError(
+                f"the gradients overflowed fp16 in each of {overflows} steps, up to step {self.state.global_step}: "
+                f"GradScaler skipped them all, and its scale is {scaler.get_scale():g} now. Set training.bf16=true, "
+                "not training.fp16, or neither for fp32"
+            )
 
     # Checkpoints: see `SafeSaving` ------------------------------------------------------------------------------
 
@@ -507,10 +534,11 @@ class DistillationTrainer(DetectionTrainer):
         self.pairing = pairing.to(self.args.device)
         if self.is_world_process_zero():
             for note in pairing.notes:
-                logger.log(logging.WARNING if PARTLY in note else logging.INFO, "%s", note)
+                logger.log(logging.WARNING if PARTLY in note else logging.INFO, "%s", printable(note))
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         # Plain, not prepared by accelerate: it has no gradients to average and must not count as the trained model.
-        self._teaching = prepare_teacher(self.teacher, args.fold_teacher_batchnorm)
+        dtype = PRECISIONS.get(self.accelerator.mixed_precision)
+        self._teaching = prepare_teacher(self.teacher, args.fold_teacher_batchnorm, dtype)
         if args.channels_last:
             self._teaching.to(memory_format=torch.channels_last)
         self._distil = self._distillation_terms
@@ -576,6 +604,7 @@ class _TrainingHooks(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.restore_masked_step()
         self.trainer.average_step()
+        self.trainer.monitor.clock.switch(None)
 
 
 def _as_detector(model: DenseDetector | str) -> DenseDetector:

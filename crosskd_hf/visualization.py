@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .escaping import printable
+
 Color = tuple[int, int, int]
 
 MIN_LONG_SIDE = 512  # pixels; smaller images are enlarged, so that labels don't cover them
@@ -68,7 +70,7 @@ def draw_boxes(
     corners = [_pixels(box, width, height) for box in (factor * boxes).tolist()]
     texts = _texts(len(boxes), labels, scores)
     if colors is None:
-        colors = [label_color(zlib.crc32(label.encode())) for label in labels or [""] * len(boxes)]
+        colors = [label_color(zlib.crc32(label.encode(errors="replace"))) for label in labels or [""] * len(boxes)]
     shown = [entry for entry in zip(corners, texts, colors, strict=True) if entry[0] is not None][::-1]
     for corner, _, color in shown:
         draw.rectangle(corner, outline=color, width=line_width)
@@ -125,7 +127,7 @@ def _pixels(box: Sequence[float], width: int, height: int) -> tuple[int, int, in
 
 
 def _texts(count: int, labels: Sequence[str] | None, scores: Sequence[float] | None) -> list[str]:
-    names = [""] * count if labels is None else labels
+    names = [""] * count if labels is None else map(printable, labels)
     numbers = [""] * count if scores is None else [f"{float(score):.2f}" for score in scores]
     return [f"{name} {number}".strip() for name, number in zip(names, numbers, strict=True)]
 

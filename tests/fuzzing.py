@@ -151,7 +151,9 @@ def picture(spec: dict[str, Any]) -> Image.Image:
     rng = np.random.default_rng(spec["number"])
     size, mode = (spec["height"], spec["width"]), spec["mode"].partition(" ")[0]
     if mode == "I;16":
-        return Image.fromarray(rng.integers(0, 65535, size, dtype=np.uint16))
+        pixels = rng.integers(0, 65535, size, dtype=np.uint16)
+        pixels[0, 0] = 65535  # few pixels may all be as dark as 12 bits in 16, which are refused
+        return Image.fromarray(pixels)
     image = Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).convert(mode)
     if spec["mode"].endswith("transparency"):
         image.info["transparency"] = bytes(range(256))

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from tiny import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from crosskd_hf.models.anchors import (
     cell_centers,
     cell_corners,
-    grid_offsets,
+    grid_cells,
     octave_anchors,
     square_anchors,
     valid_cells,
@@ -17,30 +19,39 @@ from crosskd_hf.models.anchors import (
 CPU = torch.device("cpu")
 
 
+def levels(make, sizes, strides, *options) -> list[torch.Tensor]:
+    """Priors made of all cells together, split into levels."""
+    made = make(*grid_cells(sizes, strides, CPU), *options)
+    cells = [height * width for height, width in sizes]
+    return list(made.split([count * len(made) // sum(cells) for count in cells]))
+
+
 def centers(anchors: torch.Tensor) -> list[list[float]]:
     return ((anchors[:, :2] + anchors[:, 2:]) / 2).tolist()
 
 
 def test_grid_runs_along_rows_and_gives_x_first():
-    (grid,) = grid_offsets([(2, 3)], [8], CPU)
-    assert grid.tolist() == [[0, 0], [8, 0], [16, 0], [0, 8], [8, 8], [16, 8]]
+    corners, strides = grid_cells([(2, 3), (1, 2)], [8, 16], CPU)
+    assert corners.tolist() == [[0, 0], [8, 0], [16, 0], [0, 8], [8, 8], [16, 8], [0, 0], [16, 0]]
+    assert strides.tolist() == [[8]] * 6 + [[16]] * 2
+    assert corners.dtype == strides.dtype == torch.float32
 
 
 def test_square_anchors_are_centred_on_the_cells_corner():
-    first, second = square_anchors([(2, 2), (1, 2)], [8, 16], 8, CPU)
+    first, second = levels(square_anchors, [(2, 2), (1, 2)], [8, 16], 8)
     assert first.tolist() == [[-32, -32, 32, 32], [-24, -32, 40, 32], [-32, -24, 32, 40], [-24, -24, 40, 40]]
     assert centers(first) == [[0, 0], [8, 0], [0, 8], [8, 8]]
     assert second.tolist() == [[-64, -64, 64, 64], [-48, -64, 80, 64]]
 
 
 def test_points_are_in_the_cells_middle():
-    first, second = cell_centers([(1, 2), (2, 1)], [8, 16], CPU)
+    first, second = levels(cell_centers, [(1, 2), (2, 1)], [8, 16])
     assert first.tolist() == [[4, 4], [12, 4]]
     assert second.tolist() == [[8, 8], [8, 24]]
 
 
 def test_octave_anchors_order_ratios_outside_and_scales_inside():
-    (anchors,) = octave_anchors([(1, 1)], [8], 4, [0.5, 1.0, 2.0], 3, CPU)
+    (anchors,) = levels(octave_anchors, [(1, 1)], [8], 4, [0.5, 1.0, 2.0], 3)
     size = anchors[:, 2:] - anchors[:, :2]
     # 32 pixels, ratio = height / width: 32 * sqrt(2) wide and 32 / sqrt(2) high at ratio .5.
     expected = [
@@ -55,7 +66,7 @@ def test_octave_anchors_order_ratios_outside_and_scales_inside():
 
 
 def test_octave_anchors_of_a_cell_are_neighbours():
-    first, second = octave_anchors([(2, 2), (1, 1)], [8, 16], 4, [1.0], 2, CPU)
+    first, second = levels(octave_anchors, [(2, 2), (1, 1)], [8, 16], 4, [1.0], 2)
     assert first.shape == (8, 4) and second.shape == (2, 4)
     expected = torch.tensor([[0.0, 0], [0, 0], [8, 0], [8, 0], [0, 8], [0, 8], [8, 8], [8, 8]])
     torch.testing.assert_close(torch.tensor(centers(first)), expected)
@@ -66,7 +77,31 @@ def test_octave_anchors_of_a_cell_are_neighbours():
 
 def test_levels_and_strides_must_match_in_number():
     with pytest.raises(ValueError):
-        square_anchors([(1, 1)], [8, 16], 8, CPU)
+        grid_cells([(1, 1)], [8, 16], CPU)
+
+
+class Operators(TorchDispatchMode):
+    """The names of what runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("detector", "most"), [("gfl", 55), ("atss", 55), ("fcos", 55), ("retinanet", 80)])
+def test_priors_of_any_size_take_few_operators_and_no_copy_to_the_device(detector, most):
+    model = tiny_model(detector)
+    for side in (32, 40, 33):
+        with Operators() as found:
+            priors = model.priors_of([(side // 2**i, side) for i in range(5)], CPU)
+        assert len(found.names) <= most, len(found.names)
+        # What torch.tensor() of a list is, before it is copied to its device.
+        assert not [name for name in found.names if "lift_fresh" in name or "_to_copy" in name]
+        assert len(priors.all) == len(priors.corners) == sum(priors.level_sizes)
 
 
 # Validity -----------------------------------------------------------------------------------------------------------
@@ -75,7 +110,7 @@ SIZES, STRIDES = [(40, 40), (20, 20), (10, 10), (5, 5), (3, 3)], [8, 16, 32, 64,
 
 
 def valid(sizes, strides, image_sizes: torch.Tensor, divisor: int = 32, anchors: int = 1) -> torch.Tensor:
-    return valid_cells(cell_corners(sizes, strides, anchors, CPU), image_sizes, divisor)
+    return valid_cells(cell_corners(grid_cells(sizes, strides, CPU)[0], anchors), image_sizes, divisor)
 
 
 def valid_rectangles(height: int, width: int, sizes=SIZES, strides=STRIDES) -> list[tuple[int, int]]:

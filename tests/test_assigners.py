@@ -13,7 +13,14 @@ from crosskd_hf.assigners import (
     max_iou_assign,
     point_assign,
 )
-from crosskd_hf.models.anchors import cell_centers, cell_corners, octave_anchors, square_anchors, valid_cells
+from crosskd_hf.models.anchors import (
+    cell_centers,
+    cell_corners,
+    grid_cells,
+    octave_anchors,
+    square_anchors,
+    valid_cells,
+)
 
 CPU = torch.device("cpu")
 SIZES, STRIDES = [(16, 20), (8, 10), (4, 5), (2, 3), (1, 2)], [8, 16, 32, 64, 128]
@@ -31,7 +38,7 @@ def atss_assign(levels: list[torch.Tensor], *rest, **options) -> Assignment:
 
 
 def valid_anchors(image_sizes: torch.Tensor, num_anchors: int = 1) -> torch.Tensor:
-    return valid_cells(cell_corners(SIZES, STRIDES, num_anchors, CPU), image_sizes, 32)
+    return valid_cells(cell_corners(grid_cells(SIZES, STRIDES, CPU)[0], num_anchors), image_sizes, 32)
 
 
 def atss(anchors: list[list], boxes: list[list], valid=None, topk: int = 9) -> Assignment:
@@ -217,8 +224,9 @@ def test_atss_box_that_only_comes_near_does_not_take_the_anchor():
 # ATSS: batches ------------------------------------------------------------------------------------------------------
 
 
-def grid(make, scale: float) -> list[torch.Tensor]:
-    return [level.double() for level in make(SIZES, STRIDES, scale, CPU)]
+def grid(make, *options: float) -> list[torch.Tensor]:
+    cells = [height * width for height, width in SIZES]
+    return list(make(*grid_cells(SIZES, STRIDES, CPU), *options).double().split(cells))
 
 
 def test_atss_without_boxes():
@@ -319,8 +327,8 @@ def test_boxes_in_chunks_are_assigned_as_together(pairs, monkeypatch):
     mask = torch.cat([mask, mask[:, :4]], dim=1)
     valid = valid_anchors(torch.tensor([[128, 160], [60, 160]]))
     anchors = grid(square_anchors, 8)
-    octaves = torch.cat(octave_anchors(SIZES, STRIDES, 4, [0.5, 1.0, 2.0], 3, CPU)).double()
-    points = torch.cat(cell_centers(SIZES, STRIDES, CPU)).double()
+    octaves = octave_anchors(*grid_cells(SIZES, STRIDES, CPU), 4, [0.5, 1.0, 2.0], 3).double()
+    points = cell_centers(*grid_cells(SIZES, STRIDES, CPU)).double()
     lower, upper = torch.zeros(PRIORS).double(), torch.full((PRIORS,), 80.0).double()
 
     def assignments() -> list[Assignment]:
@@ -428,9 +436,9 @@ def slow_max_iou(anchors: list, valid: list, boxes: list) -> tuple[dict[int, int
 def test_max_iou_equals_a_slow_loop(seed):
     counts = [seed * 5, 25, 1]
     boxes, mask = random_truth(seed, counts)
-    anchors = torch.cat(octave_anchors(SIZES[1:], STRIDES[1:], 4, [0.5, 1.0, 2.0], 3, CPU)).double()
+    anchors = octave_anchors(*grid_cells(SIZES[1:], STRIDES[1:], CPU), 4, [0.5, 1.0, 2.0], 3).double()
     sizes = torch.tensor([[128, 160], [70, 130], [128, 60]])
-    valid = valid_cells(cell_corners(SIZES[1:], STRIDES[1:], 9, CPU), sizes, 32)
+    valid = valid_cells(cell_corners(grid_cells(SIZES[1:], STRIDES[1:], CPU)[0], 9), sizes, 32)
     assignment = max_iou_assign(anchors, valid, boxes, mask, 0.5, 0.4)
     some_ignored = False
     for i, count in enumerate(counts):
@@ -499,7 +507,7 @@ def test_points_equal_a_slow_loop(seed):
     counts = [seed * 4, 0, 9]
     boxes, mask = random_truth(seed, counts)
     ranges = [(-1, 16), (16, 32), (32, 64), (64, 128), (128, 1e8)]
-    levels = [level.double() for level in cell_centers(SIZES, STRIDES, CPU)]
+    levels = grid(cell_centers)
     limits = torch.cat(
         [torch.tensor(r, dtype=torch.float64).expand(len(p), 2) for r, p in zip(ranges, levels, strict=True)]
     )

@@ -71,8 +71,12 @@ def test_second_load_does_not_parse_and_an_edited_file_is_parsed_again(write_coc
     assert len(calls) == 1
     assert second.category_ids == first.category_ids == (3, 7) and second.label_names == first.label_names
     file = root / "annotations" / "instances_mini.json"
-    edit(root, lambda content: content["annotations"][0].update(bbox=[1, 1, 2, 3]))  # same length: the time tells
-    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    before = file.stat()
+    file.touch()  # the content is the same
+    assert load(root).category_ids == (3, 7) and len(calls) == 1
+    edit(root, lambda content: content["annotations"][0].update(bbox=[1, 1, 2, 3]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size and file.stat().st_mtime_ns == before.st_mtime_ns
     assert load(root).dataset[1]["objects"]["bbox"] == [[1.0, 1.0, 2.0, 3.0]]
     assert len(calls) == 2
 
@@ -164,6 +168,33 @@ def test_what_a_file_may_leave_out(write_coco, load):
     edit(root, lambda c: [c["annotations"][0].pop(key) for key in ("area", "iscrowd")])
     objects = load(root).dataset[1]["objects"]
     assert (objects["area"], objects["iscrowd"]) == ([8.0], [False])
+
+
+@pytest.mark.parametrize("key", ["annotations", "images"])
+def test_a_key_that_is_there_twice_is_named(write_coco, load, key):
+    root = write_coco(IMAGES, [(21, 5, 7, [1, 1, 2, 2])])
+    file = root / "annotations" / "instances_mini.json"
+    file.write_text(f'{{"{key}": [], {file.read_text()[1:]}')
+    with pytest.raises(DataError, match=rf"instances_mini\.json: .*key '{key}' twice"):
+        load(root)
+
+
+def test_a_slice_of_a_split(write_coco, load):
+    root = write_coco([(i, 40, 40) for i in (3, 1, 2, 5, 4)], [(9, 3, 7, [1, 1, 2, 2])])
+    first, rest = load(root, "mini[:80%]"), load(root, "mini[80%:]")
+    assert (first.dataset["image_id"][:], rest.dataset["image_id"][:]) == ([3, 1, 2, 5], [4])
+    assert first.label_names == rest.label_names == ("dog", "cat")
+    assert load(root, "mini[-2:]").dataset["image_id"][:] == [5, 4]
+    for wrong in ("[9:]", "[:0%]", "[a:]", "[1]"):
+        with pytest.raises(DataError, match=rf"\{wrong[:-1]}\] .*5 images"):
+            load(root, f"mini{wrong}")
+
+
+def test_the_splits_that_are_there_are_told(write_coco, load):
+    root = write_coco(IMAGES)
+    (root / "annotations" / "instances_train.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"it has mini, train\..*=train\[:80%\].*=train\[80%:\]"):
+        load(root, "val")
 
 
 def test_missing_files_are_named(write_coco, load, tmp_path):

@@ -123,3 +123,9 @@ def test_from_files_to_batches(coco_mini, tmp_path):
     for batch in batches:
         sizes = [(int(mask.any(1).sum()), int(mask.any(0).sum())) for mask in batch["pixel_mask"]]
         assert sizes == [tuple(size) for size in batch["labels"]["size"].tolist()]
+
+
+@pytest.mark.parametrize("boxes", [[[0.2, 0.3, 0.9, 1.0]], [[30, 20, 10, 9]], [[50, 5, 60, 9]]])
+def test_labels_that_cannot_be_right_are_refused(collator, boxes):
+    with pytest.raises(ValueError, match=r"box 0 of image 1 \(image_id 9\) has .*xyxy in pixels of pixel_values"):
+        collator([item(7, 20, 40, []), item(9, 34, 40, boxes)])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,47 @@ def test_a_split_that_lacks_a_class_has_the_classes_of_all(tmp_path, load):
     assert split.label_names == ("a", "b") and contents(split)[0]["objects"]["category"] == [1]
 
 
+def two_splits(tmp_path: Path, train: list, validation: list) -> Path:
+    """Image folders with an image a category."""
+    for split, categories in (("train", train), ("validation", validation)):
+        (tmp_path / "set" / split).mkdir(parents=True)
+        lines = []
+        for i, category in enumerate(categories):
+            Image.new("RGB", (40, 30), (i, 0, 0)).save(tmp_path / "set" / split / f"{i}.png")
+            lines.append(json.dumps({"file_name": f"{i}.png", "objects": {"bbox": [BOX], "category": [category]}}))
+        (tmp_path / "set" / split / "metadata.jsonl").write_text("\n".join(lines))
+    return tmp_path / "set"
+
+
+def test_numbers_in_one_split_and_names_in_the_other_are_named(tmp_path, load):
+    folder = two_splits(tmp_path, [0, 1], ["cat"])
+    for split, other in (("train", "validation"), ("validation", "train")):
+        with pytest.raises(
+            DataError, match=r"numbers in .*split 'train' \([01]\), but names in .*'validation' \('cat'\)"
+        ):
+            load(folder, split, other_splits=[other])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_slice_of_every_kind(coco, load, tmp_path, kind):
+    save(coco, tmp_path / "set", kind)
+    first, rest = load(tmp_path / "set", "train[:80%]"), load(tmp_path / "set", "train[80%:]")
+    assert contents(first) + contents(rest) == contents(load(tmp_path / "set")) and len(rest) == 1
+    with pytest.raises(DataError, match=r"it has train\b.*=train\[:80%\].*=train\[80%:\]"):
+        load(tmp_path / "set", "validation")
+
+
+def test_metadata_is_known_by_its_content(coco, load, tmp_path):
+    save(coco, tmp_path / "set", "image folder")
+    file = tmp_path / "set" / "train" / "metadata.jsonl"
+    before, status = contents(load(tmp_path / "set")), file.stat()
+    file.write_text(file.read_text().replace("dog", "cow"))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file.stat().st_size == status.st_size
+    split = load(tmp_path / "set")
+    assert split.label_names == ("cat", "cow") and contents(split) == before  # labels, by the names' order
+
+
 @pytest.mark.parametrize(
     ("box", "options"),
     [
@@ -219,9 +261,9 @@ def test_what_cannot_be_opened_is_named(coco, load, tmp_path, monkeypatch):
     save(coco, tmp_path / "set", "save_to_disk of splits")
     with pytest.raises(DataError, match="has no split 'val'; it has train"):
         load(tmp_path / "set", "val")
-    save(coco, tmp_path / "parquet", "parquet")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"can't be opened as a data set .* data.path must be"):
-        load(tmp_path / "parquet", "val")
+        load(tmp_path / "empty")
     with pytest.raises(DataError, match="can't be opened as a data set"):
         load(tmp_path / "nowhere")
 
@@ -234,6 +276,7 @@ def test_what_cannot_be_opened_is_named(coco, load, tmp_path, monkeypatch):
         ('{"name": "1.png"}', "line 2 has no file_name"),
         ('{"file_name": ', "line 2 is no JSON object"),
         ("[1]", "line 2 is no JSON object"),
+        ('{"file_name": "2.png", "objects": {}, "objects": {}}', "line 2: .*key 'objects' twice"),
     ],
 )
 def test_metadata_is_checked(coco, load, tmp_path, line, message):
@@ -261,7 +304,7 @@ def test_a_missing_image_of_a_folder_is_left_out_like_any_other(coco, load, tmp_
 def test_a_folder_that_should_be_here_is_not_looked_for_on_the_hub(load, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: pytest.fail("asked the Hub"))
     with pytest.raises(DataError, match="there is no such folder"):
         load("data/your_data")
 

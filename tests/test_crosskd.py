@@ -16,7 +16,7 @@ from crosskd_hf.distillation.objective import teacher_forward
 from crosskd_hf.distillation.settings import resolve_settings
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.head import DenseHead, HeadOutput
-from crosskd_hf.models.modeling_dense import DenseDetectorOutput, DetectionLosses
+from crosskd_hf.models.modeling_dense import DenseDetectorOutput, DetectionLosses, Features
 from crosskd_hf.recipe import DistillationSection
 
 DETECTORS = ("gfl", "retinanet", "fcos", "atss")
@@ -180,7 +180,9 @@ def student_output(name: str, class_normalizer: float = 7.0, box_normalizer: flo
 def teacher_output(teacher, k: int = 3) -> DenseDetectorOutput:
     head = teacher.head(maps(9), tap_index=k)
     return DenseDetectorOutput(
-        predictions=teacher.flatten(head), priors=teacher.priors(head), cls_taps=head.cls_taps, reg_taps=head.reg_taps
+        predictions=teacher.flatten(head),
+        priors=teacher.priors(head),
+        features=Features([], head.cls_taps, head.reg_taps),
     )
 
 
@@ -247,7 +249,7 @@ def test_same_taps_mask_and_normaliser_give_the_same_loss_whatever_the_student(n
     results = []
     for student in DETECTORS:
         lent = student_output(student, 7.0, 7.0)
-        lent.cls_taps, lent.reg_taps = maps(5), maps(6)
+        lent.features = Features([], maps(5), maps(6))
         if student == name:
             assignment = Assignment(valid > 0, torch.zeros_like(valid, dtype=torch.long), valid)
             lent.detection = DetectionLosses({}, assignment, torch.tensor(7.0), torch.tensor(7.0))
@@ -262,7 +264,7 @@ def test_same_taps_mask_and_normaliser_give_the_same_loss_whatever_the_student(n
 def test_settings_multiply_the_terms():
     teacher = detector("atss")
     own, lent = teacher_output(teacher), student_output("atss")
-    lent.cls_taps, lent.reg_taps = maps(5), maps(6)
+    lent.features = Features([], maps(5), maps(6))
 
     def losses(**section):
         settings = resolve_settings(DistillationSection(**section), teacher)

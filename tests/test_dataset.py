@@ -46,6 +46,14 @@ def test_evaluation_item_has_no_boxes_and_no_augmentation(split):
     assert item["size"] == (20, 20) and item["original_size"] == (30, 30)
 
 
+def test_a_sliver_that_is_rounded_to_nothing_is_left_out(write_coco, tmp_path):
+    boxes = [[39.9999999, 5, 4, 4], [30, 5, 9, 8]]  # the first begins at 40 in float32, where the image ends
+    root = write_coco([(1, 40, 20)], [(i, 1, 7, box) for i, box in enumerate(boxes, 1)])
+    split = load_coco(root, "mini", cache_dir=tmp_path / "cache")
+    item = DetectionDataset(split, train=True, **SMALL, flip_probability=0)[0]
+    assert item["boxes"].tolist() == [[30, 5, 39, 13]] and len(item["class_labels"]) == 1
+
+
 @pytest.mark.parametrize(
     ("bbox", "area", "crowd", "kept"),
     [

@@ -1,7 +1,10 @@
+import logging
+
 import pytest
 import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
+from torch.nn import functional as F
 
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.backbone import batchnorms
@@ -37,6 +40,28 @@ def test_maps_are_the_same_without_the_norms(name: str, left: int) -> None:
     assert not any(p.requires_grad for p in folded.parameters())
 
 
+def round_to_tf32(values: torch.Tensor) -> torch.Tensor:
+    """10 bits of mantissa, as a GPU's fp32 convolutions take them."""
+    if values.dtype != torch.float32:
+        return values
+    return ((values.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def test_a_gpus_tf32_is_no_reason_not_to_fold(monkeypatch, caplog) -> None:
+    convolve = F.conv2d
+
+    def in_tf32(pixels, weight, *rest):
+        return convolve(round_to_tf32(pixels), round_to_tf32(weight), *rest)
+
+    original = backbone("resnet18")
+    monkeypatch.setattr(F, "conv2d", in_tf32)
+    with caplog.at_level(logging.INFO, "crosskd_hf"):
+        folded = fold_batchnorms(original)
+    assert "folded 20 of 20 BatchNorms" in caplog.text
+    assert not list(batchnorms(folded))
+    assert {p.dtype for p in folded.parameters()} == {torch.float32}
+
+
 def test_a_norm_by_hand() -> None:
     # A convolution of weight 2, then (x - 1) / sqrt(3 + 1) * 5 + 7: for x = 3, (6 - 1) / 2 * 5 + 7 = 19.5.
     convolution, norm = nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1, eps=1.0)
@@ -51,11 +76,12 @@ def test_a_norm_by_hand() -> None:
     assert folded(torch.full((1, 3, 1, 1), 3.0))[0].item() == pytest.approx(19.5)
 
 
-def test_an_output_that_is_used_elsewhere_too_stays() -> None:
+def test_an_output_that_is_used_elsewhere_too_stays(caplog) -> None:
     body = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)).eval()
     body[1].running_mean.fill_(1.0)
     given = _Both(body)
     assert fold_batchnorms(given) is given
+    assert "folded 0 of 1 BatchNorms" in caplog.text and caplog.records[-1].levelno == logging.WARNING
 
 
 def test_a_convolution_that_runs_twice_stays() -> None:

@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
+from crosskd_hf.data.images import ImageError
 from crosskd_hf.data.transforms import SizeToFit, resize
 from crosskd_hf.models.image_processing_dense import BGR_CAFFE, RGB_IMAGENET, DenseDetectorImageProcessor
 
@@ -156,3 +157,26 @@ def test_refused_images_and_sizes():
         processor(grey(4, 40), do_resize=False, pad_size={"height": 32, "width": 32})
     with pytest.raises(ValueError, match="3 channels, got shape"):
         processor(np.zeros((1, 8, 8), np.uint8), do_convert_rgb=False)
+
+
+def test_deep_images_are_read_as_in_training(tmp_path):
+    Image.fromarray(np.full((4, 4), 51 * 257, np.uint16)).save(tmp_path / "deep.png")
+    processor = DenseDetectorImageProcessor(size=TINY)
+    expected = processor(grey(4, 4, 51))["pixel_values"]
+    with Image.open(tmp_path / "deep.png") as image:
+        assert torch.equal(processor(image)["pixel_values"], expected)
+    assert torch.equal(processor(str(tmp_path / "deep.png"))["pixel_values"], expected)
+    with pytest.raises(ImageError, match="floating point values from 0 to 9"):
+        processor(Image.fromarray(np.array([[0, 9]], np.float32)))
+
+
+def test_grey_level_statistics_are_not_rescaled(caplog):
+    """`do_rescale` belongs to statistics of 0..1."""
+    expected = DenseDetectorImageProcessor(size=TINY)(grey(4, 4))["pixel_values"]
+    unit = {name: [value / 255 for value in RGB_IMAGENET[name]] for name in ("image_mean", "image_std")}
+    scaled = DenseDetectorImageProcessor(size=TINY, do_rescale=True, **unit)(grey(4, 4))["pixel_values"]
+    torch.testing.assert_close(scaled, expected)
+    for _ in range(2):
+        given = DenseDetectorImageProcessor(size=TINY, do_rescale=True, image_mean=[123.675, 116.28, 103.5])
+        assert given(grey(4, 4))["pixel_values"][0, 0, 0, 0] == expected[0, 0, 0, 0]
+    assert len([text for text in caplog.messages if "do_rescale" in text and "103.5" in text]) == 1

@@ -1,6 +1,7 @@
 """Model cards: metadata and text by hand, and what must not be in them."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,7 @@ def test_a_local_data_set_and_teacher_have_only_names() -> None:
 def test_many_labels_are_folded_and_odd_ones_kept_harmless() -> None:
     names = {i: f"class {i}" for i in range(80)} | {3: "a`b\nc"}
     _, text = parsed(config=config(id2label=names))
-    assert "<summary>80 labels</summary>" in text and "`a'b c`" in text and "`class 79`" in text
+    assert "<summary>80 labels</summary>" in text and r"`a'b\nc`" in text and "`class 79`" in text
 
 
 def test_data_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +168,19 @@ def test_only_what_belongs_there_is_uploaded(tmp_path: Path) -> None:
     files = files_to_upload(tmp_path)
     assert set(files) == {*sent, "recipe.yaml"}
     assert SECRET.encode() not in files["recipe.yaml"]
+
+
+def test_names_from_outside_are_no_markup() -> None:
+    hostile = '<img src=x>"\n## Results | `x` [a](http://b)'
+    data = DataFacts(hostile, None, None, "val", 5)
+    teacher = TeacherFacts(config(), hostile)
+    labels = config(id2label={0: hostile, 1: "dog"})
+    _, text = parsed(name=hostile, repo_id=None, data=data, teacher=teacher, config=labels)
+    outside_code = re.sub(r"(?s)```.*?```|`[^`\n]*`", "", text.replace(r"\`", ""))
+    assert "<img" not in outside_code and "[a](" not in outside_code
+    assert text.count("\n## Results") == 1
+    code = next(line for line in text.splitlines() if line.startswith("model = "))
+    assert code.endswith(r"""("<img src=x>\"\n## Results | `x` [a](http://b)")""")
 
 
 # Of trainers ----------------------------------------------------------------------------------------------------

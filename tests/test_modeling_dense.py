@@ -1,10 +1,12 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import tiny_batch, tiny_model
 
 from crosskd_hf import CONFIGS, MODELS, GFLConfig, GFLForObjectDetection
+from crosskd_hf.models import modeling_dense
 from crosskd_hf.models.fpn import FPNConv
 from crosskd_hf.models.head import HeadConv
 
@@ -303,3 +305,48 @@ def test_a_compiled_model_gives_the_same(name: str) -> None:
     compiled = torch.compile(model)(**batch)
     assert torch.allclose(compiled.loss, expected.loss, rtol=1e-4)
     assert torch.allclose(compiled.logits, expected.logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda label: {"boxes": label["boxes"] / 96}, "box 0 of image 0 has .*within 0..1"),
+        (lambda label: {"boxes": label["boxes"][:, [2, 3, 0, 1]]}, "box 0 of image 0 has .*x2"),
+        (lambda label: {"boxes": label["boxes"] * 100}, "wholly outside its 96 x 64 pixels"),
+        (lambda label: {"class_labels": label["class_labels"] + 2}, "from 0 to 1"),
+        (lambda label: {"class_labels": label["class_labels"] - 2}, "from 0 to 1"),
+        (
+            lambda label: {"boxes": label["boxes"][1:]},
+            r"image 0 needs boxes \(G, 4\) .*got \(\(0, 4",
+        ),
+    ],
+)
+def test_a_training_loop_of_ones_own_gets_its_labels_checked(change, words):
+    batch = tiny_batch()
+    wrong = [{**label, **change(label)} for label in batch["labels"]]
+    with pytest.raises(ValueError, match=words):
+        tiny_model().train()(batch["pixel_values"], labels=wrong)
+
+
+def test_values_on_a_gpu_are_looked_at_once(monkeypatch):
+    model, batch = tiny_model().train(), tiny_batch()
+    elsewhere = SimpleNamespace(device=torch.device("cuda"), is_meta=False)
+    assert model._is_due("labels", elsewhere)
+    model(**batch)
+    assert not model._is_due("labels", elsewhere) and model._is_due("labels", batch["pixel_values"])
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not model._is_due("labels", batch["pixel_values"])
+
+
+def test_padding_without_a_mask_is_told_once(monkeypatch):
+    told, model, pixels = [], tiny_model().eval(), tiny_batch()["pixel_values"]
+    monkeypatch.setattr(modeling_dense.logger, "warning", told.append)
+    padded, mask = pixels.clone(), torch.ones(2, 64, 96)
+    padded[1, :, 60:], mask[1, 60:] = 0, 0
+    with torch.no_grad():
+        for arguments in ((pixels,), (torch.zeros(1, 3, 32, 32),), (padded, mask)):
+            model(*arguments)
+        assert not told
+        model(padded)
+        model(padded)
+    assert len(told) == 1 and "pixel_mask" in told[0]

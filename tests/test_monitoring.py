@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from crosskd_hf.monitoring import NonFiniteLossError, StepMonitor, memory_gb
+from crosskd_hf.monitoring import NonFiniteLossError, StepClock, StepMonitor, memory_gb
 
 NAN, INF = float("nan"), float("inf")
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def test_averages_since_the_last_call():
     monitor = StepMonitor(CPU)
     for step, value in enumerate((1.0, 2.0, 6.0), start=1):
         assert monitor.record(terms(loss_cls=value, loss_box=10 * value), step) == 1
-    monitor.seconds["step_time"] = 1.5
+    monitor.clock.seconds["step_time"] = 1.5
     logs = monitor.averages(one_rank)
     assert {"loss_cls": 3.0, "loss_box": 30.0, "step_time": 0.5, "data_time": 0.0}.items() <= logs.items()
     assert set(logs) == {"loss_cls", "loss_box", "step_time", "data_time", "memory_gb"}
@@ -196,3 +196,81 @@ def test_skipped_steps_over_ranks_weigh_by_what_each_saw():
     other = torch.tensor([[4.0, 0.0, -1.0, -1.0, 1.0, 2.0]])
     logs = monitor.averages(lambda row: torch.cat([row, other]))
     assert logs["loss_cls"] == 3.0 and logs["skipped_steps"] == 1
+
+
+def test_times_are_a_steps_however_many_batches_it_has():
+    monitor = StepMonitor(CPU)
+    for step in (1, 1, 1, 2, 2, 2):
+        monitor.record(terms(loss_cls=1.0), step)
+    monitor.clock.seconds["data_time"] = 3.0
+    assert monitor.averages(one_rank)["data_time"] == 1.5
+
+
+def test_overflows_are_counted_in_a_row():
+    monitor = StepMonitor(CPU)
+    counts = []
+    for bad in (True, True, False, True):
+        monitor.record_overflow(torch.tensor(bad))
+        counts.append(monitor.overflows_in_a_row())
+    assert counts == [1, 2, 0, 1]
+
+
+class FakeGpu:
+    """A stream that does one thing after another: an event has the time, in ms, at which it comes to it."""
+
+    def __init__(self):
+        self.reaches, self.has_reached = 0.0, 0.0  # when it is through with what it has been given; what is past
+        self.waited = 0
+
+    def event(self, enable_timing):
+        return FakeEvent(self)
+
+
+class FakeEvent:
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def record(self):
+        self.time = self.gpu.reaches
+
+    def query(self):
+        return self.time <= self.gpu.has_reached
+
+    def synchronize(self):
+        self.gpu.waited += not self.query()
+        self.gpu.has_reached = max(self.gpu.has_reached, self.time)
+
+    def elapsed_time(self, end):
+        assert end.query()
+        return end.time - self.time
+
+
+@pytest.mark.parametrize(("loader", "waits"), [(50.0, 0.0), (250.0, 50.0)])
+def test_a_gpus_times_are_its_own(monkeypatch, loader, waits):
+    """It works 200 ms on a step. What the host waits for data meanwhile is no data time; what the GPU waits is."""
+    gpu, host = FakeGpu(), 0.0
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    clock = StepClock(torch.device("cuda"))
+    for _ in range(3):
+        clock.switch("data_time")
+        host += loader
+        gpu.reaches = max(gpu.reaches, host)  # it can't begin before it is told
+        clock.switch("step_time")
+        gpu.reaches += 200.0
+        clock.switch(None)
+    assert gpu.waited == 0
+    seconds = clock.take()
+    assert seconds["step_time"] == pytest.approx(0.6)
+    assert seconds["data_time"] == pytest.approx((loader + 2 * waits) / 1000)
+    assert clock.take() == {"data_time": 0.0, "step_time": 0.0}
+
+
+def test_events_that_are_over_are_not_kept(monkeypatch):
+    gpu = FakeGpu()
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    clock = StepClock(torch.device("cuda"))
+    for _ in range(100):
+        clock.switch("step_time")
+        gpu.reaches += 1.0
+        gpu.has_reached = gpu.reaches
+    assert len(clock._unread) == 0 and clock.seconds["step_time"] == pytest.approx(0.099)

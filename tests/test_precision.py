@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
 
 from crosskd_hf.data.collator import padded_number
+from crosskd_hf.distillation.alignment import align, standardise
 from crosskd_hf.distillation.objective import distillation_losses, prepare_teacher, student_forward, teacher_forward
 from crosskd_hf.distillation.settings import resolve_settings
 from crosskd_hf.models.backbone import batchnorms
+from crosskd_hf.models.head import GroupNorm, HalfPrecisionGroupNorm, LevelScales
 from crosskd_hf.recipe import DistillationSection
 from crosskd_hf.trainer import DistillationTrainer
 
@@ -172,3 +175,97 @@ def test_the_trainer_knows_them_all(tmp_path: Path) -> None:
 def test_the_teacher_itself_is_left_as_it_is(tmp_path: Path) -> None:
     teacher = trainer(tmp_path, channels_last=True).teacher
     assert list(batchnorms(teacher.backbone)) and set(teacher.state_dict()) == set(tiny_model().state_dict())
+
+
+# Half precision on a GPU --------------------------------------------------------------------------------------------
+
+
+def saved_bytes(loss_of, *inputs: torch.Tensor) -> list[tuple[torch.dtype, int]]:
+    """Type and number of values of what is kept for the backward pass, parameters left out."""
+    kept: list[tuple[torch.dtype, int]] = []
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        if not isinstance(value, torch.nn.Parameter):
+            kept.append((value.dtype, value.numel()))
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        loss_of(*inputs)
+    return kept
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_group_norm_of_half_precision_maps(dtype: torch.dtype) -> None:
+    """As fp32 makes it of the same maps, up to the rounding of what comes out; only statistics are kept in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    norm = GroupNorm(4, 8)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2, generator=generator)
+        norm.bias.normal_(generator=generator)
+    # Far from zero: a mean that is rounded to half precision would be off by 1% of the deviation.
+    features = (torch.randn(2, 8, 5, 6, generator=generator) + 3).to(dtype).requires_grad_()
+    slope = torch.randn(2, 8, 5, 6, generator=generator).to(dtype)
+    expected = norm(features.float())
+    wanted = torch.autograd.grad(expected, (features, norm.weight, norm.bias), slope.float())
+    found = HalfPrecisionGroupNorm.apply(features, norm.weight, norm.bias, norm.num_groups, norm.eps)
+    assert found.dtype == dtype and torch.equal(found, expected.to(dtype))
+    gradients = torch.autograd.grad(found, (features, norm.weight, norm.bias), slope)
+    assert [g.dtype for g in gradients] == [dtype, torch.float32, torch.float32]
+    for ours, theirs in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    kept = saved_bytes(lambda x: HalfPrecisionGroupNorm.apply(x, norm.weight, norm.bias, 4, norm.eps), features)
+    assert sorted(kept, key=lambda pair: pair[1]) == [(torch.float32, 8), (torch.float32, 8), (dtype, 480)]
+
+
+@pytest.mark.parametrize("rectify", [False, True])
+def test_aligned_maps_keep_their_precision(rectify: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mine, theirs = (torch.randn(2, 8, 5, 6, generator=generator).bfloat16() + 2 for _ in range(2))
+    slope = torch.randn(2, 8, 5, 6, generator=generator).bfloat16()
+    half, full = mine.clone().requires_grad_(), mine.float().requires_grad_()
+    (found,) = align([half], [theirs], rectify)
+    (expected,) = align([full], [theirs.float()], rectify)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected.bfloat16())
+    found.backward(slope)
+    expected.backward(slope.float())
+    assert half.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(half.grad.float(), full.grad, rtol=0.01, atol=1e-4)
+    kept = saved_bytes(lambda x: align([x], [theirs], rectify), half)
+    assert all(dtype == torch.bfloat16 for dtype, count in kept if count == 480)
+    assert standardise([half])[0].dtype == torch.float32  # of the feature loss
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_a_teachers_weights_are_cast_once(detector: str) -> None:
+    inputs, given = tiny_batch(), tiny_model(detector).eval().requires_grad_(False)
+    settings = resolve_settings(DistillationSection(), given)
+    plain, cast = prepare_teacher(given), prepare_teacher(given, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = (teacher_forward(teacher, inputs, settings) for teacher in (plain, cast))
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.predictions.boxes, expected.predictions.boxes)
+    assert all(map(torch.equal, found.cls_taps, expected.cls_taps))
+    for module in cast.modules():
+        dtypes = {parameter.dtype for parameter in module.parameters(recurse=False)}
+        if isinstance(module, torch.nn.Conv2d):
+            assert dtypes == {torch.bfloat16}
+        elif isinstance(module, (torch.nn.GroupNorm, LevelScales)):
+            assert dtypes == {torch.float32}
+    assert {parameter.dtype for parameter in given.parameters()} == {torch.float32}
+
+
+def test_no_fp32_copies_leave_the_student() -> None:
+    """accelerate gives a model in mixed precision outputs in fp32: not of the maps that a distillation compares."""
+    pair = Pair("gfl")
+    forward = convert_outputs_to_fp32(pair.student.forward)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = forward(**tiny_batch(), output_distillation=True, tap_index=3)
+    maps = [*output.fpn_features, *output.cls_taps, *output.reg_taps]
+    assert {level.dtype for level in maps} == {torch.bfloat16}
+    assert output.loss.dtype == torch.float32
+
+
+def test_a_trainers_teacher_has_the_runs_precision(tmp_path: Path) -> None:
+    found = trainer(tmp_path, bf16=True)
+    assert found._teaching.head.cls_predictor.weight.dtype == torch.bfloat16
+    assert found.teacher.head.cls_predictor.weight.dtype == torch.float32

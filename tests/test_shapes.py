@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from crosskd_hf.data.dataset import DetectionDataset
+from crosskd_hf.data.load import load_datasets
 from crosskd_hf.data.shapes import CLASSES, draw_scene, load_shapes, shape_mask
 from crosskd_hf.data.split import keep_for_training
+from crosskd_hf.recipe import DataSection
 
 
 def scene(index=0, split="train", side=96, difficulty=0.5, seed=0):
@@ -62,6 +64,18 @@ def test_a_split_is_cached_and_trains(tmp_path):
     assert item["boxes"].tolist() == [[x, y, x + w, y + h] for x, y, w, h in kept]
     objects = split.dataset["objects"][:]
     assert sorted(i for o in objects for i in o["id"]) == list(range(1, 1 + sum(len(o["id"]) for o in objects)))
+
+
+def test_slices_share_no_image(tmp_path):
+    parts = ("", "[:80%]", "[80%:]")
+    whole, first, rest = (load_shapes(f"train{p}", 10, side=64, cache_dir=str(tmp_path)) for p in parts)
+    ids = whole.dataset["image_id"][:]
+    assert first.dataset["image_id"][:] + rest.dataset["image_id"][:] == ids and len(first) == 8
+    data = DataSection(layout="shapes", max_train_images=10, max_val_images=5, shapes_side=64, cache_dir=str(tmp_path))
+    data.train_split, data.val_split = "train[:80%]", "train[80%:]"
+    train, evaluated = load_datasets(data, seed=0)
+    assert not {*train.split.dataset["image_id"]} & {*evaluated.split.dataset["image_id"]}
+    assert evaluated.split.dataset["file_name"][:] == rest.dataset["file_name"][:]
 
 
 @pytest.mark.parametrize("wrong", [{"images": 0}, {"side": 31}, {"difficulty": 1.1}, {"difficulty": -0.1}])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from crosskd_hf import DistillationSection
@@ -15,7 +16,8 @@ from crosskd_hf.checkpoints import mark_complete
 from crosskd_hf.data.dataset import DetectionDataset
 from crosskd_hf.distributed import Normalizers
 from crosskd_hf.monitoring import NonFiniteLossError
-from crosskd_hf.trainer import DetectionTrainer, DistillationTrainer
+from crosskd_hf.trainer import MAX_OVERFLOWS, DetectionTrainer, DistillationTrainer
+from crosskd_hf.training_args import DetectionTrainingArguments
 
 
 def distiller(tmp_path: Path, teacher, student=None, distillation=None, **options) -> DistillationTrainer:
@@ -368,3 +370,72 @@ def test_a_teacher_of_other_pixels_is_told(tmp_path: Path, caplog: pytest.LogCap
         trainer = DistillationTrainer(tiny_model(), teacher, tiny_args(tmp_path / "run"))
     assert trainer.pairing.pixels.flip
     assert "the teacher gets the input in its own normalisation and channel order" in caplog.text
+
+
+# On a GPU -----------------------------------------------------------------------------------------------------------
+
+
+class Copies(TorchDispatchMode):
+    """Whether each copy to the meta device is one that the host waits for."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits: list[bool] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and kwargs.get("device") == torch.device("meta"):
+            self.waits.append(not kwargs.get("non_blocking"))
+        return function(*args, **kwargs)
+
+
+def test_only_what_the_model_reads_is_copied_and_without_waiting(tmp_path: Path, monkeypatch) -> None:
+    split = tiny_split(tmp_path / "data")
+    trainer = DetectionTrainer(tiny_model(), tiny_args(tmp_path / "run"), train_dataset=split)
+    monkeypatch.setattr(DetectionTrainingArguments, "device", torch.device("meta"))
+    with Copies() as copies:
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert copies.waits == [] and {"image_id", "size", "orig_size"} <= set(batch["labels"])
+        prepared = trainer._prepare_inputs(batch)
+    assert copies.waits == [False] * 5
+    assert set(prepared["labels"]) == {"boxes", "class_labels", "mask"}
+    assert all(value.is_meta for value in (*prepared["labels"].values(), prepared["pixel_values"]))
+    assert batch["labels"]["image_id"].device.type == "cpu"
+
+
+def overflowing(tmp_path: Path, bad_steps: int, **options) -> DetectionTrainer:
+    """A run with GradScaler, the gradients of whose first steps overflow."""
+    split, model = tiny_split(tmp_path / "data"), tiny_model()
+    args = tiny_args(tmp_path / "run", **{"logging_steps": 2, **options})
+    trainer = DetectionTrainer(model, args, train_dataset=split, processing_class=tiny_processor(model))
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+
+    def overflow(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("inf") if trainer.state.global_step < bad_steps else gradient
+
+    model.head.cls_predictor.weight.register_hook(overflow)
+    return trainer
+
+
+def test_fp16_that_overflows_in_every_step_stops(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(trainer_module, "MAX_OVERFLOWS", 4)
+    # 65536 is halved in each of the four steps.
+    with pytest.raises(NonFiniteLossError, match=r"fp16 in each of 4 steps, up to step 4.* 4096 .*bf16"):
+        overflowing(tmp_path, bad_steps=99, max_steps=9).train()
+    assert (tmp_path / "run" / "checkpoint-4").is_dir()
+
+
+def test_a_short_run_of_fp16_that_took_no_step_is_an_error(tmp_path: Path) -> None:
+    assert MAX_OVERFLOWS > 3
+    with pytest.raises(NonFiniteLossError, match="fp16 in each of 3 steps"):
+        overflowing(tmp_path, bad_steps=99, max_steps=3).train()
+
+
+def test_fp16_that_finds_its_scale_goes_on(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(trainer_module, "MAX_OVERFLOWS", 4)
+    trainer = overflowing(tmp_path, bad_steps=3, max_steps=6, skip_nonfinite_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 6 and trainer.accelerator.scaler.get_scale() == 2.0**13
+    assert (
+        "skipped_steps" not in trainer.state.log_history[-1]
+    )  # of losses that aren't finite; GradScaler's are its own

@@ -1,5 +1,6 @@
 """COCO-format annotations as a memory-mapped Arrow dataset of image paths and boxes."""
 
+import glob
 import hashlib
 import json
 import os
@@ -10,9 +11,10 @@ from typing import Any
 
 import datasets
 
+from .cache import CheckedBuilder, file_digest, open_cache
 from .problems import DataError, Kind, Problems
 from .records import ImageRecord, ObjectRecord, arrow_row, cache_note, check_records, read_cache_note
-from .split import SPLIT_NAME, DetectionSplit, detection_features
+from .split import SPLIT_NAME, DetectionSplit, detection_features, no_such_split, split_and_part
 
 LARGEST_INTEGER = 2**63 - 1  # that Arrow's int64 holds
 
@@ -24,7 +26,7 @@ class CocoConfig(datasets.BuilderConfig):
     Attributes:
         annotation_file: absolute path of the JSON file.
         image_dir: absolute path of the folder that `file_name` is relative to.
-        fingerprint: size and modification time of the file, so that an edited file is read again.
+        fingerprint: of the file's content, so that an edited file is read again.
         on_error: `stop` or `skip`.
     """
 
@@ -34,7 +36,7 @@ class CocoConfig(datasets.BuilderConfig):
     on_error: str = "stop"
 
 
-class CocoDetection(datasets.GeneratorBasedBuilder):
+class CocoDetection(CheckedBuilder):
     """Writes a COCO annotation file to Arrow: paths instead of pixels, see `DetectionSplit` for the columns.
 
     The file is parsed and every image decoded once, by one process: `datasets` holds a file lock while it writes.
@@ -80,7 +82,8 @@ def load_coco(
 
     Args:
         path: folder that holds the annotations and the images.
-        split: name put in place of `{split}` in the two patterns, such as "train2017".
+        split: name put in place of `{split}` in the two patterns, such as "train2017"; or a slice of it, such as
+            "train2017[:80%]".
         annotations: annotation file, relative to `path`.
         images: image folder, relative to `path`.
         on_error: `stop` at images that can't be read and annotations that can't be, or `skip` and report them.
@@ -90,7 +93,9 @@ def load_coco(
         FileNotFoundError: the folder, the annotation file or the image folder is missing.
         DataError: the annotation file is not sound (see `read_annotations`), an image can't be read or has another
             size, or the boxes are in another format; all that is wrong is told together.
+        CacheError: see `open_cache`.
     """
+    split, part = split_and_part(split)
     root = Path(path).expanduser().resolve()
     annotation_file = root / annotations.format(split=split)
     image_dir = root / images.format(split=split)
@@ -101,25 +106,39 @@ def load_coco(
     if not root.is_dir():
         raise FileNotFoundError(f"data set folder {root} does not exist; {hint}")
     if not annotation_file.is_file():
+        there = _splits_there(root, annotations)
+        hint = no_such_split(root, split, there) if there else hint
         raise FileNotFoundError(f"annotation file {annotation_file} does not exist; {hint}")
     if not image_dir.is_dir():
         raise FileNotFoundError(f"image folder {image_dir} does not exist; {hint}")
 
-    status, skip = annotation_file.stat(), on_error == "skip"
-    builder = CocoDetection(
-        cache_dir=None if cache_dir is None else str(cache_dir),
-        dataset_name="coco_detection",
-        annotation_file=str(annotation_file),
-        image_dir=str(image_dir),
-        # Images that were left out may be put right later.
-        fingerprint=f"{status.st_size}-{status.st_mtime_ns}" + (f"-{_files_hash(image_dir)}" if skip else ""),
-        on_error=on_error,
+    fingerprint = file_digest(annotation_file)
+    if on_error == "skip":  # images that were left out may be put right later
+        fingerprint += f"-{_files_hash(image_dir)}"
+    builder = open_cache(
+        lambda: CocoDetection(
+            cache_dir=None if cache_dir is None else str(cache_dir),
+            dataset_name="coco_detection",
+            annotation_file=str(annotation_file),
+            image_dir=str(image_dir),
+            fingerprint=fingerprint,
+            on_error=on_error,
+        ),
+        cache_dir,
     )
-    builder.download_and_prepare()
     dataset = builder.as_dataset(split=SPLIT_NAME)
     names = tuple(dataset.features["objects"]["category"].feature.names)
     category_ids, problems = read_cache_note(dataset.info, str(annotation_file))
-    return DetectionSplit(dataset, names, category_ids, problems)
+    return DetectionSplit(dataset, names, category_ids, problems).part(part)
+
+
+def _splits_there(root: Path, annotations: str) -> list[str]:
+    """The names that have an annotation file."""
+    before, *after = str(root / annotations).split("{split}")
+    if len(after) != 1:
+        return []
+    found = glob.glob(f"{glob.escape(before)}*{glob.escape(after[0])}")
+    return sorted(name.removeprefix(before).removesuffix(after[0]) for name in found)
 
 
 def _files_hash(folder: Path) -> str:
@@ -148,7 +167,9 @@ def read_annotations(path: Path, problems: Problems) -> tuple[list[ImageRecord],
     """
     try:
         with path.open("rb") as file:
-            content = json.load(file, object_hook=_without_segmentation)
+            content = json.load(file, object_pairs_hook=_without_segmentation)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not a JSON file: {error}") from error
     missing = [
@@ -165,7 +186,21 @@ def read_annotations(path: Path, problems: Problems) -> tuple[list[ImageRecord],
     return [replace(image, objects=objects.get(image.id, [])) for image in images], categories
 
 
-def _without_segmentation(record: dict[str, Any]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of a key that is there twice, the parser would silently drop the first value.
+
+    Raises:
+        DataError: naming the key.
+    """
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        key = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise DataError(f"an object has the key {_shown(key)} twice; join the two values, or remove one")
+    return record
+
+
+def _without_segmentation(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = unique_keys(pairs)
     # The polygons are most of COCO's 450 MB, and no detector here reads them.
     record.pop("segmentation", None)
     return record

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from crosskd_hf.data.labels import check_labels
 from crosskd_hf.data.transforms import resize
 
 if TYPE_CHECKING:
@@ -41,7 +42,11 @@ class DetectionCollator:
     normalize: bool = True
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Collate. Raises ValueError for no items, or for a mixture of training and evaluation items."""
+        """Collate.
+
+        Raises:
+            ValueError: no items, a mixture of training and evaluation items, or labels that `check_labels` refuses.
+        """
         if len({"boxes" in item for item in items}) != 1:
             raise ValueError("a batch needs at least one item, and training items only or evaluation items only")
         batch: dict[str, Any] = _resize_and_stack(items)
@@ -95,11 +100,14 @@ def _labels(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     for i, item in enumerate(items):
         boxes[i, : counts[i]] = item["boxes"]
         classes[i, : counts[i]] = item["class_labels"]
+    mask, sizes = torch.arange(length) < counts[:, None], torch.tensor([item["size"] for item in items])
+    names = [f"image {i} (image_id {item['image_id']})" for i, item in enumerate(items)]
+    check_labels(boxes, classes, mask, sizes, names=names)  # here, in the loader's workers, it costs no step its time
     return {
         "class_labels": classes,
         "boxes": boxes,
-        "mask": torch.arange(length) < counts[:, None],
+        "mask": mask,
         "image_id": torch.tensor([item["image_id"] for item in items]),
-        "size": torch.tensor([item["size"] for item in items]),
+        "size": sizes,
         "orig_size": torch.tensor([item["original_size"] for item in items]),
     }

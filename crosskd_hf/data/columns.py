@@ -8,7 +8,7 @@ if there are any: `image_id`, `file_name`, `width`, `height`.
 import collections
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,23 @@ import datasets
 import pyarrow.compute as pc
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from ..escaping import printable
+from ..files import CacheError
+from ..image_files import IMAGE_EXTENSIONS
 from ..strict import nearest
-from .coco import LARGEST_INTEGER, leaves_folder
+from .cache import CheckedBuilder, file_digest, open_cache
+from .coco import LARGEST_INTEGER, leaves_folder, unique_keys
 from .images import ImageSource
 from .problems import DataError, Kind, Problems
 from .records import ImageRecord, ObjectRecord, arrow_row, cache_note, check_records, read_cache_note
-from .split import SPLIT_NAME, DetectionSplit, annotation_features
+from .split import (
+    SPLIT_NAME,
+    DetectionSplit,
+    annotation_features,
+    no_such_split,
+    split_and_part,
+    take_part,
+)
 
 CATEGORY_KEYS = ("category", "category_id")
 METADATA = "metadata.jsonl"
@@ -50,7 +61,7 @@ class ColumnsConfig(datasets.BuilderConfig):
     on_error: str = "stop"
 
 
-class ColumnAnnotations(datasets.GeneratorBasedBuilder):
+class ColumnAnnotations(CheckedBuilder):
     """Writes the checked annotations of a data set to Arrow, without the images, which stay where they are.
 
     `source` and `vocabulary` must be set before it prepares; the configuration's fingerprint stands for them.
@@ -101,7 +112,7 @@ def load_columns(
 
     Args:
         path: Hub id; or a folder of Parquet files, of `save_to_disk`, or of images with `metadata.jsonl`.
-        split: its name, or a slice such as "train[:80%]" (not for `save_to_disk`).
+        split: its name, or a slice such as "train[:80%]".
         other_splits: whose categories count too where the data set has no class names of its own.
         config: configuration of a Hub data set that has several.
         box_format, box_unit: see `to_xywh`; compared with the images.
@@ -112,6 +123,7 @@ def load_columns(
 
     Raises:
         DataError: no such data set, split or column; unknown categories; images or boxes that can't be used.
+        CacheError: see `open_cache`.
     """
     where = f"{path}, split {split!r}"
     cache = None if cache_dir is None else str(cache_dir)
@@ -121,21 +133,29 @@ def load_columns(
     category_key(source, where)
     _refuse_foreign_paths(source, where, [path, cache or datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE])
     named = bool(label_names) or isinstance(_category_feature(source, where), datasets.ClassLabel)
-    others = [] if named else [_open(path, other, config, cache) for other in other_splits if other != split]
-    vocabulary = _vocabulary([source, *others], label_names, category_ids, where)
-    builder = ColumnAnnotations(
-        cache_dir=cache,
-        dataset_name="crosskd_columns",
-        fingerprint=source._fingerprint,
-        where=where,
-        box_format=box_format,
-        box_unit=box_unit,
-        names=vocabulary.names,
-        category_ids=vocabulary.category_ids,
-        on_error=on_error,
-    )
-    builder.source, builder.vocabulary = source, vocabulary
-    builder.download_and_prepare()
+    sources = {where: source}
+    for other in () if named else other_splits:
+        if other != split:
+            name = f"{path}, split {other!r}"
+            sources[name] = _with_image_column(_open(path, other, config, cache), name)
+    vocabulary = _vocabulary(sources, label_names, category_ids, where)
+
+    def make() -> ColumnAnnotations:
+        builder = ColumnAnnotations(
+            cache_dir=cache,
+            dataset_name="crosskd_columns",
+            fingerprint=source._fingerprint,
+            where=where,
+            box_format=box_format,
+            box_unit=box_unit,
+            names=vocabulary.names,
+            category_ids=vocabulary.category_ids,
+            on_error=on_error,
+        )
+        builder.source, builder.vocabulary = source, vocabulary
+        return builder
+
+    builder = open_cache(make, cache)
     annotations = builder.as_dataset(split=SPLIT_NAME)
     ids, problems = read_cache_note(annotations.info, where)
     images = source.select_columns(["image"])
@@ -147,18 +167,24 @@ def load_columns(
 
 def _open(path: str, split: str, config: str | None, cache_dir: str | None) -> datasets.Dataset:
     folder = Path(path).expanduser()
+    base, part = split_and_part(split)
     try:
         if folder.is_dir():
             if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-                return _from_disk(folder, split)
+                return take_part(_from_disk(folder, base), part)
             _check_metadata(folder)
-            if (folder / split / METADATA).is_file():
-                return _from_image_folder(folder / split, cache_dir)
-            return datasets.load_dataset(str(folder), config, split=split, cache_dir=cache_dir)
-        if Path(path).expanduser().is_absolute() or (folder.parent.is_dir() and folder.parent != Path()):
+            if there := sorted(file.parent.name for file in folder.glob(f"*/{METADATA}")):
+                if base not in there:
+                    raise DataError(no_such_split(folder, split, there))
+                return take_part(_from_image_folder(folder / base, cache_dir), part)
+            path = str(folder)
+        elif Path(path).expanduser().is_absolute() or (folder.parent.is_dir() and folder.parent != Path()):
             raise FileNotFoundError("there is no such folder")  # before the Hub is asked for it, again and again
-        return datasets.load_dataset(path, config, split=split, cache_dir=cache_dir)
-    except DataError:
+        builder = open_cache(lambda: datasets.load_dataset_builder(path, config, cache_dir=cache_dir), cache_dir)
+        if base not in (*builder.info.splits, "all") and "+" not in split:
+            raise DataError(no_such_split(path, split, list(builder.info.splits)))
+        return builder.as_dataset(split=split)
+    except (DataError, CacheError):
         raise
     except datasets.exceptions.DatasetGenerationError as error:
         cause = error.__cause__ or error
@@ -178,16 +204,22 @@ def _from_disk(folder: Path, split: str) -> datasets.Dataset:
     saved = datasets.load_from_disk(str(folder))
     if isinstance(saved, datasets.Dataset):
         if split != "train":
-            raise DataError(f"{folder} holds one data set without splits: call it 'train', not {split!r}")
+            raise DataError(f"{no_such_split(folder, split, ['train'])} (a data set without splits is called train)")
         return saved
     if split not in saved:
-        raise DataError(f"{folder} has no split {split!r}; it has {', '.join(saved)}")
+        raise DataError(no_such_split(folder, split, list(saved)))
     return saved[split]
 
 
 def _from_image_folder(folder: Path, cache_dir: str | None) -> datasets.Dataset:
     """The rows of a `metadata.jsonl`. An image that isn't there is one that can't be read, found later with others."""
-    rows = datasets.load_dataset("json", data_files=str(folder / METADATA), split="train", cache_dir=cache_dir)
+    file = folder / METADATA
+    # The name is a part of the cache's: `datasets` itself knows a file by its time of modification.
+    name = f"metadata-{file_digest(file)[:16]}"
+    builder = open_cache(
+        lambda: datasets.load_dataset_builder("json", name, data_files=str(file), cache_dir=cache_dir), cache_dir
+    )
+    rows = builder.as_dataset(split="train")
     names = rows["file_name"]
     images = datasets.Dataset.from_dict({"image": [str(folder / name) for name in names]})
     images = images.cast_column("image", datasets.Image(decode=False))
@@ -206,12 +238,25 @@ def _check_metadata(folder: Path) -> None:
         raise DataError(f"{folder} cannot be used as it is:\n  - " + "\n  - ".join(wrong[:5]) + more)
 
 
+def images_without_row(path: str, split: str) -> list[str]:
+    """Image files in a split's folder that its metadata doesn't name; none where it isn't such a folder."""
+    folder = Path(path).expanduser() / split_and_part(split)[0]
+    if not (folder / METADATA).is_file():
+        return []
+    lines = (folder / METADATA).read_text(encoding="utf-8").splitlines()
+    named = {os.path.normpath(json.loads(line)["file_name"]) for line in lines if line.strip()}
+    files = (file for file in sorted(folder.rglob("*")) if file.suffix.lower() in IMAGE_EXTENSIONS)
+    return [name for name in (str(file.relative_to(folder)) for file in files) if name not in named]
+
+
 def _metadata_fault(line: str) -> str | None:
     """What is wrong with a line, worded to follow its number."""
     if not line.strip():
         return None
     try:
-        name = json.loads(line).get("file_name")
+        name = json.loads(line, object_pairs_hook=unique_keys).get("file_name")
+    except DataError as error:
+        return f": {error}"
     except (ValueError, AttributeError) as error:
         return f" is no JSON object: {error}"
     if not isinstance(name, str) or not name:
@@ -271,14 +316,15 @@ def _refuse_foreign_paths(source: datasets.Dataset, where: str, roots: Sequence[
         for name in pc.filter(column.field("path"), outside).to_pylist():
             if not any(Path(name).resolve().is_relative_to(root) for root in allowed):
                 raise DataError(
-                    f"{where}: the image {name} lies outside the data set: put it there, or embed its bytes"
+                    f"{where}: the image {printable(name)} lies outside the data set: put it there, or embed its bytes"
                 )
 
 
 def _vocabulary(
-    sources: Sequence[datasets.Dataset], label_names: Sequence[str], category_ids: Sequence[int], where: str
+    sources: Mapping[str, datasets.Dataset], label_names: Sequence[str], category_ids: Sequence[int], where: str
 ) -> Vocabulary:
-    key, feature = category_key(sources[0], where), _category_feature(sources[0], where)
+    """The classes of `sources[where]`, and of the other splits too where the data has no names of its own."""
+    key, feature = category_key(sources[where], where), _category_feature(sources[where], where)
     if isinstance(feature, datasets.ClassLabel):
         own = list(feature.names)
         names = list(label_names) or own
@@ -288,10 +334,19 @@ def _vocabulary(
         return Vocabulary(tuple(names), tuple(ids), {own.index(name): label for label, name in enumerate(names)})
     if not isinstance(feature, datasets.Value):
         raise DataError(f"{where}: {key} must hold whole numbers or names, one an object, but holds {feature}")
-    values = {value for source in sources for row in _object_rows(source) for value in _values(row, key)}
-    values.discard(None)
-    if odd := sorted({type(value).__name__ for value in values} - {"int", "str"}):
-        raise DataError(f"{where}: {key} must hold whole numbers or names, but holds {', '.join(odd)}")
+    values = set()
+    kinds: dict[type, str] = {}
+    for name, source in sources.items():
+        own_key = category_key(source, name)
+        own_values = {value for row in _object_rows(source) for value in _values(row, own_key)} - {None}
+        if odd := sorted({type(value).__name__ for value in own_values} - {"int", "str"}):
+            raise DataError(f"{name}: {own_key} must hold whole numbers or names, but holds {', '.join(odd)}")
+        kinds.update((type(value), f"{name} ({value!r})") for value in own_values)
+        values |= own_values
+    if len(kinds) > 1:
+        raise DataError(
+            f"{key} holds whole numbers in {kinds[int]}, but names in {kinds[str]}: use one of them in all splits"
+        )
     if not values:
         raise DataError(f"{where}: no object has a {key}, so that there are no classes")
     if all(isinstance(value, str) for value in values):
@@ -347,8 +402,8 @@ def _records(source: datasets.Dataset, vocabulary: Vocabulary, where: str, probl
         for key_name, values in (("categories", categories), ("id", given), ("area", areas), ("iscrowd", crowds)):
             if len(values) != len(boxes):
                 raise DataError(
-                    f"{where}: {names[position]} has {len(boxes)} boxes, but {len(values)} {key_name}: each list of "
-                    "objects has an entry a box; mend that row"
+                    f"{where}: {printable(names[position])} has {len(boxes)} boxes, but {len(values)} {key_name}: "
+                    "each list of objects has an entry a box; mend that row"
                 )
         number += len(boxes)
         for object_id, box, category, area, crowd in zip(given, boxes, categories, areas, crowds, strict=True):

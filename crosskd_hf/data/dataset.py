@@ -16,6 +16,7 @@ from crosskd_hf.data.problems import DataError
 from crosskd_hf.data.sampler import SampleKey, stable_seed
 from crosskd_hf.data.split import DetectionSplit
 from crosskd_hf.data.transforms import Multiscale, Sample, build_transform
+from crosskd_hf.escaping import printable
 
 ROWS_AT_ONCE = 1000
 
@@ -91,6 +92,9 @@ class DetectionDataset(Dataset[dict[str, Any]]):
             # Not torch.manual_seed, which would also reseed the GPUs' generators, and those are not restored here.
             torch.random.default_generator.manual_seed(stable_seed(self.seed, key.epoch, key.index))
             sample = self.transform(sample)
+        if self.train:  # a sliver at the image's edge may have been rounded to nothing
+            keep = (sample["boxes"][:, 2:] > sample["boxes"][:, :2]).all(1)
+            sample["boxes"], sample["class_labels"] = sample["boxes"][keep], sample["class_labels"][keep]
         return {**sample, "image_id": row["image_id"], "original_size": (row["height"], row["width"])}
 
     def orientations(self) -> torch.Tensor:
@@ -102,18 +106,17 @@ class DetectionDataset(Dataset[dict[str, Any]]):
 
     def _read(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
-        stored = row["image"]
+        stored, name = row["image"], f"image {row['image_id']} ({printable(row['file_name'])})"
         try:
             row["image"] = load_tensor(stored["path"] if stored["bytes"] is None else stored["bytes"])
         except ImageError as error:
             raise DataError(
-                f"image {row['image_id']} ({row['file_name']}) {error}; restore it, or start again in "
-                "another training.output_dir with data.on_error=skip"
+                f"{name} {error}; restore it, or start again in another training.output_dir with data.on_error=skip"
             ) from error
         height, width = row["image"].shape[-2:]
         if (width, height) != (row["width"], row["height"]):
             raise DataError(
-                f"image {row['image_id']} ({row['file_name']}) is {width} x {height} pixels, but the annotation file "
+                f"{name} is {width} x {height} pixels, but the annotation file "
                 f"says {row['width']} x {row['height']}: its boxes would not fit; correct one or the other"
             )
         return row

@@ -1,5 +1,7 @@
 """The data section of a recipe -> splits and data sets."""
 
+from collections.abc import Iterable, Sequence
+
 import pyarrow.compute as pc
 
 from crosskd_hf.recipe import DataSection
@@ -9,7 +11,7 @@ from .columns import load_columns
 from .dataset import DetectionDataset
 from .problems import DataError
 from .shapes import load_shapes
-from .split import DetectionSplit, keep_for_training
+from .split import DetectionSplit, keep_for_training, split_and_part
 
 
 def load_split(data: DataSection, name: str, limit: int | None = None) -> DetectionSplit:
@@ -17,22 +19,25 @@ def load_split(data: DataSection, name: str, limit: int | None = None) -> Detect
 
     Args:
         data: the recipe's section.
-        name: of the split.
-        limit: only the first images; layout shapes generates this many.
+        name: of the split, or a slice such as "train[:80%]".
+        limit: only the first images; layout shapes generates this many. Its slices are of `max_train_images`, whoever
+            asks, so that "train[:80%]" and "train[80%:]" have no image in common.
 
     Raises:
         FileNotFoundError, ValueError: the data can't be used; all that is wrong is told together.
+        CacheError: see `open_cache`.
     """
     if data.layout == "shapes":
-        return load_shapes(
+        sliced = bool(split_and_part(name)[1])
+        whole = load_shapes(
             name,
-            limit or 0,
+            (data.max_train_images if sliced else limit) or 0,
             side=data.shapes_side,
             difficulty=data.shapes_difficulty,
             seed=data.shapes_seed,
             cache_dir=data.cache_dir,
         )
-    if data.layout == "datasets":
+    elif data.layout == "datasets":
         whole = load_columns(
             data.path,
             name,
@@ -71,6 +76,7 @@ def load_datasets(data: DataSection, seed: int) -> tuple[DetectionDataset, Detec
     check_evaluable(evaluated, data.val_split)
     generated = data.layout == "shapes"
     whole = load_split(data, data.train_split, data.max_train_images if generated else None)
+    check_same_classes(whole, evaluated, (data.train_split, data.val_split))
     # The limit counts images that are trained on.
     train = keep_for_training(whole, filter_empty=data.filter_empty, min_image_side=data.min_image_side)
     size = {"short_side": data.short_side, "long_side": data.long_side}
@@ -86,6 +92,41 @@ def load_datasets(data: DataSection, seed: int) -> tuple[DetectionDataset, Detec
         ),
         DetectionDataset(evaluated, train=False, **size),
     )
+
+
+def check_same_classes(train: DetectionSplit, evaluated: DetectionSplit, names: tuple[str, str]) -> None:
+    """Raise DataError if two splits don't have the same classes in the same order: a label would mean two things.
+
+    Args:
+        train, evaluated: the splits.
+        names: what they are called.
+    """
+    one, other = train.label_names, evaluated.label_names
+    if one == other:
+        return
+    texts = [
+        f"only {name!r} has {', '.join(map(repr, classes[:10]))}"
+        for name, classes in zip(names, (_missing(one, other), _missing(other, one)), strict=True)
+        if classes
+    ]
+    texts += [f"{' and '.join(map(repr, group))} differ only by case or blanks" for group in alike([*one, *other])]
+    if not texts:
+        texts = [
+            f"they are in another order: {', '.join(one[:5])} in {names[0]!r}, {', '.join(other[:5])} in the other"
+        ]
+    raise DataError(f"the splits {names[0]!r} and {names[1]!r} have different classes: {'; '.join(texts)}")
+
+
+def _missing(names: Sequence[str], other: Sequence[str]) -> list[str]:
+    return [name for name in names if name not in other]
+
+
+def alike(names: Iterable[str]) -> list[list[str]]:
+    """Groups of different class names that are the same one but for case, blanks and underscores."""
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        groups.setdefault("".join(name.replace("_", " ").split()).casefold(), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def check_evaluable(split: DetectionSplit, name: str) -> None:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from ..escaping import printable
+
 EXAMPLES = 3
 
 
@@ -26,17 +28,34 @@ class Kind(Enum):
     AREA = ("annotation", "has an area of 0 or less", "it is not trained on; leave area out to take the box's")
     BOX_OUTSIDE = ("annotation", "has a box wholly outside its image", "it is not trained on")
     BOX_EDGE = ("annotation", "has a box that reaches over the image's edge", "it is clipped in training")
+    # What only `crosskd check-data` looks for.
+    FILE_TWICE = ("image file", "is listed under several ids", "list it once, with all of its boxes")
+    ROW_TWICE = ("row", "is there again, with the same image and boxes", "remove one")
+    CONTENT_TWICE = ("image", "has the content of another one in its split", "remove one")
+    IN_BOTH = ("image", "is in both splits by its content", "evaluate on images that aren't trained on")
+    BOX_TWICE = ("annotation", "has the class and the box of another one of its image", "remove one")
+    NO_ROW = (
+        "image file",
+        "has no row in metadata.jsonl",
+        "it isn't used; add a row, without boxes if there are none",
+    )
 
     @property
     def stops(self) -> bool:
         """Whether the data can't be used with it (unless it is left out), or it is only worth knowing."""
-        return self not in (Kind.BOX_EMPTY, Kind.AREA, Kind.BOX_OUTSIDE, Kind.BOX_EDGE)
+        return self not in KNOWN_ONLY
 
     def describe(self, count: int, examples: list[str]) -> str:
         """Count, kind, examples and advice in one line."""
         thing, what, advice = self.value
-        shown = "; ".join(examples) + ("; ..." if count > len(examples) else "")
+        shown = "; ".join(map(printable, examples)) + ("; ..." if count > len(examples) else "")
         return f"{count} x {thing} {what} ({advice}): {shown}"
+
+
+KNOWN_ONLY = (
+    *(Kind.BOX_EMPTY, Kind.AREA, Kind.BOX_OUTSIDE, Kind.BOX_EDGE),
+    *(Kind.FILE_TWICE, Kind.ROW_TWICE, Kind.CONTENT_TWICE, Kind.IN_BOTH, Kind.BOX_TWICE, Kind.NO_ROW),
+)
 
 
 @dataclass

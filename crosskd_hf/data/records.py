@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from ..escaping import printable
 from ..progress import Progress
 from .boxes import check_format, is_box, is_finite, note_box, to_xywh
 from .images import ImageError, ImageSource, inspect_image
@@ -175,5 +176,5 @@ def read_cache_note(info: datasets.DatasetInfo, where: str) -> tuple[tuple[int, 
     note = json.loads(info.description)
     problems = Problems.from_dict(note["problems"])
     for line in problems.lines(stopping=True):
-        logger.warning("%s: left out: %s", where, line)
+        logger.warning("%s: left out: %s", printable(where), line)
     return tuple(note["category_ids"]), problems

@@ -15,8 +15,9 @@ import datasets
 import numpy as np
 from PIL import Image, ImageDraw
 
+from .cache import CheckedBuilder, open_cache
 from .sampler import stable_seed
-from .split import SPLIT_NAME, DetectionSplit, detection_features
+from .split import SPLIT_NAME, DetectionSplit, detection_features, split_and_part
 
 CLASSES = ("disc", "square", "triangle", "star", "ring", "cross")
 EMPTY_FRACTION, CROWD_FRACTION = 0.04, 0.06
@@ -53,7 +54,7 @@ class ShapesConfig(datasets.BuilderConfig):
     seed: int = 0
 
 
-class Shapes(datasets.GeneratorBasedBuilder):
+class Shapes(CheckedBuilder):
     """Writes generated images to Arrow, PNG bytes included; the columns are those of every `DetectionSplit`."""
 
     VERSION = datasets.Version("1.0.0")  # part of the cache's path: raise it whenever an image would change
@@ -101,29 +102,35 @@ def load_shapes(
     """A split of generated images, from the Arrow cache when it was made before.
 
     Args:
-        split: any name; splits of different names have no image in common.
+        split: any name; splits of different names have no image in common. A slice such as "train[:80%]" is of the
+            `images` of its name.
         images, side, difficulty, seed: see `ShapesConfig`.
         cache_dir: where the Arrow file goes; by default the cache of `datasets`.
 
     Raises:
         ValueError: no image, a side below 32 pixels, or a difficulty outside 0..1.
+        CacheError: see `open_cache`.
     """
+    split, part = split_and_part(split)
     if images < 1 or side < 32 or not 0 <= difficulty <= 1:
         raise ValueError(
             "generated images need at least 1 image, a side of 32 pixels or more and a difficulty from 0 to 1, "
             f"got {images}, {side} and {difficulty}"
         )
-    builder = Shapes(
-        cache_dir=cache_dir,
-        dataset_name="crosskd_shapes",
-        split=split,
-        images=images,
-        side=side,
-        difficulty=float(difficulty),
-        seed=seed,
+    builder = open_cache(
+        lambda: Shapes(
+            cache_dir=cache_dir,
+            dataset_name="crosskd_shapes",
+            split=split,
+            images=images,
+            side=side,
+            difficulty=float(difficulty),
+            seed=seed,
+        ),
+        cache_dir,
     )
-    builder.download_and_prepare()
-    return DetectionSplit(builder.as_dataset(split=SPLIT_NAME), CLASSES, tuple(range(1, len(CLASSES) + 1)))
+    whole = DetectionSplit(builder.as_dataset(split=SPLIT_NAME), CLASSES, tuple(range(1, len(CLASSES) + 1)))
+    return whole.part(part)
 
 
 def draw_scene(index: int, split: str, side: int, difficulty: float, seed: int) -> Scene:

@@ -1,5 +1,6 @@
 """One split of a detection data set, whatever it was read from."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -7,7 +8,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .problems import Problems
+from .problems import DataError, Problems
 
 SPLIT_NAME = "images"  # one cache holds one split: its own name need not be a valid `datasets` split name
 
@@ -49,6 +50,50 @@ class DetectionSplit:
         if count is None or count >= len(self):
             return self
         return replace(self, dataset=self.dataset.select(range(count)))
+
+    def part(self, part: str) -> "DetectionSplit":
+        """The images of a slice such as "[:80%]"; all if it is empty text.
+
+        Raises:
+            DataError: see `take_part`.
+        """
+        return replace(self, dataset=take_part(self.dataset, part))
+
+
+def split_and_part(name: str) -> tuple[str, str]:
+    """A split's own name and the slice of it: "train[:80%]" -> ("train", "[:80%]"); "train" -> ("train", "")."""
+    match = re.fullmatch(r"(.+?)(\[[^\[\]]*\])", name)
+    return (match[1], match[2]) if match else (name, "")
+
+
+def take_part(dataset: datasets.Dataset, part: str) -> datasets.Dataset:
+    """The rows of a slice as `datasets` writes it: "[:80%]", "[100:200]", "[-5:]"; all if it is empty text.
+
+    Raises:
+        DataError: it is no slice, or there is no row in it.
+    """
+    if not part:
+        return dataset
+    try:
+        (found,) = datasets.ReadInstruction.from_spec(f"rows{part}").to_absolute({"rows": len(dataset)})
+    except (ValueError, AssertionError) as error:
+        text = f"{part} is no slice of {len(dataset)} images ({error}); write it as [:80%] or [100:200]"
+        raise DataError(text) from error
+    rows = range(found.from_, found.to)
+    if not rows:
+        raise DataError(f"the slice {part} of {len(dataset)} images is empty: it has no image")
+    return dataset.select(rows)
+
+
+def no_such_split(where: object, split: str, there: Sequence[str]) -> str:
+    """The message for a split that isn't there: which are, and how to do without one."""
+    if not there:
+        return f"{where} has no split {split!r}, and no other"
+    base = "train" if "train" in there else there[0]
+    return (
+        f"{where} has no split {split!r}; it has {', '.join(there)}. Without a split to evaluate on, divide one: "
+        f"'data.train_split={base}[:80%]' 'data.val_split={base}[80%:]'"
+    )
 
 
 def detection_features(names: Sequence[str]) -> datasets.Features:

@@ -35,8 +35,8 @@ class Adapters(nn.ModuleDict):
         """Maps (N, student's channels, H, W) a level -> (N, teacher's channels, H, W); as they are if widths agree."""
         if place not in self:
             return maps
-        convolution = self[place]
-        return [convolution(level.to(convolution.weight.dtype)) for level in maps]
+        weight = self[place].weight
+        return [nn.functional.conv2d(level, weight.to(level.dtype)) for level in maps]
 
     def save(self, folder: str | Path) -> None:
         """Write them into a checkpoint."""

@@ -11,7 +11,8 @@ TINY = 1e-30  # a product of deviations that is divided by; constant channels ha
 
 
 def channel_statistics(maps: list[Tensor], sync: bool = False) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation per channel of maps (N, C, H, W), over batch and space: (maps, C) each.
+    """Mean and unbiased standard deviation per channel of maps (N, C, H, W), over batch and space: (maps, C) each,
+    in fp32 also of maps in half precision.
 
     A single value (one image, 1x1 level) has no unbiased deviation: 0, so that it standardises to 0.
 
@@ -21,14 +22,14 @@ def channel_statistics(maps: list[Tensor], sync: bool = False) -> tuple[Tensor, 
     """
     if sync and num_processes() > 1:
         return _shared_statistics(maps)
-    pairs = [torch.var_mean(m, dim=(0, 2, 3), correction=min(1, _values_per_channel(m) - 1)) for m in maps]
+    pairs = [torch.var_mean(_full(m), (0, 2, 3), correction=min(1, _values_per_channel(m) - 1)) for m in maps]
     variances, means = zip(*pairs, strict=True)
     return torch.stack(means), torch.stack(variances).sqrt()
 
 
 def _shared_statistics(maps: list[Tensor]) -> tuple[Tensor, Tensor]:
     counts = _shared_counts(maps)
-    mean = sum_over_ranks(torch.stack([m.sum(dim=(0, 2, 3)) for m in maps])) / counts
+    mean = sum_over_ranks(torch.stack([_full(m).sum(dim=(0, 2, 3)) for m in maps])) / counts
     # In a second round, about the mean: differences of sums of squares would round away small deviations.
     squares = [(m - center).square().sum(dim=(0, 2, 3)) for m, center in zip(maps, _per_channel(mean), strict=True)]
     return mean, (sum_over_ranks(torch.stack(squares)) / (counts - 1).clamp(min=1)).sqrt()
@@ -37,21 +38,22 @@ def _shared_statistics(maps: list[Tensor]) -> tuple[Tensor, Tensor]:
 def _shared_counts(maps: list[Tensor]) -> Tensor:
     """Values a channel over all processes, (maps, 1)."""
     counts = torch.tensor([float(_values_per_channel(m)) for m in maps], dtype=torch.float64, device=maps[0].device)
-    return sum_over_ranks(counts).to(maps[0].dtype).unsqueeze(1)
+    return sum_over_ranks(counts).to(_full_dtype(maps[0])).unsqueeze(1)
 
 
 def standardise(maps: list[Tensor], sync: bool = False) -> list[Tensor]:
     """Maps (N, C, H, W) with zero mean and unit deviation per channel; gradients flow through both statistics.
 
-    With `sync` the statistics are those of all processes' maps, and so are the gradients.
+    Maps in half precision give fp32. With `sync` the statistics are those of all processes' maps, and so are the
+    gradients.
     """
-    return list(_Rescaled.apply(False, sync, None, None, *maps))
+    return list(_Rescaled.apply(False, sync, False, None, None, *maps))
 
 
 def align(student: list[Tensor], teacher: list[Tensor], rectify: bool = False, sync: bool = False) -> list[Tensor]:
     """Give each of the student's maps (N, C, H, W) the mean and deviation per channel of the teacher's.
 
-    The teacher's are constants.
+    The teacher's are constants. What comes out has the student's precision; statistics are in fp32.
 
     Args:
         student, teacher: as many maps, in pairs of as many channels.
@@ -65,19 +67,26 @@ def align(student: list[Tensor], teacher: list[Tensor], rectify: bool = False, s
         raise ValueError(f"{len(student)} maps can't be aligned to {len(teacher)}")
     with torch.no_grad():
         mean, std = channel_statistics(teacher, sync)
-    return list(_Rescaled.apply(rectify, sync, mean, std, *student))
+    return list(_Rescaled.apply(rectify, sync, True, mean, std, *student))
 
 
 class _Rescaled(torch.autograd.Function):
     """(map - its mean) / (its deviation + EPS), then times `std` plus `mean` (maps, C) if given, then maybe a ReLU.
+    The result is in fp32, or with `narrow` as precise as the maps.
 
     By hand, because autograd would keep four copies of every map and launch five times as many kernels. This keeps
-    the input and the output only, both of which the networks around it keep anyway.
+    the input and the output only, both of which the networks around it keep anyway, in half precision if they are.
     """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, rectify: bool, sync: bool, mean: Tensor | None, std: Tensor | None, *maps: Tensor
+        ctx: FunctionCtx,
+        rectify: bool,
+        sync: bool,
+        narrow: bool,
+        mean: Tensor | None,
+        std: Tensor | None,
+        *maps: Tensor,
     ) -> tuple[Tensor, ...]:
         own_mean, own_std = channel_statistics(list(maps), sync)
         divisor = own_std + EPS
@@ -86,6 +95,8 @@ class _Rescaled(torch.autograd.Function):
         rows = zip(maps, _per_channel(own_mean), _per_channel(factor), shifts, strict=True)
         # Not map * factor + (shift - mean * factor): where a channel is nearly constant, that rounds to noise.
         outputs = [torch.addcmul(shift, features - center, scale) for features, center, scale, shift in rows]
+        if narrow:
+            outputs = [output.to(m.dtype) for output, m in zip(outputs, maps, strict=True)]
         if rectify:
             torch._foreach_clamp_min_(outputs, 0)
         ctx.rectify = rectify
@@ -103,7 +114,7 @@ class _Rescaled(torch.autograd.Function):
             torch._foreach_mul_(through, gradients)
             gradients = through
         if ctx.sync:
-            return None, None, None, None, *_shared_backward(gradients, maps, mean, std, factor)
+            return *[None] * 5, *_shared_backward(gradients, maps, mean, std, factor)
         # The derivative is that of a batch norm with gain w and inverse deviation v, so that its kernel can do all of
         # it: w * v must be the factor, and v^2 / n must be 1 / ((n - 1) * std * (std + EPS)) of n values a channel.
         counts = [_values_per_channel(m) for m in maps]
@@ -112,10 +123,10 @@ class _Rescaled(torch.autograd.Function):
         rows = zip(gradients, maps, (factor / v).unbind(), mean.unbind(), v.unbind(), strict=True)
         derivative = torch.ops.aten.native_batch_norm_backward
         results = [
-            derivative(g, m, w, None, None, center, v, True, 0.0, [True, False, False])[0]
+            derivative(_full(g), _full(m), w, None, None, center, v, True, 0.0, [True, False, False])[0].to(m.dtype)
             for g, m, w, center, v in rows
         ]
-        return None, None, None, None, *results
+        return *[None] * 5, *results
 
 
 def _shared_backward(
@@ -128,13 +139,23 @@ def _shared_backward(
     sum(g * (x - m)) / ((n - 1) * s * (s + EPS)).
     """
     counts = _shared_counts(list(maps))
+    gradients = tuple(_full(g) for g in gradients)
     centered = [m - center for m, center in zip(maps, _per_channel(mean), strict=True)]
     pairs = list(zip(gradients, centered, strict=True))
     sums = torch.stack([g.sum(dim=(0, 2, 3)) for g in gradients] + [(g * c).sum(dim=(0, 2, 3)) for g, c in pairs])
     total, product = sum_over_ranks(sums).chunk(2)
     slope = product / ((counts - 1).clamp(min=1) * std * (std + EPS)).clamp(min=TINY)
     rows = zip(pairs, _per_channel(factor), _per_channel(total / counts), _per_channel(slope), strict=True)
-    return [f * (g - average - c * s) for (g, c), f, average, s in rows]
+    return [(f * (g - average - c * s)).to(m.dtype) for ((g, c), f, average, s), m in zip(rows, maps, strict=True)]
+
+
+def _full(features: Tensor) -> Tensor:
+    """In fp32 if they are in half precision."""
+    return features.to(_full_dtype(features))
+
+
+def _full_dtype(features: Tensor) -> torch.dtype:
+    return torch.promote_types(features.dtype, torch.float32)
 
 
 def _values_per_channel(features: Tensor) -> int:

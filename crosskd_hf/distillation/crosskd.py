@@ -48,7 +48,7 @@ def cross_pass(
     # FPN levels: both towers of both models start from them. With different taps only the student's are the same.
     if all(a is b for both in (taps, references) for a, b in zip(*both, strict=True)):
         del taps[1], references[1]
-    mine, theirs = ([m.float() for maps in both for m in maps] for both in (taps, references))
+    mine, theirs = ([m for maps in both for m in maps] for both in (taps, references))
     cls_taps = taps[0]
     features = align(mine, theirs, tap_index > 0, sync)
     cls_features, reg_features = features[: len(cls_taps)], features[-len(cls_taps) :]

@@ -14,16 +14,33 @@ from .pkd import pkd_loss
 from .settings import DistillationSettings
 
 
-def prepare_teacher(teacher: DenseDetector, fold_batchnorm: bool = True) -> DenseDetector:
-    """A teacher that shares everything with the given one but the backbone, which is a copy without BatchNorms.
+def prepare_teacher(
+    teacher: DenseDetector, fold_batchnorm: bool = True, dtype: torch.dtype | None = None
+) -> DenseDetector:
+    """A frozen teacher as a run calls it. The given one's weights stay as they are, to be compared and saved.
 
-    The given one's weights stay as they are, to be compared and saved.
+    Args:
+        teacher: in evaluation mode, on its device.
+        fold_batchnorm: make the BatchNorms of a copy of its backbone part of the convolutions before them.
+        dtype: of the autocast that it runs in. Weights of convolutions and linear layers, which autocast would cast in
+            each call, are cast once; norms and the levels' scales stay in fp32.
     """
-    if not fold_batchnorm:
-        return teacher
+    parts = dict(teacher._modules)
+    if fold_batchnorm:
+        parts["backbone"] = fold_batchnorms(teacher.backbone)
+    if dtype is not None:
+        parts = {name: _cast_weights(copy.deepcopy(part), dtype) for name, part in parts.items()}
     prepared = copy.copy(teacher)
-    prepared._modules = dict(teacher._modules) | {"backbone": fold_batchnorms(teacher.backbone)}
+    prepared._modules = parts
     return prepared
+
+
+def _cast_weights(part: nn.Module, dtype: torch.dtype) -> nn.Module:
+    for module in part.modules():
+        # Not those with a forward of their own: some standardise their weights as they run.
+        if type(module).forward in (nn.Conv2d.forward, nn.Linear.forward):
+            module.to(dtype)
+    return part
 
 
 def student_forward(student: nn.Module, inputs: dict, settings: DistillationSettings) -> DenseDetectorOutput:

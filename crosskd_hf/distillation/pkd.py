@@ -17,6 +17,5 @@ def pkd_loss(student_features: list[Tensor], teacher_features: list[Tensor], syn
     Returns:
         (levels,) tensor.
     """
-    mine = standardise([student.float() for student in student_features], sync)
-    theirs = standardise([teacher.float() for teacher in teacher_features], sync)
+    mine, theirs = standardise(student_features, sync), standardise(teacher_features, sync)
     return torch.stack([0.5 * F.mse_loss(a, b) for a, b in zip(mine, theirs, strict=True)])

@@ -1,71 +1,69 @@
-"""Priors of the detectors: anchor boxes or points, level by level, in row, column, anchor order."""
+"""Priors of the detectors: anchor boxes or points, level by level, in row, column, anchor order.
+
+They are made anew in each forward: training on images of many sizes would seldom find them in a cache. All levels are
+made together, in few operators and without a copy to the device, for which a GPU's host would wait.
+"""
 
 import torch
 from torch import Tensor
 
 
-def grid_offsets(sizes: list[tuple[int, int]], strides: list[int], device: torch.device) -> list[Tensor]:
-    """(x, y) pixel of each cell's top left corner, a (H * W, 2) float tensor a level."""
-    grids = []
-    for (height, width), stride in zip(sizes, strides, strict=True):
-        y = torch.arange(height, device=device, dtype=torch.float32) * stride
-        x = torch.arange(width, device=device, dtype=torch.float32) * stride
-        grids.append(torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flip(-1).reshape(-1, 2))
-    return grids
+def grid_cells(sizes: list[tuple[int, int]], strides: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cells of maps of (height, width): the (x, y) pixel of each one's top left corner, and its stride.
+
+    Returns:
+        (cells, 2) and (cells, 1) float tensors, over all levels.
+    """
+    levels = [(height * width, width, stride) for (height, width), stride in zip(sizes, strides, strict=True)]
+    cell = torch.cat([torch.arange(cells, device=device) for cells, _, _ in levels])  # number in its level
+    width = torch.cat([torch.full((cells,), width, device=device) for cells, width, _ in levels])
+    stride = torch.cat([torch.full((cells, 1), float(stride), device=device) for cells, _, stride in levels])
+    return torch.stack([cell % width, cell // width], dim=-1) * stride, stride
 
 
-def square_anchors(
-    sizes: list[tuple[int, int]], strides: list[int], scale: float, device: torch.device
-) -> list[Tensor]:
+def square_anchors(corners: Tensor, strides: Tensor, scale: float) -> Tensor:
     """One square anchor of side `scale * stride` a cell, centred on the cell's corner `stride * i` (not its middle).
 
-    Returns a (H * W, 4) xyxy tensor a level (ATSS, arXiv 1912.02424; GFL).
+    (ATSS, arXiv 1912.02424; GFL.) Takes and returns (cells, 2), (cells, 1) -> (cells, 4) xyxy.
     """
-    anchors = []
-    for grid, stride in zip(grid_offsets(sizes, strides, device), strides, strict=True):
-        half = scale * stride / 2
-        anchors.append(torch.cat([grid - half, grid + half], dim=-1))
-    return anchors
+    half = strides * (scale / 2)
+    return torch.cat([corners - half, corners + half], dim=-1)
 
 
 def octave_anchors(
-    sizes: list[tuple[int, int]],
-    strides: list[int],
-    base_scale: float,
-    ratios: list[float],
-    scales_per_octave: int,
-    device: torch.device,
-) -> list[Tensor]:
+    corners: Tensor, strides: Tensor, base_scale: float, ratios: list[float], scales_per_octave: int
+) -> Tensor:
     """Anchors of several shapes a cell, centred on the cell's corner `stride * i` (RetinaNet, arXiv 1708.02002, 4).
 
     Args:
-        sizes, strides: (height, width) and pixels a cell, a level.
+        corners, strides: (cells, 2) xy and (cells, 1) pixels.
         base_scale: side of the square anchor of the first scale, in strides.
         ratios: height / width; the outer order.
         scales_per_octave: scales 2^(i / n); the inner order.
-        device: of the result.
 
     Returns:
-        (H * W * ratios * scales, 4) xyxy a level.
+        (cells * ratios * scales, 4) xyxy.
     """
-    root = torch.tensor(ratios, device=device).sqrt()[:, None]
-    octave = torch.tensor([2 ** (i / scales_per_octave) for i in range(scales_per_octave)], device=device)
+    root = _filled(ratios, corners).sqrt()[:, None]
+    octave = _filled([2 ** (i / scales_per_octave) for i in range(scales_per_octave)], corners)
     half_width, half_height = (1 / root * octave).flatten() / 2, (root * octave).flatten() / 2
     shapes = base_scale * torch.stack([-half_width, -half_height, half_width, half_height], dim=-1)
-    anchors = []
-    for grid, stride in zip(grid_offsets(sizes, strides, device), strides, strict=True):
-        anchors.append((grid.repeat(1, 2)[:, None] + shapes * stride).reshape(-1, 4))
-    return anchors
+    return (corners.repeat(1, 2)[:, None] + shapes * strides[:, None]).reshape(-1, 4)
 
 
-def cell_centers(sizes: list[tuple[int, int]], strides: list[int], device: torch.device) -> list[Tensor]:
-    """The point in the middle of each cell, stride * (i + 0.5): a (H * W, 2) xy tensor a level (FCOS)."""
-    return [grid + stride / 2 for grid, stride in zip(grid_offsets(sizes, strides, device), strides, strict=True)]
+def cell_centers(corners: Tensor, strides: Tensor) -> Tensor:
+    """The point in the middle of each cell, stride * (i + 0.5): (cells, 2) xy (FCOS)."""
+    return corners + strides / 2
 
 
-def cell_corners(sizes: list[tuple[int, int]], strides: list[int], num_anchors: int, device: torch.device) -> Tensor:
-    """(P, 2) xy pixel of the top left corner of each prior's cell, over all levels."""
-    return torch.cat(grid_offsets(sizes, strides, device)).repeat_interleave(num_anchors, dim=0)
+def cell_corners(corners: Tensor, num_anchors: int) -> Tensor:
+    """Corners (cells, 2) -> (P, 2), those of each prior's cell."""
+    return corners if num_anchors == 1 else corners[:, None].expand(-1, num_anchors, -1).reshape(-1, 2)
+
+
+def _filled(values: list[float], like: Tensor) -> Tensor:
+    """A row of numbers on a tensor's device. Each is filled in there: a list would be copied to it."""
+    return torch.cat([like.new_full((1,), value) for value in values])
 
 
 def valid_cells(corners: Tensor, image_sizes: Tensor, size_divisor: int) -> Tensor:

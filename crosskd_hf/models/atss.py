@@ -1,6 +1,5 @@
 """ATSS: one anchor a cell, chosen by statistics, with centerness (Zhang et al., CVPR 2020, arXiv 1912.02424)."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,8 +34,8 @@ class ATSSForObjectDetection(DenseDetector):
     def head_spec(config: ATSSConfig) -> HeadSpec:
         return HeadSpec.of(config, centerness_from="reg")
 
-    def prior_levels(self, sizes: list[tuple[int, int]], device: torch.device) -> list[Tensor]:
-        return square_anchors(sizes, self.config.strides, self.config.anchor_scale, device)
+    def cell_priors(self, corners: Tensor, strides: Tensor) -> Tensor:
+        return square_anchors(corners, strides, self.config.anchor_scale)
 
     def distances(self, boxes: Tensor, priors: Priors) -> Tensor:
         return deltas_to_distances(boxes, priors.extents, tuple(self.config.delta_scales))

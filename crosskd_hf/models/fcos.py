@@ -32,8 +32,8 @@ class FCOSForObjectDetection(DenseDetector):
     def head_spec(config: FCOSConfig) -> HeadSpec:
         return HeadSpec.of(config, exp_boxes=True, centerness_from="cls")
 
-    def prior_levels(self, sizes: list[tuple[int, int]], device: torch.device) -> list[Tensor]:
-        return cell_centers(sizes, self.config.strides, device)
+    def cell_priors(self, corners: Tensor, strides: Tensor) -> Tensor:
+        return cell_centers(corners, strides)
 
     def distances(self, boxes: Tensor, priors: Priors) -> Tensor:
         return boxes

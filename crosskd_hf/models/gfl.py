@@ -4,7 +4,6 @@ A square anchor a cell; each side's distance is a distribution over bins; the cl
 IoU. Assignment is ATSS.
 """
 
-import torch
 from torch import Tensor
 
 from ..assigners import Assignment, atss_assign
@@ -37,8 +36,8 @@ class GFLForObjectDetection(DenseDetector):
     def head_spec(config: GFLConfig) -> HeadSpec:
         return HeadSpec.of(config, box_channels=4 * (config.reg_max + 1))
 
-    def prior_levels(self, sizes: list[tuple[int, int]], device: torch.device) -> list[Tensor]:
-        return square_anchors(sizes, self.config.strides, self.config.anchor_scale, device)
+    def cell_priors(self, corners: Tensor, strides: Tensor) -> Tensor:
+        return square_anchors(corners, strides, self.config.anchor_scale)
 
     def distances(self, boxes: Tensor, priors: Priors) -> Tensor:
         return expected_bins(boxes) * priors.strides

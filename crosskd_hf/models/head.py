@@ -106,13 +106,48 @@ def num_groups(channels: int) -> int:
     return groups if channels >= 2 * groups else max(1, groups // 2)
 
 
+class GroupNorm(nn.GroupNorm):
+    """torch's GroupNorm, which keeps half precision: its output has the input's type, its statistics are in fp32.
+
+    Under CUDA's autocast torch's own gives fp32, and keeps its input in fp32 for the backward pass. On a CPU it is as
+    here.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, C, H, W) normalised."""
+        if features.device.type == "cpu" or features.dtype == self.weight.dtype:
+            return super().forward(features)
+        return HalfPrecisionGroupNorm.apply(features, self.weight, self.bias, self.num_groups, self.eps)
+
+
+class HalfPrecisionGroupNorm(torch.autograd.Function):
+    """GroupNorm of half precision maps with fp32 weights: computed in fp32, of which only statistics are kept."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, features: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        shape = (features.shape[0], features.shape[1], features.shape[2] * features.shape[3], groups)
+        output, mean, factor = torch.native_group_norm(features.float(), weight, bias, *shape, eps)
+        ctx.shape = shape
+        ctx.save_for_backward(features, weight, mean, factor)
+        return output.to(features.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        features, weight, mean, factor = ctx.saved_tensors
+        of_features, of_weight, of_bias = torch.ops.aten.native_group_norm_backward(
+            gradient.float(), features.float(), mean, factor, weight, *ctx.shape, list(ctx.needs_input_grad[:3])
+        )
+        return None if of_features is None else of_features.to(features.dtype), of_weight, of_bias, None, None
+
+
 class TowerBlock(GradientCheckpointingLayer):
     """3x3 convolution, GroupNorm or nothing, ReLU. The unit of activation checkpointing in the head."""
 
     def __init__(self, in_channels: int, channels: int, group_norm: bool):
         super().__init__()
         self.conv = HeadConv(in_channels, channels, 3, padding=1, bias=not group_norm)
-        self.norm = nn.GroupNorm(num_groups(channels), channels) if group_norm else nn.Identity()
+        self.norm = GroupNorm(num_groups(channels), channels) if group_norm else nn.Identity()
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(N, C, H, W) -> the same before and after the ReLU."""

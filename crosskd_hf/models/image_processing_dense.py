@@ -1,21 +1,27 @@
 """The image processor of the dense detectors: resize, normalise, pad."""
 
 import functools
+import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import timm
 import torch
+from PIL import Image
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from crosskd_hf.data.images import load_rgb, to_rgb
 from crosskd_hf.data.transforms import resized_size
 
 from .configuration_dense import DenseDetectorConfig
 from .modeling_dense import DenseDetectorOutput
 from .postprocess import select_detections
+
+logger = logging.getLogger(__name__)
 
 # Keyword arguments of `DenseDetectorImageProcessor`: grey levels 0..255, channels in the order that the model sees.
 RGB_IMAGENET: dict[str, Any] = {
@@ -68,7 +74,8 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
         max_candidates: (prior, class) pairs a level that are decoded.
         max_detections: predictions an image.
         **kwargs: of transformers' image processors (`size`, `image_mean`, `image_std`, ...), and
-            `do_flip_channel_order`, `size_divisor`. `RGB_IMAGENET` and `BGR_CAFFE` are the two styles in use.
+            `do_flip_channel_order`, `size_divisor`. `do_rescale` goes with statistics of 0..1 only; with those of grey
+            levels it is left out, and a warning says so. `RGB_IMAGENET` and `BGR_CAFFE` are the two styles in use.
 
     Raises:
         ValueError: a threshold outside [0, 1], or a count below 1.
@@ -131,6 +138,12 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
             **pixel_style(config),
         )
 
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Files by name as training reads them: transformers' own way cuts 16 bits off at 255."""
+        if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):
+            return load_rgb(image_url_or_urls)
+        return super().fetch_images(image_url_or_urls)
+
     def process_image(
         self,
         image: Any,
@@ -140,6 +153,8 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         """One image as (C, h, w) uint8. Raises ValueError for values that are no grey levels."""
+        if do_convert_rgb and isinstance(image, Image.Image):
+            image = to_rgb(image)
         if input_data_format is None and _channels_can_only_be_last(getattr(image, "shape", ())):
             input_data_format = ChannelDimension.LAST
         return _as_uint8(super().process_image(image, do_convert_rgb, input_data_format, device, **kwargs))
@@ -222,6 +237,12 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
         if not do_pad and any(image.shape[-2:] != (height, width) for image in images):
             raise ValueError("images of different sizes make a batch only with do_pad=True")
 
+        if do_rescale and do_normalize and max(image_mean) > 1:
+            logger.warning_once(  # transformers' addition
+                f"do_rescale=True is left out: image_mean {list(image_mean)} is of grey levels 0..255, as they come. "
+                "For pixels of 0..1 set image_mean and image_std of 0..1, or do_normalize=False."
+            )
+            do_rescale = False
         device = images[0].device
         pixel_values = torch.zeros((len(images), channels, height, width), dtype=torch.float32, device=device)
         pixel_mask = torch.zeros((len(images), height, width), dtype=torch.bool, device=device)

@@ -1,5 +1,6 @@
 """The dense detector every architecture is made of: backbone -> FPN -> head -> losses or predictions."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +13,16 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from ..assigners import Assignment, gather_boxes, gather_labels
+from ..data.labels import check_labels
 from ..distributed import Normalizers
-from .anchors import cell_corners, valid_cells
+from .anchors import cell_corners, grid_cells, valid_cells
 from .backbone import Backbone
 from .box_coding import box_centers, boxes_to_distances, distances_to_boxes
 from .configuration_dense import DenseDetectorConfig
 from .fpn import FPN, FPNConv
 from .head import ClassPredictor, DenseHead, HeadConv, HeadOutput, HeadSpec, LevelScales, flatten_levels
 
-KEPT_PRIORS = 8  # sizes; RetinaNet's take 13 MB at 1333 x 800
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,22 @@ class DetectionLosses:
     box_normalizer: Tensor
 
 
+@dataclass(frozen=True)
+class Features:
+    """Maps that a distillation compares, (N, C, H, W) a level each, in the precision in which the networks ran.
+
+    No fields of the output itself: in mixed precision accelerate makes fp32 copies of all tensors that it finds there.
+
+    Attributes:
+        fpn: levels of the FPN.
+        cls_taps, reg_taps: what the towers were tapped for, or None.
+    """
+
+    fpn: list[Tensor]
+    cls_taps: list[Tensor] | None = None
+    reg_taps: list[Tensor] | None = None
+
+
 @dataclass
 class DenseDetectorOutput(ModelOutput):
     """Output of a dense detector. P counts the priors of all levels.
@@ -144,9 +162,8 @@ class DenseDetectorOutput(ModelOutput):
         level_sizes: (N, levels) priors a level, the same for every image; not when `output_distillation`.
         hidden_states: when `output_hidden_states`: the backbone's maps C3, C4, C5, then the FPN's levels P3 to P7,
             each (N, C, H, W).
-        fpn_features: (N, C, H, W) a level, when `output_distillation`.
+        features: FPN levels and taps, when `output_distillation`; also as `fpn_features`, `cls_taps`, `reg_taps`.
         predictions: those of the head, flattened over levels, when `output_distillation` and `output_predictions`.
-        cls_taps, reg_taps: (N, C, H, W) a level, when `output_distillation` and a `tap_index`.
         priors: what `predictions` are of, when `output_distillation`.
         detection: the detector's losses by level and its assignment, when `output_distillation` and labels.
     """
@@ -159,12 +176,25 @@ class DenseDetectorOutput(ModelOutput):
     image_sizes: Tensor | None = None
     level_sizes: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
-    fpn_features: list[Tensor] | None = None
+    features: Features | None = None
     predictions: Predictions | None = None
-    cls_taps: list[Tensor] | None = None
-    reg_taps: list[Tensor] | None = None
     priors: Priors | None = None
     detection: DetectionLosses | None = None
+
+    @property
+    def fpn_features(self) -> list[Tensor] | None:
+        """Levels of the FPN."""
+        return self.features and self.features.fpn
+
+    @property
+    def cls_taps(self) -> list[Tensor] | None:
+        """Taps of the class tower."""
+        return self.features and self.features.cls_taps
+
+    @property
+    def reg_taps(self) -> list[Tensor] | None:
+        """Taps of the box tower."""
+        return self.features and self.features.reg_taps
 
 
 class DenseDetector(PreTrainedModel):
@@ -190,9 +220,9 @@ class DenseDetector(PreTrainedModel):
         self.head = DenseHead(self.head_spec(config))
         # Of the instance: add_model_tags() appends to it.
         self.model_tags = ["object-detection", "crosskd", config.model_type]
-        self._priors: dict[tuple, Priors] = {}
         self._level_sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self.normalizers = Normalizers()
+        self._checked: set[str] = set()  # what was looked at in a first batch, see `_is_due`
         self.post_init()
 
     # What a detector provides -----------------------------------------------------------------------------------
@@ -202,8 +232,8 @@ class DenseDetector(PreTrainedModel):
         """Shape of the detector's head."""
         raise NotImplementedError
 
-    def prior_levels(self, sizes: list[tuple[int, int]], device: torch.device) -> list[Tensor]:
-        """Anchors (P_l, 4) or points (P_l, 2) of each level, given its (height, width)."""
+    def cell_priors(self, corners: Tensor, strides: Tensor) -> Tensor:
+        """Anchors (P, 4) or points (P, 2) of cells, given their corners (cells, 2) xy and strides (cells, 1)."""
         raise NotImplementedError
 
     def distances(self, boxes: Tensor, priors: Priors) -> Tensor:
@@ -268,13 +298,16 @@ class DenseDetector(PreTrainedModel):
             return_dict: False gives a tuple of what isn't None; None takes the configuration's value.
 
         Raises:
-            ValueError: if labels and images differ in number.
+            ValueError: if labels and images differ in number, or labels can't be right (see `check_labels`; on a GPU
+                only those of the first batch are looked at, and compiled none).
         """
         maps = self.backbone(pixel_values.to(self.dtype))
         features = self.fpn(maps)
         head = self.head(features, tap_index=tap_index, raw_taps=raw_taps)
         # A teacher in training needs no sizes: its images are the student's.
         needs_sizes = labels is not None or not output_distillation
+        if needs_sizes and pixel_mask is None:
+            self._warn_of_padding(pixel_values)
         image_sizes = unpadded_sizes(pixel_values, pixel_mask) if needs_sizes else None
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -304,9 +337,9 @@ class DenseDetector(PreTrainedModel):
             loss_dict = {name: term.sum() for name, term in losses.terms.items()}
             first, *others = loss_dict.values()
             loss = sum(others, first)
-        if not output_distillation:  # what post-processing needs; copying it to a GPU makes the host wait
-            sizes = torch.tensor(priors.level_sizes, device=image_sizes.device)
-            level_sizes = sizes.expand(len(image_sizes), -1)
+        if not output_distillation:  # what post-processing needs
+            sizes = [image_sizes.new_full((len(image_sizes), 1), n, dtype=torch.long) for n in priors.level_sizes]
+            level_sizes = torch.cat(sizes, dim=1)
         # At once: a field that is set later is no key of a `ModelOutput`, nor in its tuple.
         return DenseDetectorOutput(
             loss=loss,
@@ -317,10 +350,8 @@ class DenseDetector(PreTrainedModel):
             image_sizes=image_sizes,
             level_sizes=level_sizes,
             hidden_states=hidden_states,
-            fpn_features=features if output_distillation else None,
+            features=Features(features, head.cls_taps, head.reg_taps) if output_distillation else None,
             predictions=predictions if output_distillation and output_predictions else None,
-            cls_taps=head.cls_taps if output_distillation else None,
-            reg_taps=head.reg_taps if output_distillation else None,
             priors=priors if output_distillation else None,
             detection=losses if output_distillation else None,
         )
@@ -328,9 +359,36 @@ class DenseDetector(PreTrainedModel):
     def match(
         self, priors: Priors, image_sizes: Tensor, labels: list[dict[str, Tensor]] | dict[str, Tensor]
     ) -> tuple[GroundTruth, Assignment]:
-        """A batch's boxes, padded, and which prior learns which. Raises ValueError, see `pad_ground_truth`."""
+        """A batch's boxes, padded, and which prior learns which.
+
+        Raises:
+            ValueError: see `pad_ground_truth` and `check_labels`.
+        """
         truth = pad_ground_truth(labels, len(image_sizes))
+        if self._is_due("labels", truth.boxes):
+            check_labels(truth.boxes, truth.labels, truth.mask, image_sizes, self.config.num_labels)
+            self._checked.add("labels")
         return truth, self.assign(priors, self.valid_priors(priors, image_sizes), truth)
+
+    def _is_due(self, what: str, values: Tensor) -> bool:
+        """Whether values may be looked at: always on the CPU, elsewhere once, since the host waits for it."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or values.is_meta:
+            return False
+        return values.device.type == "cpu" or what not in self._checked
+
+    def _warn_of_padding(self, pixel_values: Tensor) -> None:
+        """Tell once that images look padded, of which there is no mask. Normalised pixels are hardly ever 0."""
+        if not self._is_due("padding", pixel_values) or "warned" in self._checked:
+            return
+        self._checked.add("padding")
+        begun = pixel_values[:, :, 0, 0].any(-1)
+        ended = pixel_values[:, :, -1].flatten(1).any(-1) & pixel_values[:, :, :, -1].flatten(1).any(-1)
+        if (begun & ~ended).any():
+            self._checked.add("warned")
+            logger.warning(
+                "pixel_values look padded (zeros in the last row or column), but there is no pixel_mask: padding "
+                "counts as image, in losses and in boxes' sizes. Give the model the image processor's pixel_mask."
+            )
 
     @torch.no_grad()
     def measure_normalizers(
@@ -394,24 +452,11 @@ class DenseDetector(PreTrainedModel):
         return self.priors_of(_map_sizes(head.logits), head.logits[0].device)
 
     def priors_of(self, sizes: list[tuple[int, int]], device: torch.device) -> Priors:
-        """Priors of levels of (height, width). Those of the last few are kept; compiled, they are made of any size."""
-        if torch.compiler.is_compiling():
-            return self.build_priors(sizes, device)
-        key = (tuple(sizes), device)
-        found = self._priors.pop(key, None)  # put in again as the last used; other threads may do the same meanwhile
-        if found is None:
-            with torch.inference_mode(False):  # training may need them later
-                found = self.build_priors(sizes, device)
-        self._priors[key] = found
-        if len(self._priors) > KEPT_PRIORS:
-            self._priors.pop(next(iter(self._priors)), None)
-        return found
-
-    def build_priors(self, sizes: list[tuple[int, int]], device: torch.device) -> Priors:
         """Priors of levels of (height, width)."""
-        strides = self.config.strides
-        corners = cell_corners(sizes, strides, self.head.spec.num_anchors, device)
-        return Priors.of(self.prior_levels(sizes, device), strides, corners)
+        anchors = self.head.spec.num_anchors
+        corners, strides = grid_cells(sizes, self.config.strides, device)
+        levels = self.cell_priors(corners, strides).split([height * width * anchors for height, width in sizes])
+        return Priors.of(list(levels), self.config.strides, cell_corners(corners, anchors))
 
     def valid_priors(self, priors: Priors, image_sizes: Tensor) -> Tensor:
         """(N, P) bool: False for priors beyond an image's own size rounded up to `size_divisor`."""
@@ -474,7 +519,8 @@ def unpadded_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
     """(N, 2) float height and width of each image, from a mask (N, H, W) of 1 on the image and 0 on padding."""
     if pixel_mask is None:
         batch, _, height, width = pixel_values.shape
-        return torch.tensor([height, width], dtype=torch.float32, device=pixel_values.device).expand(batch, 2)
+        sides = [pixel_values.new_full((batch, 1), side, dtype=torch.float32) for side in (height, width)]
+        return torch.cat(sides, dim=1)
     # Padding is at the bottom and right only, so that the first column and row tell.
     column, row = pixel_mask.select(2, 0).bool(), pixel_mask.select(1, 0).bool()  # bfloat16 counts to 256 only
     return torch.stack([column.sum(dim=1), row.sum(dim=1)], dim=1).float()
@@ -484,7 +530,8 @@ def pad_ground_truth(labels: list[dict[str, Tensor]] | dict[str, Tensor], batch:
     """Labels of each image, or padded ones of the whole batch -> one padded batch.
 
     Raises:
-        ValueError: if there are not as many labels as images, or padded ones come without a mask.
+        ValueError: if there are not as many labels as images, an image has not as many boxes as classes, or padded
+            labels come without a mask.
     """
     if isinstance(labels, Mapping):
         if missing := {"boxes", "class_labels", "mask"} - set(labels):
@@ -497,6 +544,10 @@ def pad_ground_truth(labels: list[dict[str, Tensor]] | dict[str, Tensor], batch:
         raise ValueError(f"{given} labels were given for {batch} images; labels is a list with a dict an image.")
     if truth is not None:
         return truth
+    for index, label in enumerate(labels):
+        if label["boxes"].numel() != 4 * len(label["class_labels"]):
+            shapes = tuple(label["boxes"].shape), tuple(label["class_labels"].shape)
+            raise ValueError(f"labels: image {index} needs boxes (G, 4) and class_labels (G,), got {shapes}")
     boxes = pad_sequence([label["boxes"].reshape(-1, 4).float() for label in labels], batch_first=True)
     classes = pad_sequence([label["class_labels"] for label in labels], batch_first=True)
     mask = pad_sequence([torch.ones_like(label["class_labels"], dtype=torch.bool) for label in labels], True)

@@ -1,6 +1,5 @@
 """RetinaNet: focal loss on nine anchors a cell (Lin et al., ICCV 2017, arXiv 1708.02002)."""
 
-import torch
 from torch import Tensor
 
 from ..assigners import Assignment, max_iou_assign
@@ -33,16 +32,10 @@ class RetinaNetForObjectDetection(DenseDetector):
         num_anchors = len(config.anchor_ratios) * config.anchor_scales_per_octave
         return HeadSpec.of(config, num_anchors=num_anchors, group_norm=False, scale_boxes=False)
 
-    def prior_levels(self, sizes: list[tuple[int, int]], device: torch.device) -> list[Tensor]:
+    def cell_priors(self, corners: Tensor, strides: Tensor) -> Tensor:
         config = self.config
-        return octave_anchors(
-            sizes,
-            config.strides,
-            config.anchor_base_scale,
-            config.anchor_ratios,
-            config.anchor_scales_per_octave,
-            device,
-        )
+        ratios, scales = config.anchor_ratios, config.anchor_scales_per_octave
+        return octave_anchors(corners, strides, config.anchor_base_scale, ratios, scales)
 
     def distances(self, boxes: Tensor, priors: Priors) -> Tensor:
         return deltas_to_distances(boxes, priors.extents)

@@ -1,0 +1,112 @@
+"""The Arrow caches of `datasets`: a damaged one is named and built again; one that can't be written is explained."""
+
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import datasets
+import pyarrow as pa
+from datasets.naming import filenames_for_dataset_split
+from datasets.utils._filelock import FileLock
+
+from ..files import cache_explained
+
+logger = logging.getLogger(__name__)
+SETTINGS = "data.cache_dir, HF_DATASETS_CACHE or HF_HOME"
+Builder = TypeVar("Builder", bound=datasets.DatasetBuilder)
+
+
+class CheckedBuilder(datasets.GeneratorBasedBuilder):
+    """A builder that notes the SHA-256 of its Arrow files, so that any damage to them is found."""
+
+    def _save_info(self) -> None:
+        files = Path(self._output_dir).glob("*.arrow")
+        self.info.download_checksums = {file.name: {"checksum": file_digest(file)} for file in files}
+        super()._save_info()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content: what an annotation or cache file is known by."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_cache(make: Callable[[], Builder], cache_dir: str | os.PathLike[str] | None) -> Builder:
+    """A builder whose cache is complete: from earlier, or made now. A damaged cache is removed and built again.
+
+    Processes may call this at once: all find the same damage, and the first of them repairs it.
+
+    Args:
+        make: gives the builder.
+        cache_dir: folder of all caches; None is that of `datasets`.
+
+    Raises:
+        CacheError: the folder can't be made, read or written, or the disk is full.
+    """
+    root = Path(os.path.expanduser(cache_dir or datasets.config.HF_DATASETS_CACHE))
+    with cache_explained(root, SETTINGS):
+        try:
+            builder = make()
+        except Exception as error:  # a builder reads dataset_info.json at once, and fails in many ways
+            folder = _cache_of(error)
+            if folder is None or not _remove_damaged(folder):
+                raise
+            builder = make()
+        builder.download_and_prepare()
+        if _remove_damaged(Path(builder.cache_dir)):
+            builder = make()
+            builder.download_and_prepare()
+        return builder
+
+
+def _cache_of(error: BaseException) -> Path | None:
+    """The cache of the builder in whose constructor an error was raised: nobody else knows it by then."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        builder = frame.f_locals.get("self")
+        if isinstance(builder, datasets.DatasetBuilder) and hasattr(builder, "_cache_dir"):
+            return Path(builder.cache_dir)
+    return None
+
+
+def _remove_damaged(folder: Path) -> bool:
+    """Remove a damaged cache. True if the cache must be built, or read, again."""
+    if _damage(folder) is None:
+        return False
+    with FileLock(f"{folder}_builder.lock"):  # the one that `datasets` holds while it builds this cache
+        damage = _damage(folder) if folder.is_dir() else None  # another process may have been faster
+        if damage is not None:
+            logger.warning("the data cache %s is damaged (%s): it is built again", folder, damage)
+            shutil.rmtree(folder)
+    return True
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a cache; None if nothing is."""
+    try:
+        info = datasets.DatasetInfo.from_directory(str(folder))
+        expected = sum(split.num_examples for split in info.splits.values())
+        own = {Path(file) for split in info.splits.values() for file in _files(folder, info.dataset_name, split)}
+        checksums = info.download_checksums or {}
+        rows = 0
+        # The others hold what was made of these, such as a selection of rows.
+        for file in sorted({*own, *folder.glob("*.arrow")}):
+            with pa.memory_map(str(file)) as source:
+                count = sum(batch.num_rows for batch in pa.ipc.open_stream(source))
+            rows += count if file in own else 0
+            if file.name in checksums and file_digest(file) != checksums[file.name]["checksum"]:
+                return f"{file.name} isn't what was written"
+    except Exception as error:  # whatever JSON, `datasets` and pyarrow make of nonsense
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            raise  # not the file's content, but the right to read it, or the disk
+        return f"{type(error).__name__}: {error}"[:300]
+    return None if rows == expected else f"it has {rows} of {expected} rows"
+
+
+def _files(folder: Path, name: str, split: datasets.SplitInfo) -> list[str]:
+    return filenames_for_dataset_split(str(folder), name, split.name, "arrow", split.shard_lengths)

@@ -1,0 +1,71 @@
+"""Labels that can't be right, on both sides of each edge."""
+
+import pytest
+import torch
+
+from crosskd_hf.data.labels import check_labels
+
+NAN = float("nan")
+
+
+def check(*boxes, classes=None, mask=None, num_labels=None, sizes=((40, 60),), names=None):
+    """Check the boxes of one image of 60 x 40 pixels."""
+    values = torch.tensor(boxes, dtype=torch.float32).reshape(1, -1, 4)
+    count = values.shape[1]
+    classes = torch.tensor([classes or [0] * count])
+    mask = torch.ones(1, count, dtype=torch.bool) if mask is None else torch.tensor([mask])
+    check_labels(values, classes, mask, torch.tensor(sizes), num_labels, names)
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [],
+        [[0, 0, 60, 40]],
+        [[0.2, 0.3, 1.1, 0.9]],  # a small one, but not within a pixel
+        [[0.5, 0.5, 0.6, 0.6], [5, 5, 9, 9]],
+        [[0, 0, 1, 1], [0, 0, 0.6, 0.6]],  # at the corner, where a relative box would hardly begin
+        [[-5, -5, 0.1, 0.1], [59.9, 39.9, 70, 50]],  # partly outside
+    ],
+)
+def test_pixels_pass(boxes):
+    check(*boxes)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "words"),
+    [
+        (
+            [[0.5, 0.5, 0.2, 0.3], [0.1, 0.2, 0.9, 1]],
+            r"box 0 of image 0 has \[0.5, 0.5, 0.2, 0.3\], .*all 2 .*cxcywh",
+        ),
+        ([[0.1, 0.2, 0.9, 1]], r"\[0.1, 0.2, 0.9, 1.0\].*within 0..1"),
+        ([[5, 5, 9, 9], [30, 20, 10, 30]], r"box 1 of image 0 has \[30.0, 20.0, 10.0, 30.0\].*x2.*xywh"),
+        ([[5, 9, 9, 9]], r"\[5.0, 9.0, 9.0, 9.0\].*y2"),
+        ([[5, NAN, 9, 9]], r"\[5.0, nan, 9.0, 9.0\]"),
+        ([[60, 5, 70, 9]], r"\[60.0, 5.0, 70.0, 9.0\], wholly outside its 60 x 40 pixels"),
+        ([[5, -9, 9, 0]], "wholly outside its 60 x 40 pixels"),
+    ],
+)
+def test_other_boxes_are_refused(boxes, words):
+    with pytest.raises(ValueError, match=f"{words}.*xyxy in pixels of pixel_values"):
+        check(*boxes)
+
+
+def test_classes_must_be_the_models():
+    check([5, 5, 9, 9], [5, 5, 9, 9], classes=[0, 2], num_labels=3)
+    check([5, 5, 9, 9], classes=[2])
+    with pytest.raises(ValueError, match=r"box 1 of image 0 has 3, .*from 0 to 2"):
+        check([5, 5, 9, 9], [5, 5, 9, 9], classes=[0, 3], num_labels=3)
+    with pytest.raises(ValueError, match="has -1"):
+        check([5, 5, 9, 9], classes=[-1])
+
+
+def test_padding_is_not_looked_at_and_the_image_is_named():
+    boxes = torch.tensor([[[5, 5, 9, 9], [0, 0, 0, 0]], [[0, 0, 0, 0], [9, 9, 5, 5]]], dtype=torch.float32)
+    classes, sizes = torch.tensor([[0, -1], [9, 9]]), torch.tensor([[40, 60], [10, 10]])
+    mask = torch.tensor([[True, False], [False, False]])
+    check_labels(boxes, classes, mask, sizes, 1)
+    mask[1, 1] = True
+    with pytest.raises(ValueError, match=r"box 1 of dog\.png has"):
+        check_labels(boxes, classes, mask, sizes, 1, ["cat.png", "dog.png"])
