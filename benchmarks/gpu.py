@@ -35,6 +35,7 @@ from multiprocessing.context import BaseContext
 
 # So that torch asks the driver's library for GPUs without starting CUDA, which forked processes can't use then.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import torch
 from faults import descendants

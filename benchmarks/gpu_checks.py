@@ -25,7 +25,7 @@ from faults import ends, kill_all, last_step, resumed_at, steps_logged
 from reporting import ROOT
 from step import Counts
 from torch.overrides import TorchFunctionMode
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from crosskd_hf.data.dataset import DetectionDataset
 from crosskd_hf.data.shapes import load_shapes
@@ -108,7 +108,7 @@ CPU = dataclasses.replace(
     size=(96, 128),
     batch=2,
     backbones=("resnet18", "resnet18"),
-    small=("lcnet_050", "lcnet_050"),
+    small=("resnet18", "resnet18"),
     side=96,
     cases=("gfl_r18_crosskd",),
     precisions=("fp32", "bf16"),
@@ -296,6 +296,7 @@ def train_steps(
         trainer = small_trainer(options, detector, arguments, sizes or {})
         watch = SyncWatch(options.device, precision == "fp16", precision == "compiled")
         trainer.add_callback(watch)
+        trainer.remove_callback(PrinterCallback)
         before = [p.detach().clone() for p in trainer.model.parameters()]
         try:
             trainer.train()
