@@ -209,7 +209,7 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
         if not (folder / "config.json").is_file():
             raise CheckpointError(
                 f"{shown!r} can't be loaded as a detector: that folder holds no config.json."
-                f"{hint or ' If a run writes to it, it is not finished.'}"
+                + (hint or " If a run writes to it, it isn't finished.")
             )
     _check_config(source, shown)
     try:

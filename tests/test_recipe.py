@@ -127,7 +127,7 @@ def test_values_are_cast_by_the_field(section, key, value, expected):
         ("distillation", "tap_index", -1, "must be at least 0"),
         ("training", "learning_rate", "fast", "training.learning_rate: 'fast' is no number"),
         ("training", "learning_rate", "nan", "is not finite"),
-        ("training", "learning_rate", -1, "training.learning_rate is -1.0; it must be at least 0"),
+        ("training", "learning_rate", -1, "training.learning_rate is -1.0; it must be from 0"),
         ("training", "seed", 0.5, "is no whole number"),
         ("training", "bf16", "false", "is neither true nor false"),
         ("training", "lr_milestones", 8, "is no list of float"),
@@ -315,7 +315,7 @@ def test_missing_files(tmp_path):
     with pytest.raises(RecipeError, match=r"there is no recipe 'gfl_r50_croskd'. Did you mean gfl_r50_crosskd"):
         load_recipe("gfl_r50_croskd")
     (tmp_path / "folder.yaml").mkdir()
-    with pytest.raises(RecipeError, match="doesn't exist"):
+    with pytest.raises(RecipeError, match="is a folder"):
         load_recipe(tmp_path / "folder.yaml")
 
 

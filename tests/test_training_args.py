@@ -127,7 +127,7 @@ def test_global_batch_counts_the_processes(tmp_path, monkeypatch):
         ({"warmup_start_factor": -0.1}, "warmup_start_factor is -0.1"),
         ({"bias_lr_factor": -2.0}, "bias_lr_factor is -2.0"),
         ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0"),
-        ({"base_batch_size": 0}, "base_batch_size is 0; it must be at least 1"),
+        ({"base_batch_size": 0}, "base_batch_size is 0; it must be from 1"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
         ({"num_train_epochs": 10}, r"lr_milestones \[11.0\] lie outside the 10 epochs"),
