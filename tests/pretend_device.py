@@ -186,6 +186,7 @@ def cuda_autocast() -> dict[str, str]:
     """What CUDA's own autocast makes of a tower's output. (Without gradients: autograd asks a GPU for its streams.)"""
     PretendTensor.where = torch.device("cuda:0")
     torch.cuda._lazy_init = lambda: None
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # or .to() mixes both tensors
     found = {}
     with PretendDevice():
         for detector in DETECTORS:
