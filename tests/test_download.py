@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from file_server import FileServer
 
+from crosskd_hf import download
 from crosskd_hf.convert import CheckpointError
 from crosskd_hf.download import check_hash, fetch
+from crosskd_hf.files import CacheError
 
 
 def hash_of(content: bytes) -> str:
@@ -185,3 +187,15 @@ def test_a_part_that_is_longer_than_the_file_is_given_up(tmp_path, server):
     (partial,) = tmp_path.glob("partial-*.pth")
     partial.write_bytes(b"x" * 5000)
     assert fetch(f"{server.url}/a.pth", tmp_path).read_bytes() == CONTENT
+
+
+def test_a_cache_that_cannot_be_written_is_no_matter_of_the_network(monkeypatch, tmp_path):
+    def fill(url, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(download, "_fetch_to", fill)
+    with pytest.raises(CacheError, match=rf"{tmp_path / 'cache'} .*disk is full.*HF_HOME"):
+        fetch("http://127.0.0.1/a.pth", tmp_path / "cache")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheError, match=rf"{tmp_path / 'file'}.*HF_HOME"):
+        fetch("http://127.0.0.1/a.pth", tmp_path / "file" / "cache")
