@@ -665,12 +665,13 @@ def test_an_old_folder_is_named_and_nothing_of_others_is_written_over(
     assert f"{out / 'predictions.json'} is of an earlier call" in printed
     assert "1 other pictures, such as 1.png" in printed and (out / "pictures" / "1.png").exists()
 
-    (out / "predictions.json").unlink()
     (tmp_path / "3.png").write_bytes(b"no image")
-    with pytest.raises(PredictionError):  # 1 is drawn by then, as in a call that is interrupted
-        command(saved, first, tmp_path / "3.png", "--output-dir", out, "--on-error", "stop", "--batch-size", 1)
-    command(saved, second, "--output-dir", out)
-    assert sorted(os.listdir(out / "pictures")) == ["1.png", "2.png"]
+    ended = tmp_path / "ended"
+    with pytest.raises(PredictionError, match=r"3\.png"):  # 1 is drawn by then, as in a call that is interrupted
+        command(saved, first, tmp_path / "3.png", "--output-dir", ended, "--on-error", "stop", "--batch-size", 1)
+    command(saved, first, "--output-dir", ended)
+    assert os.listdir(ended / "pictures") == ["1.png"]
+
     (out / "predictions.json").write_text("my own")
     with pytest.raises(PredictionError, match=r"predictions\.json is no file of this command"):
         command(saved, second, "--output-dir", out)
