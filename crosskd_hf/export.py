@@ -55,7 +55,7 @@ from .files import flush_to_disk, is_disk_full
 from .image_files import words
 from .models.head import HeadOutput, flatten_levels
 from .models.image_processing_dense import DenseDetectorImageProcessor
-from .models.modeling_dense import DenseDetector, unpadded_sizes
+from .models.modeling_dense import DenseDetector, Priors, unpadded_sizes
 from .progress import say
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
@@ -437,7 +437,7 @@ class ExportableDetector(nn.Module):
         prior, label = pair // num_labels, pair % num_labels
         if predictions.centerness is not None:
             score = score * predictions.centerness.sigmoid().gather(1, prior)
-        boxes = _rows(self.model.decode(predictions.boxes, self.model.priors(head)), prior)
+        boxes = _rows(self.model.decode(predictions.boxes, self._priors(head)), prior)
         height, width = image_sizes[:, None, :1], image_sizes[:, None, 1:]
         boxes = torch.minimum(boxes.clamp(min=0), torch.cat([width, height, width, height], dim=-1))
         has_area = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
@@ -455,6 +455,11 @@ class ExportableDetector(nn.Module):
             pairs.append(torch.where(keep, index, 0) + start)
             start = start + flat.shape[1]
         return torch.cat(scores, dim=1), torch.cat(pairs, dim=1)
+
+    def _priors(self, head: HeadOutput) -> Priors:
+        # The model's own method keeps them by size, which is a symbol here.
+        sizes = [(level.shape[2], level.shape[3]) for level in head.logits]
+        return self.model.build_priors(sizes, head.logits[0].device)
 
 
 def _rows(boxes: Tensor, index: Tensor) -> Tensor:

@@ -87,5 +87,5 @@ def _same_outputs(student: DenseDetector, teacher: DenseDetector) -> bool:
         return False
     if getattr(student.config, "delta_scales", None) != getattr(teacher.config, "delta_scales", None):
         return False
-    mine, theirs = (m.priors_of([(1, 1)] * len(m.config.strides), torch.device("cpu")) for m in (student, teacher))
+    mine, theirs = (m.build_priors([(1, 1)] * len(m.config.strides), torch.device("cpu")) for m in (student, teacher))
     return torch.equal(mine.all, theirs.all)

@@ -97,7 +97,7 @@ def test_priors_of_any_size_take_few_operators_and_no_copy_to_the_device(detecto
     model = tiny_model(detector)
     for side in (32, 40, 33):
         with Operators() as found:
-            priors = model.priors_of([(side // 2**i, side) for i in range(5)], CPU)
+            priors = model.build_priors([(side // 2**i, side) for i in range(5)], CPU)
         assert len(found.names) <= most, len(found.names)
         # What torch.tensor() of a list is, before it is copied to its device.
         assert not [name for name in found.names if "lift_fresh" in name or "_to_copy" in name]

@@ -1,7 +1,7 @@
 """Priors of the detectors: anchor boxes or points, level by level, in row, column, anchor order.
 
-They are made anew in each forward: training on images of many sizes would seldom find them in a cache. All levels are
-made together, in few operators and without a copy to the device, for which a GPU's host would wait.
+Training on images of many sizes seldom finds them in a cache. So all levels are made together, in few operators and
+without a copy to the device, for which a GPU's host would wait.
 """
 
 import torch

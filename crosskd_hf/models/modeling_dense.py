@@ -23,6 +23,7 @@ from .fpn import FPN, FPNConv
 from .head import ClassPredictor, DenseHead, HeadConv, HeadOutput, HeadSpec, LevelScales, flatten_levels
 
 logger = logging.getLogger(__name__)
+KEPT_PRIORS = 8  # sizes, for runs that see few; with many, priors are made in some 40 operators and no copy
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,7 @@ class DenseDetector(PreTrainedModel):
         self.head = DenseHead(self.head_spec(config))
         # Of the instance: add_model_tags() appends to it.
         self.model_tags = ["object-detection", "crosskd", config.model_type]
+        self._priors: dict[tuple, Priors] = {}
         self._level_sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self.normalizers = Normalizers()
         self._checked: set[str] = set()  # what was looked at in a first batch, see `_is_due`
@@ -452,6 +454,20 @@ class DenseDetector(PreTrainedModel):
         return self.priors_of(_map_sizes(head.logits), head.logits[0].device)
 
     def priors_of(self, sizes: list[tuple[int, int]], device: torch.device) -> Priors:
+        """Priors of levels of (height, width). Those of the last few are kept; compiled, they are made of any size."""
+        if torch.compiler.is_compiling():
+            return self.build_priors(sizes, device)
+        key = (tuple(sizes), device)
+        found = self._priors.pop(key, None)  # put in again as the last used; other threads may do the same meanwhile
+        if found is None:
+            with torch.inference_mode(False):  # training may need them later
+                found = self.build_priors(sizes, device)
+        self._priors[key] = found
+        if len(self._priors) > KEPT_PRIORS:
+            self._priors.pop(next(iter(self._priors)), None)
+        return found
+
+    def build_priors(self, sizes: list[tuple[int, int]], device: torch.device) -> Priors:
         """Priors of levels of (height, width)."""
         anchors = self.head.spec.num_anchors
         corners, strides = grid_cells(sizes, self.config.strides, device)
