@@ -40,7 +40,8 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import torch
 from faults import descendants
 from gpu_backward import backward
-from gpu_checks import CPU, GPU, Checks, Options, compiled, folding, golden, resume, steps
+from gpu_checks import compiled, folding, golden, resume, steps
+from gpu_options import CPU, GPU, Checks, Options
 from gpu_speed import rivals, speed
 from reporting import add_output, finish, write
 

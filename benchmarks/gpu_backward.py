@@ -1,12 +1,12 @@
 """Every backward that is written by hand against autograd of the plain formula, in two layouts, in fp64 and fp32."""
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
-from gpu_checks import Checks, Options
+from gpu_options import Checks, Options
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +17,7 @@ from crosskd_hf.models import head
 BARS = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest value
 LEVELS = ((12, 20), (6, 10), (3, 5), (1, 1))
 IMAGES, CHANNELS, CLASSES, PRIORS = 2, 16, 20, 300
+GROUPS, EPS = 4, 1e-5
 
 Function = Callable[[list[Tensor]], list[Tensor]]
 
@@ -29,12 +30,14 @@ class Pair:
         hand: its class.
         ours, plain: tensors -> results.
         inputs: layout and generator -> tensors, all of which learn.
+        bars: of the types in which both are compared.
     """
 
     hand: type[torch.autograd.Function]
     ours: Function
     plain: Function
     inputs: Callable[[bool, torch.Generator], list[Tensor]]
+    bars: Mapping[torch.dtype, float] = field(default_factory=lambda: BARS)
 
 
 def maps(channels_last: bool, generator: torch.Generator) -> list[Tensor]:
@@ -48,6 +51,12 @@ def rows(channels_last: bool, generator: torch.Generator, columns: int) -> Tenso
     """(N, P, columns), as `flatten_levels` gives them: the view of a channels-first tensor, or contiguous."""
     values = torch.randn(IMAGES, columns, PRIORS, generator=generator, dtype=torch.float64).transpose(1, 2)
     return values.contiguous() if channels_last else values
+
+
+def normalised(channels_last: bool, generator: torch.Generator) -> list[Tensor]:
+    """A level, and GroupNorm's weight and bias."""
+    weights = torch.randn(2, CHANNELS, generator=generator, dtype=torch.float64)
+    return [maps(channels_last, generator)[0], *weights]
 
 
 def class_logits(channels_last: bool, generator: torch.Generator) -> list[Tensor]:
@@ -123,6 +132,12 @@ def focal(logits: Tensor) -> list[Tensor]:
     return scaled_entropy(logits, targets, 2, 0.25 * targets + 0.75 * (1 - targets))
 
 
+def half_group_norm(tensors: list[Tensor]) -> list[Tensor]:
+    """Of bf16 maps, in fp32."""
+    maps, weight, bias = tensors
+    return [F.group_norm(maps.bfloat16().float(), GROUPS, weight, bias, EPS).bfloat16().float()]
+
+
 def in_parts(function: Callable[[Tensor], Tensor]) -> Function:
     """The function, going through its class map in three parts."""
 
@@ -160,6 +175,13 @@ PAIRS = {
         lambda x: [head.flatten_levels(x, CHANNELS // 4)],
         lambda x: joined(x, CHANNELS // 4),
         maps,
+    ),
+    "GroupNorm of bf16": Pair(
+        head.HalfPrecisionGroupNorm,
+        lambda x: [head.HalfPrecisionGroupNorm.apply(x[0].bfloat16(), x[1], x[2], GROUPS, EPS).float()],
+        half_group_norm,
+        normalised,
+        {torch.float32: 0.01},  # a step of bf16
     ),
     "distance_overlaps": Pair(
         losses._DistanceOverlaps,
@@ -199,7 +221,7 @@ def backward(options: Options) -> Checks:
     for name, pair in PAIRS.items():
         for channels_last in (False, True):
             layout = "channels last" if channels_last else "NCHW"
-            for dtype in BARS:
+            for dtype in pair.bars:
                 check = functools.partial(compare, pair, channels_last, dtype, options.device)
                 yield f"{name}, {layout}, {str(dtype).removeprefix('torch.')}", check
 
@@ -214,7 +236,7 @@ def compare(pair: Pair, channels_last: bool, dtype: torch.dtype, device: str) ->
         loss = sum((result * like(result, 10 + i)).sum() for i, result in enumerate(results))
         found.append(([result.detach() for result in results], torch.autograd.grad(loss, copies)))
     values, gradients = (largest_error(*both) for both in zip(*found, strict=True))
-    problem = "" if max(values, gradients) <= BARS[dtype] else f"they differ by more than {BARS[dtype]:g}"
+    problem = "" if max(values, gradients) <= (bar := pair.bars[dtype]) else f"they differ by more than {bar:g}"
     return {"problem": problem, "difference of values": values, "of gradients": gradients}
 
 

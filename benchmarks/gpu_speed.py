@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from gpu_checks import Checks, Options
+from gpu_options import Checks, Options
 from inference import PAIRS, Inference
 from reporting import median_with_interval
 from step import Step, count, interleaved

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import multiprocessing
 import os
 import pkgutil
 import sys
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import CONTEXT
 
 import crosskd_hf
 
@@ -21,9 +21,14 @@ import gpu_backward
 import gpu_checks
 import gpu_speed
 
-TINY = dataclasses.replace(
-    gpu.CPU, size=(64, 64), batch=1, side=64, detectors=("gfl",), precisions=("fp32", "bf16"), steps=1, runs=2
-)
+FORK = multiprocessing.get_context("fork")  # at once: nothing is to be imported
+SMALL = {"size": (64, 64), "batch": 1, "side": 64, "small": ("lcnet_050", "lcnet_050"), "steps": 1, "runs": 1}
+TINY = dataclasses.replace(gpu.CPU, detectors=("gfl",), precisions=("fp32",), **SMALL)
+
+
+@pytest.fixture(autouse=True)
+def short_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_checks, "WARM_UP", 1)
 
 
 def rows_of(section: Callable, options: gpu.Options = TINY) -> list[dict]:
@@ -71,12 +76,13 @@ def test_a_teacher_that_is_not_folded_fails(monkeypatch: pytest.MonkeyPatch) -> 
     assert "20 of 20 BatchNorms are left" in row["result"]
 
 
-def test_a_step_that_waits_for_the_device_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wait", [lambda loss: loss.item(), lambda loss: torch.tensor([1.0], device=loss.device)])
+def test_a_step_that_waits_for_the_device_fails(monkeypatch: pytest.MonkeyPatch, wait: Callable) -> None:
     losses = gpu_checks.DistillationTrainer.compute_loss
 
     def waiting(self, *args, **options):
         loss = losses(self, *args, **options)
-        loss.item()
+        wait(loss)
         return loss
 
     monkeypatch.setattr(gpu_checks.DistillationTrainer, "compute_loss", waiting)
@@ -124,7 +130,7 @@ def test_a_section_that_dies_leaves_the_others_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(gpu, "SECTIONS", {"dying": dying, "half": half})
-    monkeypatch.setattr(gpu, "isolating_context", lambda device: CONTEXT)
+    monkeypatch.setattr(gpu, "isolating_context", lambda device: FORK)
     output = tmp_path / "rows.json"
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--output", str(output)])
     with pytest.raises(SystemExit) as end:
@@ -140,7 +146,7 @@ def test_a_section_that_dies_leaves_the_others_alone(
 
 def test_a_section_that_hangs_is_ended() -> None:
     began = gpu.time.monotonic()
-    rows = list(gpu.isolated_rows(CONTEXT, "hanging", hanging, TINY, 0.5))
+    rows = list(gpu.isolated_rows(FORK, "hanging", hanging, TINY, 0.5))
     assert "stopped after" in rows[-1]["result"] and gpu.time.monotonic() - began < 60
 
 

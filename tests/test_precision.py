@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from crosskd_hf.data.collator import padded_number
 from crosskd_hf.distillation.alignment import align, standardise
@@ -215,6 +216,25 @@ def test_group_norm_of_half_precision_maps(dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     kept = saved_bytes(lambda x: HalfPrecisionGroupNorm.apply(x, norm.weight, norm.bias, 4, norm.eps), features)
     assert sorted(kept, key=lambda pair: pair[1]) == [(torch.float32, 8), (torch.float32, 8), (dtype, 480)]
+
+
+class ContiguousOnly(TorchDispatchMode):
+    """GroupNorm's kernels on a GPU: they refuse maps with channels last, and take gradients to be contiguous."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "native_group_norm" in str(function):
+            maps = [value for value in args if isinstance(value, torch.Tensor) and value.dim() == 4]
+            assert maps and all(value.is_contiguous() for value in maps)
+        return function(*args, **(kwargs or {}))
+
+
+def test_group_norm_gives_its_kernels_the_layout_that_those_of_a_gpu_know() -> None:
+    norm = GroupNorm(4, 8)
+    features = torch.randn(2, 8, 5, 6).to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_()
+    with ContiguousOnly():
+        found = HalfPrecisionGroupNorm.apply(features, norm.weight, norm.bias, norm.num_groups, norm.eps)
+        found.backward(torch.ones_like(found).contiguous(memory_format=torch.channels_last))
+    assert features.grad is not None
 
 
 @pytest.mark.parametrize("rectify", [False, True])

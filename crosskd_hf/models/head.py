@@ -126,7 +126,8 @@ class HalfPrecisionGroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, features: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
         shape = (features.shape[0], features.shape[1], features.shape[2] * features.shape[3], groups)
-        output, mean, factor = torch.native_group_norm(features.float(), weight, bias, *shape, eps)
+        # A GPU's kernels know no other layout: they refuse features, and misread gradients, with channels last.
+        output, mean, factor = torch.native_group_norm(features.float().contiguous(), weight, bias, *shape, eps)
         ctx.shape = shape
         ctx.save_for_backward(features, weight, mean, factor)
         return output.to(features.dtype)
@@ -135,8 +136,9 @@ class HalfPrecisionGroupNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         features, weight, mean, factor = ctx.saved_tensors
+        maps = (tensor.float().contiguous() for tensor in (gradient, features))
         of_features, of_weight, of_bias = torch.ops.aten.native_group_norm_backward(
-            gradient.float(), features.float(), mean, factor, weight, *ctx.shape, list(ctx.needs_input_grad[:3])
+            *maps, mean, factor, weight, *ctx.shape, list(ctx.needs_input_grad[:3])
         )
         return None if of_features is None else of_features.to(features.dtype), of_weight, of_bias, None, None
 
