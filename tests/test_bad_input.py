@@ -91,7 +91,7 @@ REFUSED = {
     "empty image": (overwrite(b""), "1.png (image id 1) is an empty file", True),
     "text as image": (overwrite(b"no image"), "1.png (image id 1) cannot be read", True),
     "truncated PNG": (cut_off, "1.png (image id 1) cannot be read", True),
-    "truncated JPEG": (cut_off_jpeg, "1.jpg (image id 1) cannot be read (image file is truncated", True),
+    "truncated JPEG": (cut_off_jpeg, "1.jpg (image id 1) cannot be read (the JPEG has no end", True),
     "rotated, annotated as stored": (turn, "a quarter turn: boxes belong to the image as people see it", True),
     "other size": (lambda f, c: c["images"][0].update(width=95), "is 96 x 64 pixels, annotated as 95 x 64", True),
     "name that escapes": (

@@ -41,7 +41,7 @@ def damage(folder: Path, suffix: str, change) -> list[Path]:
 
 def overwrite_middle(content: bytes) -> bytes:
     middle = len(content) * 3 // 4
-    return content[:middle] + bytes(8) + content[middle + 8 :]
+    return content[:middle] + bytes(255 - byte for byte in content[middle : middle + 8]) + content[middle + 8 :]
 
 
 DAMAGES = {

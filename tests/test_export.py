@@ -292,6 +292,6 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path: Path, missing: str, che
         export.importlib.util, "find_spec", lambda name, *more: None if name == missing else find(name, *more)
     )
     model = small_model()
-    with pytest.raises(ExportError, match=r'pip install "crosskd-hf\[onnx\]"') as raised:
+    with pytest.raises(ExportError, match=r'pip install -e "\.\[onnx\]"') as raised:
         export_detector(model, processor_of(model), tmp_path / "m.onnx", check=check)
     assert missing in str(raised.value)

@@ -224,7 +224,7 @@ def test_evaluation_is_repeatable(tmp_path: Path) -> None:
 def test_a_tracker_that_is_not_installed_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(trainer_module.TRACKERS, "tensorboard", (lambda: False, "tensorboard"))
     args = tiny_args(tmp_path / "run", report_to=["tensorboard"])
-    with pytest.raises(ValueError, match=r'report_to=tensorboard needs .*pip install "crosskd-hf\[tracking\]"'):
+    with pytest.raises(ValueError, match=r'report_to=tensorboard needs .*pip install -e "\.\[tracking\]"'):
         DetectionTrainer(tiny_model(), args)
 
 

@@ -7,6 +7,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from ..distributed import num_processes, sum_over_ranks
 
 EPS = 1e-6  # added to a deviation that is divided by
+HALF = (torch.float16, torch.bfloat16)
 TINY = 1e-30  # a product of deviations that is divided by; constant channels have 0
 
 
@@ -155,7 +156,7 @@ def _full(features: Tensor) -> Tensor:
 
 
 def _full_dtype(features: Tensor) -> torch.dtype:
-    return torch.promote_types(features.dtype, torch.float32)
+    return torch.float32 if features.dtype in HALF else features.dtype
 
 
 def _values_per_channel(features: Tensor) -> int:

@@ -300,8 +300,8 @@ class DenseDetector(PreTrainedModel):
             return_dict: False gives a tuple of what isn't None; None takes the configuration's value.
 
         Raises:
-            ValueError: if labels and images differ in number, or labels can't be right (see `check_labels`; on a GPU
-                only those of the first batch are looked at, and compiled none).
+            ValueError: if labels and images differ in number, or labels can't be right (see `check_labels`; only
+                lists of the first batch are looked at, and compiled none).
         """
         maps = self.backbone(pixel_values.to(self.dtype))
         features = self.fpn(maps)
@@ -367,26 +367,26 @@ class DenseDetector(PreTrainedModel):
             ValueError: see `pad_ground_truth` and `check_labels`.
         """
         truth = pad_ground_truth(labels, len(image_sizes))
-        if self._is_due("labels", truth.boxes):
+        # Padded ones of a batch come from the collator, which has looked at them on the CPU.
+        if not isinstance(labels, Mapping) and self._is_due("labels", truth.boxes):
             check_labels(truth.boxes, truth.labels, truth.mask, image_sizes, self.config.num_labels)
             self._checked.add("labels")
         return truth, self.assign(priors, self.valid_priors(priors, image_sizes), truth)
 
     def _is_due(self, what: str, values: Tensor) -> bool:
-        """Whether values may be looked at: always on the CPU, elsewhere once, since the host waits for it."""
+        """Whether values are looked at: once, in the first batch, since on a GPU the host waits for it."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or values.is_meta:
             return False
-        return values.device.type == "cpu" or what not in self._checked
+        return what not in self._checked
 
     def _warn_of_padding(self, pixel_values: Tensor) -> None:
         """Tell once that images look padded, of which there is no mask. Normalised pixels are hardly ever 0."""
-        if not self._is_due("padding", pixel_values) or "warned" in self._checked:
+        if not self._is_due("padding", pixel_values):
             return
         self._checked.add("padding")
         begun = pixel_values[:, :, 0, 0].any(-1)
         ended = pixel_values[:, :, -1].flatten(1).any(-1) & pixel_values[:, :, :, -1].flatten(1).any(-1)
         if (begun & ~ended).any():
-            self._checked.add("warned")
             logger.warning(
                 "pixel_values look padded (zeros in the last row or column), but there is no pixel_mask: padding "
                 "counts as image, in losses and in boxes' sizes. Give the model the image processor's pixel_mask."
