@@ -374,7 +374,7 @@ class DenseDetector(PreTrainedModel):
         return truth, self.assign(priors, self.valid_priors(priors, image_sizes), truth)
 
     def _is_due(self, what: str, values: Tensor) -> bool:
-        """Whether values are looked at: once, in the first batch, since on a GPU the host waits for it."""
+        """Whether values are still to be looked at: not in every batch, since on a GPU the host waits for it."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or values.is_meta:
             return False
         return what not in self._checked
@@ -383,10 +383,12 @@ class DenseDetector(PreTrainedModel):
         """Tell once that images look padded, of which there is no mask. Normalised pixels are hardly ever 0."""
         if not self._is_due("padding", pixel_values):
             return
-        self._checked.add("padding")
         begun = pixel_values[:, :, 0, 0].any(-1)
         ended = pixel_values[:, :, -1].flatten(1).any(-1) & pixel_values[:, :, :, -1].flatten(1).any(-1)
-        if (begun & ~ended).any():
+        padded = bool((begun & ~ended).any())
+        if padded or pixel_values.device.type != "cpu":
+            self._checked.add("padding")
+        if padded:
             logger.warning(
                 "pixel_values look padded (zeros in the last row or column), but there is no pixel_mask: padding "
                 "counts as image, in losses and in boxes' sizes. Give the model the image processor's pixel_mask."
