@@ -1,7 +1,7 @@
 """Everything that can only be known on a GPU, in one command and under 8 minutes; on a CPU the same on small sizes.
 
     python benchmarks/gpu.py --output GPU.json                 # on a GPU if there is one
-    python benchmarks/gpu.py --device cpu                      # some two minutes on 2 cores
+    python benchmarks/gpu.py --device cpu                      # minutes on 2 cores
     python benchmarks/gpu.py --sections backward folding       # only these
 
 Neither network nor data set is needed: weights are random, images generated.
@@ -149,6 +149,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=SECTIONS)
     parser.add_argument("--detectors", nargs="+", choices=GPU.detectors)
     parser.add_argument("--compiled", nargs="+", choices=GPU.detectors, help="detectors that are compiled, too")
+    parser.add_argument("--precisions", nargs="+", choices=GPU.precisions, help="of steps; fp16 needs a GPU")
     parser.add_argument("--cases", nargs="*", choices=GPU.cases, metavar="CASE", help="golden ones")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of timed images; multiples of 32")
     parser.add_argument("--batch", type=int, help="images a step")
