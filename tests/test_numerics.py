@@ -17,7 +17,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SLOW = pytest.mark.slow  # CPUs emulate half precision
 
 
-def with_boxes(*boxes: list[list[float]], side: int = 256) -> dict:
+def with_boxes(*boxes: list[list[float]], side: int = 128) -> dict:
     """An image each for lists of xyxy boxes, all of class 1."""
     batch = tiny_batch(len(boxes), side, side)
     batch["labels"] = [
