@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 STEPS, SAVE_STEPS = 12, 4
 PORT = 29517
 OWN_DISK = 'hostname "$1"; [ -z "$2" ] || mount --bind "$2" "$3"; shift 3; exec "$@"'
-METRICS = Path("evaluation", "eval_metrics.json")
+OWN_METRICS, METRICS = "evaluation/eval_metrics.json", "evaluation/evaluate_*_metrics.json"
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,8 @@ def same_metrics(bench: Bench, started: Started) -> str:
     """Whether an evaluation finds what the run's did."""
     if problem := started.problem(bench.limit):
         return problem
-    found, own = (json.loads((bench.folder / run / METRICS).read_text()) for run in ("evaluated", "whole"))
+    files = next((bench.folder / "evaluated").glob(METRICS)), bench.folder / "whole" / OWN_METRICS
+    found, own = (json.loads(file.read_text()) for file in files)
     numbers = {name: value for name, value in own.items() if "AP" in name or "AR" in name}
     wrong = [name for name, value in numbers.items() if found.get(name) != value]
     return f"{', '.join(wrong)} differ" if wrong or not numbers else ""
