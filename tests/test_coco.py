@@ -183,6 +183,19 @@ def test_a_key_that_is_there_twice_is_named(write_coco, load, key):
         load(root)
 
 
+@pytest.mark.parametrize("key", ["bbox", "file_name", "name"])
+def test_a_key_that_is_there_twice_matters_where_it_is_read(write_coco, load, key):
+    root = write_coco(IMAGES, [(21, 5, 7, [1, 1, 2, 2])])
+    file = root / "annotations" / "instances_mini.json"
+    text = file.read_text()
+    unread = '{"info": {"year": 1, "year": 1}, "licenses": [{"id": 1, "id": 1, "name": "", "name": ""}], '
+    file.write_text(unread + text[1:])
+    assert len(load(root)) == len(IMAGES)
+    file.write_text(text.replace(f'"{key}": ', f'"{key}": 0, "{key}": ', 1))
+    with pytest.raises(DataError, match=rf"instances_mini\.json: .*key '{key}' twice"):
+        load(root)
+
+
 def test_a_slice_of_a_split(write_coco, load):
     root = write_coco([(i, 40, 40) for i in (3, 1, 2, 5, 4)], [(9, 3, 7, [1, 1, 2, 2])])
     first, rest = load(root, "mini[:80%]"), load(root, "mini[80%:]")
@@ -192,6 +205,9 @@ def test_a_slice_of_a_split(write_coco, load):
     for wrong in ("[9:]", "[:0%]", "[a:]", "[1]"):
         with pytest.raises(DataError, match=rf"\{wrong[:-1]}\] .*5 images"):
             load(root, f"mini{wrong}")
+    for typo in ("mini[:80%", "mini:80%]"):
+        with pytest.raises(DataError, match="lacks a bracket"):
+            load(root, typo)
 
 
 def test_the_splits_that_are_there_are_told(write_coco, load):

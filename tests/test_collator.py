@@ -125,7 +125,12 @@ def test_from_files_to_batches(coco_mini, tmp_path):
         assert sizes == [tuple(size) for size in batch["labels"]["size"].tolist()]
 
 
-@pytest.mark.parametrize("boxes", [[[0.2, 0.3, 0.9, 1.0]], [[30, 20, 10, 9]], [[50, 5, 60, 9]]])
+@pytest.mark.parametrize("boxes", [[[30, 20, 10, 9]], [[50, 5, 60, 9]]])
 def test_labels_that_cannot_be_right_are_refused(collator, boxes):
     with pytest.raises(ValueError, match=r"box 0 of image 1 \(image_id 9\) has .*xyxy in pixels of pixel_values"):
         collator([item(7, 20, 40, []), item(9, 34, 40, boxes)])
+
+
+def test_a_tiny_box_of_a_large_image_passes(collator):
+    batch = collator([item(7, 800, 1067, [[0.27, 0.27, 0.8, 0.8]])])  # [1, 1, 3, 3] of 4000 x 3000 pixels
+    assert batch["labels"]["mask"].sum() == 1

@@ -202,6 +202,25 @@ def test_a_slice_of_every_kind(coco, load, tmp_path, kind):
         load(tmp_path / "set", "validation")
 
 
+def test_an_image_folder_has_the_splits_that_datasets_gives_it(coco, load, tmp_path):
+    save(coco, tmp_path / "set", "image folder")
+    shutil.copytree(tmp_path / "set" / "train", tmp_path / "set" / "valid")
+    file = tmp_path / "set" / "valid" / "metadata.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("\n".join(json.dumps({**line, "image_id": line["image_id"] + 10}) for line in lines))
+    count = len(coco)
+    for split, expected in (
+        *(("validation", count), ("all", 2 * count)),
+        *(("train+validation", 2 * count), ("train[:2]+validation[:1]", 3)),
+    ):
+        assert len(load(tmp_path / "set", split)) == expected, split
+    with pytest.raises(DataError, match=r"no split 'test'; it has train, validation"):
+        load(tmp_path / "set", "test")
+    save(coco, tmp_path / "one", "image folder")
+    (tmp_path / "one" / "train").rename(tmp_path / "one" / "images")
+    assert len(load(tmp_path / "one")) == count
+
+
 def test_metadata_is_known_by_its_content(coco, load, tmp_path):
     save(coco, tmp_path / "set", "image folder")
     file = tmp_path / "set" / "train" / "metadata.jsonl"

@@ -151,10 +151,13 @@ def test_more_than_8_bits_are_scaled_by_what_the_file_says(tmp_path, white, dtyp
     ("white", "dtype", "sample_format", "tags", "words"),
     [
         (65535, np.float32, 3, {}, "floating point values from 0 to 65535.*SMaxSampleValue"),
-        (2, np.float32, 3, {}, "floating point values from 0 to 2"),
+        (256, np.float32, 3, {}, "floating point values from 0 to 256"),
         (np.nan, np.float32, 3, {}, "floating point values from nan"),
         (1_000_000, np.int32, 2, {}, r"integers from 0 to 1e\+06.*SMaxSampleValue"),
-        (200, np.int32, 2, {}, "integers from 0 to 200"),
+        (256, np.int32, 2, {}, "integers from 0 to 256"),
+        (1, np.int32, 2, {}, "integers from 0 to 1,"),
+        (-200, np.int32, 2, {}, "integers from -200 to 0"),
+        (200, np.float32, 3, {"s_max": 0}, "floating point values from 0 to 200"),
         (3_000_000_000, np.uint32, 1, {}, "integers from"),
         (4096, np.uint16, 1, {"s_max": 4095}, "integers from 0 to 4096, but says that they are 0 to 4095"),
         (4095, np.uint16, 1, {}, "no value above 4095 of 65535"),
@@ -181,8 +184,20 @@ def test_dark_16_bit_images_are_told_from_black_ones(tmp_path):
     for values in ([[0, 4095]], [[0, 1]]):
         write_tiff(tmp_path / "dark.tif", np.stack([np.array(values, dtype=np.uint16)] * 3, -1), 16)
         for read in (load_rgb, inspect_image):
-            with pytest.raises(ImageError, match="nearly black"):
+            with pytest.raises(ImageError, match=r"nearly black.*SMaxSampleValue=65535"):
                 read(tmp_path / "dark.tif")
+        for channels in (1, 3):  # as that advises
+            array = np.stack([np.array(values, dtype=np.uint16)] * channels, -1)
+            write_tiff(tmp_path / "dark.tif", array[..., 0] if channels == 1 else array, 16, s_max=65535)
+            assert load_rgb(tmp_path / "dark.tif").getextrema()[0][1] <= 16
+
+
+@pytest.mark.parametrize(("dtype", "sample_format"), [(np.float32, 3), (np.int32, 2)])
+@pytest.mark.parametrize("white", [2, 200, 255])
+def test_values_of_8_bits_need_no_range(tmp_path, dtype, sample_format, white):
+    values = np.array([[0, 1, white]], dtype=dtype)
+    write_tiff(tmp_path / "levels.tif", values, 32, sample_format)
+    assert np.asarray(load_rgb(tmp_path / "levels.tif"))[0, :, 0].tolist() == [0, 1, white]
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"comment": b"\xff\xd8\xff\xd9"}])

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -18,6 +19,7 @@ from datasets.utils._filelock import FileLock
 from ..files import cache_explained
 
 logger = logging.getLogger(__name__)
+INFO = "dataset_info.json"
 SETTINGS = "data.cache_dir, HF_DATASETS_CACHE or HF_HOME"
 Builder = TypeVar("Builder", bound=datasets.DatasetBuilder)
 
@@ -38,7 +40,7 @@ def file_digest(path: Path) -> str:
 
 
 def open_cache(make: Callable[[], Builder], cache_dir: str | os.PathLike[str] | None) -> Builder:
-    """A builder whose cache is complete: from earlier, or made now. A damaged cache is removed and built again.
+    """A builder whose cache is complete: from earlier, or made now. A damaged cache is moved aside and built again.
 
     Processes may call this at once: all find the same damage, and the first of them repairs it.
 
@@ -49,20 +51,25 @@ def open_cache(make: Callable[[], Builder], cache_dir: str | os.PathLike[str] | 
     Raises:
         CacheError: the folder can't be made, read or written, or the disk is full.
     """
+
+    def prepare() -> Builder:
+        builder = make()
+        builder.download_and_prepare()
+        return builder
+
     root = Path(os.path.expanduser(cache_dir or datasets.config.HF_DATASETS_CACHE))
     with cache_explained(root, SETTINGS):
         try:
             builder = make()
         except Exception as error:  # a builder reads dataset_info.json at once, and fails in many ways
             folder = _cache_of(error)
-            if folder is None or not _remove_damaged(folder):
+            if folder is None:
                 raise
-            builder = make()
+            # Not damaged, another process has mended it since, or the same error comes again.
+            return prepare() if _damage(folder) is None else _build_again(folder, prepare)
         builder.download_and_prepare()
-        if _remove_damaged(Path(builder.cache_dir)):
-            builder = make()
-            builder.download_and_prepare()
-        return builder
+        folder = Path(builder.cache_dir)
+        return builder if _damage(folder) is None else _build_again(folder, prepare)
 
 
 def _cache_of(error: BaseException) -> Path | None:
@@ -74,37 +81,52 @@ def _cache_of(error: BaseException) -> Path | None:
     return None
 
 
-def _remove_damaged(folder: Path) -> bool:
-    """Remove a damaged cache. True if the cache must be built, or read, again."""
-    if _damage(folder) is None:
-        return False
-    with FileLock(f"{folder}_builder.lock"):  # the one that `datasets` holds while it builds this cache
+def _build_again(folder: Path, prepare: Callable[[], Builder]) -> Builder:
+    """Build a damaged cache again. It is kept until that has succeeded, and put back if it fails."""
+    aside = folder.with_name(f".{folder.name}.damaged")  # hidden: `datasets` looks for caches in all other folders
+    lock = f"{folder}_builder.lock"  # the one that `datasets` holds while it builds this cache
+    with FileLock(lock):
         damage = _damage(folder) if folder.is_dir() else None  # another process may have been faster
         if damage is not None:
             logger.warning("the data cache %s is damaged (%s): it is built again", folder, damage)
-            shutil.rmtree(folder)
-    return True
+            if aside.exists():  # of a process that was killed
+                shutil.rmtree(aside)
+            folder.rename(aside)
+    try:
+        builder = prepare()
+    except BaseException:
+        with FileLock(lock):
+            if damage is not None and not folder.exists():
+                aside.rename(folder)
+        raise
+    if damage is not None:
+        shutil.rmtree(aside)
+    return builder
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a cache; None if nothing is."""
+    """What is wrong with the files that a builder wrote to its cache; None if nothing is.
+
+    Others, such as the `cache-*.arrow` of some program's `map`, are that program's.
+    """
     try:
+        content = json.loads((folder / INFO).read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not content.get("splits"):
+            return f"{INFO} names no splits"
         info = datasets.DatasetInfo.from_directory(str(folder))
-        expected = sum(split.num_examples for split in info.splits.values())
-        own = {Path(file) for split in info.splits.values() for file in _files(folder, info.dataset_name, split)}
         checksums = info.download_checksums or {}
         rows = 0
-        # The others hold what was made of these, such as a selection of rows.
-        for file in sorted({*own, *folder.glob("*.arrow")}):
+        own = [name for split in info.splits.values() for name in _files(folder, info.dataset_name, split)]
+        for file in map(Path, own):
             with pa.memory_map(str(file)) as source:
-                count = sum(batch.num_rows for batch in pa.ipc.open_stream(source))
-            rows += count if file in own else 0
+                rows += sum(batch.num_rows for batch in pa.ipc.open_stream(source))
             if file.name in checksums and file_digest(file) != checksums[file.name]["checksum"]:
                 return f"{file.name} isn't what was written"
-    except Exception as error:  # whatever JSON, `datasets` and pyarrow make of nonsense
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
             raise  # not the file's content, but the right to read it, or the disk
         return f"{type(error).__name__}: {error}"[:300]
+    expected = sum(split.num_examples for split in info.splits.values())
     return None if rows == expected else f"it has {rows} of {expected} rows"
 
 

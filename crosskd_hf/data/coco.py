@@ -168,8 +168,6 @@ def read_annotations(path: Path, problems: Problems) -> tuple[list[ImageRecord],
     try:
         with path.open("rb") as file:
             content = json.load(file, object_pairs_hook=_without_segmentation)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not a JSON file: {error}") from error
     missing = [
@@ -179,6 +177,9 @@ def read_annotations(path: Path, problems: Problems) -> tuple[list[ImageRecord],
     ]
     if missing:
         raise DataError(f"{path} has no list {', '.join(missing)}: it is not a COCO instances file")
+    for record in (content, *content["categories"], *content["images"], *content["annotations"]):
+        if isinstance(record, _Repeated):
+            raise DataError(f"{path}: {record.fault}") from record.fault
     categories = _check_categories(content["categories"], path)
     images, listed = _check_images(content["images"], path, problems)
     labels = {category_id: label for label, category_id in enumerate(categories)}
@@ -199,8 +200,18 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
+class _Repeated(dict):
+    """A JSON object with a key that is there twice. Only where it is read does that matter, not in `info`."""
+
+    fault: DataError
+
+
 def _without_segmentation(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = unique_keys(pairs)
+    try:
+        record = unique_keys(pairs)
+    except DataError as error:
+        record = _Repeated(pairs)
+        record.fault = error
     # The polygons are most of COCO's 450 MB, and no detector here reads them.
     record.pop("segmentation", None)
     return record

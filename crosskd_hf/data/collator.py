@@ -102,7 +102,8 @@ def _labels(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         classes[i, : counts[i]] = item["class_labels"]
     mask, sizes = torch.arange(length) < counts[:, None], torch.tensor([item["size"] for item in items])
     names = [f"image {i} (image_id {item['image_id']})" for i, item in enumerate(items)]
-    check_labels(boxes, classes, mask, sizes, names=names)  # here, in the loader's workers, it costs no step its time
+    # Here, in the loader's workers, it costs no step its time. The boxes are known to be in pixels.
+    check_labels(boxes, classes, mask, sizes, names=names, refuse_relative=False)
     return {
         "class_labels": classes,
         "boxes": boxes,

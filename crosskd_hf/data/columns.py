@@ -177,11 +177,9 @@ def _open(path: str, split: str, config: str | None, cache_dir: str | None) -> d
             if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
                 return take_part(_from_disk(folder, base), part)
             _check_metadata(folder)
-            if there := sorted(file.parent.name for file in folder.glob(f"*/{METADATA}")):
-                if base not in there:
-                    raise DataError(no_such_split(folder, split, there))
+            if base in {file.parent.name for file in folder.glob(f"*/{METADATA}")}:
                 return take_part(_from_image_folder(folder / base, cache_dir), part)
-            path = str(folder)
+            path = str(folder)  # `datasets` knows more names of splits, such as validation for val/, and sums of them
         elif Path(path).expanduser().is_absolute() or (folder.parent.is_dir() and folder.parent != Path()):
             raise FileNotFoundError("there is no such folder")  # before the Hub is asked for it, again and again
         builder = open_cache(lambda: datasets.load_dataset_builder(path, config, cache_dir=cache_dir), cache_dir)

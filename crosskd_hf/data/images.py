@@ -181,6 +181,8 @@ def _scaled(image: Image.Image) -> Image.Image:
     found = value_range(image)
     if found is None and image.mode == "F" and 0 <= lowest <= highest <= 1:
         found = 0, 1  # what floating point images hold by custom
+    elif found is None and S_MAX_SAMPLE_VALUE not in _tags(image) and 0 <= lowest and 1 < highest <= 255:
+        found = 0, 255  # the values of 8 bits
     kind = "floating point values" if image.mode == "F" else "integers"
     if found is None:
         raise ImageError(
@@ -204,8 +206,9 @@ def _check_16_bit_channels(image: Image.Image) -> None:
     white = _first(_tags(image).get(S_MAX_SAMPLE_VALUE, FULL_16_BITS))
     if white != FULL_16_BITS:
         raise ImageError(f"has 16 bits a channel, of which {white:g} is white and not {FULL_16_BITS}: {SAVE_AGAIN}")
-    bands = zip(image.getbands(), image.getextrema(), strict=True)
-    _check_brightness(256 * max(high for band, (_, high) in bands if band != "A") + 255)
+    if S_MAX_SAMPLE_VALUE not in _tags(image):
+        bands = zip(image.getbands(), image.getextrema(), strict=True)
+        _check_brightness(256 * max(high for band, (_, high) in bands if band != "A") + 255)
 
 
 def _check_brightness(highest: int) -> None:
@@ -213,7 +216,8 @@ def _check_brightness(highest: int) -> None:
     if highest <= FULL_12_BITS:
         raise ImageError(
             f"has 16 bits a channel, but no value above {highest} of {FULL_16_BITS}: nearly black, as 12-bit values "
-            f"are when 16 bits hold them unscaled; {SAVE_AGAIN}"
+            f"are when 16 bits hold them unscaled; {SAVE_AGAIN}. If the picture is that dark, save it with 8 bits, or "
+            f"as TIFF with SMaxSampleValue={FULL_16_BITS}"
         )
 
 

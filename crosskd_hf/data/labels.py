@@ -15,6 +15,7 @@ def check_labels(
     image_sizes: Tensor,
     num_labels: int | None = None,
     names: Sequence[str] | None = None,
+    refuse_relative: bool = True,
 ) -> None:
     """Refuse boxes of another format or unit, and classes that the model doesn't have.
 
@@ -27,6 +28,7 @@ def check_labels(
         image_sizes: (N, 2) height and width of each image in the same pixels.
         num_labels: of the model; None refuses negative classes only.
         names: what messages call each image; "image 0" and so on by default.
+        refuse_relative: refuse a batch whose boxes all lie within 0..1. Tiny boxes of a resized image may, too.
 
     Raises:
         ValueError: naming the first image and box, its values, and what was expected.
@@ -36,7 +38,7 @@ def check_labels(
     sizes = image_sizes.detach().cpu().flip(-1)[:, None]  # width, height
     # Relative ones seldom begin at 0, but a box of a pixel in the upper left corner does.
     relative = mask & ((boxes >= 0) & (boxes <= 1)).all(-1)
-    if mask.any() and torch.equal(relative, mask) and (low[mask] > 0).any():
+    if refuse_relative and mask.any() and torch.equal(relative, mask) and (low[mask] > 0).any():
         fault = f"and all {int(mask.sum())} boxes of the batch lie within 0..1, as relative boxes (DETR's cxcywh) do"
         raise ValueError(_message(relative, boxes, fault, FORMAT, names))
     wrong = mask & ~(high > low).all(-1)  # NaN as well

@@ -64,7 +64,13 @@ class DetectionSplit:
 
 
 def split_and_part(name: str) -> tuple[str, str]:
-    """A split's own name and the slice of it: "train[:80%]" -> ("train", "[:80%]"); "train" -> ("train", "")."""
+    """A split's own name and the slice of it: "train[:80%]" -> ("train", "[:80%]"); "train" -> ("train", "").
+
+    Raises:
+        DataError: a bracket is missing.
+    """
+    if re.search(r"[\[\]]", re.sub(r"\[[^\[\]]*\]", "", name)):
+        raise DataError(f"the split {name!r} lacks a bracket of its slice; write it as train[:80%] or train[100:200]")
     match = re.fullmatch(r"(.+?)(\[[^\[\]]*\])", name)
     return (match[1], match[2]) if match else (name, "")
 
@@ -144,6 +150,6 @@ def keep_for_training(split: DetectionSplit, *, filter_empty: bool = True, min_i
     if len(indices) == 0:
         raise ValueError(
             f"none of the {len(split.dataset)} images is left for training: each is narrower than {min_image_side} "
-            "pixels or has no annotation; check the annotation file, or set filter_empty=False"
+            "pixels or has no annotation; check the annotation file, or set data.filter_empty=false"
         )
     return replace(split, dataset=split.dataset.select(indices.to_pylist()))
