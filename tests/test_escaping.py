@@ -15,7 +15,10 @@ HOSTILE = "a\x1b[31m\nb\u202egpj\udcff"  # colour, a line break, text turned rou
 SHOWN = r"a\x1b[31m\nb\u202egpj\udcff"
 
 
-@pytest.mark.parametrize("name", ["cat", "Ampel (gelb)", "träfik ljus", "日本\u3000語", "a\xa0b", "C:\\x", "🐈", "می\u200cشود", "👩\u200d👧"])
+@pytest.mark.parametrize(
+    "name",
+    ["cat", "Ampel (gelb)", "träfik ljus", "日本\u3000語", "a\xa0b", "C:\\x", "🐈", "می\u200cشود", "👩\u200d👧"],
+)
 def test_what_is_seen_stays(name):
     assert printable(name) == name
 

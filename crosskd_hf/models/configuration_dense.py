@@ -79,7 +79,7 @@ class DenseDetectorConfig(PreTrainedConfig):
         backbone_style (`str`): `"pytorch"`, or `"caffe"`: ResNets with the stride on each stage's first 1x1
             convolution, as the FCOS checkpoints were trained.
         drop_path_rate (`float`): stochastic depth of the backbone.
-        frozen_stages (`int`): stages that get no gradient, stem included; 0, or MMDetection's -1, freezes nothing, 1 the
+        frozen_stages (`int`): stages that get no gradient, stem included; 0 (in MMDetection -1) freezes nothing, 1 the
             stem and stage 1.
         train_batchnorm (`bool`): whether the backbone's BatchNorm scale and shift are trained.
         freeze_batchnorm_statistics (`bool`): BatchNorm keeps its pretrained mean and variance while training. False is
