@@ -11,6 +11,7 @@ import unicodedata
 SEPARATORS = "/\\"
 MARKDOWN = re.compile(r"([\\`*\[\]|])")
 FENCES = re.compile("`{3,}")
+JOINERS = "\u200c\u200d"  # shape the letters beside them: Persian words, families of emoji
 
 
 def printable(text: object, keep: str = "") -> str:
@@ -50,4 +51,4 @@ def markdown_block(text: str, language: str) -> str:
 
 
 def _is_seen(letter: str) -> bool:
-    return letter.isprintable() or unicodedata.category(letter) == "Zs"
+    return letter.isprintable() or letter in JOINERS or unicodedata.category(letter) == "Zs"

@@ -6,7 +6,9 @@ import hashlib
 import logging
 import os
 import pickle
+import re
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +39,8 @@ from .recipe import ArchitectureSection, DataSection, ModelSection, TeacherSecti
 logger = logging.getLogger(__name__)
 CACHE = Path(HF_HOME) / "crosskd_hf"
 PICKLES = (".pth", ".pt", ".pkl", ".bin", ".ckpt")
+# What a run itself writes beside a model.
+RUN_FILES = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler)\.pt|rng_state.*\.pth")
 
 
 def build_config(section: ArchitectureSection, label_names: Sequence[str]) -> DenseDetectorConfig:
@@ -201,7 +205,8 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
             f"{shown!r} is a file, but a detector is a folder with config.json and model.safetensors. "
             + _to_model(folder)
         )
-    pickles = [path for path in sorted(folder.glob("*")) if path.suffix in PICKLES] if folder.is_dir() else []
+    files = sorted(folder.glob("*")) if folder.is_dir() else []
+    pickles = [path for path in files if path.suffix in PICKLES and not RUN_FILES.fullmatch(path.name)]
     hint = f" It holds {pickles[0].name}, which isn't a model's file. {_to_model(pickles[0])}" if pickles else ""
     if folder.is_absolute() or (folder.parent != Path() and folder.parent.is_dir()):
         if not folder.is_dir():  # before the Hub is asked for it, again and again
@@ -228,8 +233,10 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, ValueError) and (problem := _foreign_type(source)):
             raise CheckpointError(f"{shown!r} can't be loaded as a detector: {problem}") from error
-        absent = "" if os.path.exists(source) else "there is no such folder here, and as a Hub id: "
         reason = without_credentials(first_line(error))
+        absent = "" if os.path.exists(source) else "there is no such folder here, and as a Hub id: "
+        if folder.is_dir() and "no file named" in reason:
+            absent = "its weights are missing: "
         raise CheckpointError(
             f"{shown!r} can't be loaded as a detector ({absent}{reason}). Give the folder of a saved model, a Hub id, "
             f"or an MMDetection .pth file.{hint if 'no file named' in reason else ''}"
@@ -270,7 +277,9 @@ def _check_config(source: str, shown: str) -> None:
             return  # loading tells what is wrong
         own = {config.model_type: config for config in CONFIGS.values()}
         if content.get("model_type") in own:
-            own[content["model_type"]].from_dict(content)
+            names = own[content["model_type"]].from_dict(content).label_names
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise ValueError(f"id2label gives several labels the same name, such as {twice[0]!r}")
     except Exception as error:  # whatever a file may hold
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{shown!r} can't be loaded as a detector (config.json: {reason})") from error
@@ -303,9 +312,12 @@ def load_processor(source: str) -> DenseDetectorImageProcessor:
             raise ValueError(f"image_processor_type is {type(processor).__name__}, which isn't this package's")
         return processor
     except Exception as error:  # whatever a file may hold
-        # transformers advises to trust the code.
-        own = "it is code of the model's own, which is never run here"
-        reason = own if "trust_remote_code" in str(error) else getattr(error, "strerror", None) or first_line(error)
+        text = getattr(error, "strerror", None) or without_credentials(first_line(error))
+        reason = f"{type(error).__name__}: {text}"
+        if isinstance(error, OSError) and not os.path.isdir(source):
+            raise CheckpointError(f"the image processor of {source!r} can't be fetched ({reason}).") from error
+        if "trust_remote_code" in str(error):  # transformers advises to trust the code
+            reason = "it is code of the model's own, which is never run here"
         raise CheckpointError(
             f"{source!r} has no image processor that can be read (preprocessor_config.json: {reason}). Save it beside "
             "the model with DenseDetectorImageProcessor.for_model(model.config).save_pretrained(...)."

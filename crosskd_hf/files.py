@@ -8,7 +8,7 @@ from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: a limit of the shell (ulimit -f)
 # How safetensors (Rust) and torch.save (C++) report a write that failed: neither raises an OSError.
-FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "inline_container", "PytorchStreamWriter")
+FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter", "unexpected pos ")
 SHARED_MEMORY = "unable to write to file </torch_"  # how torch says that /dev/shm is full
 
 

@@ -104,10 +104,10 @@ def test_drop_path_rate_is_given_to_the_model(swin):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet26"])
-@pytest.mark.parametrize("stages", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("stages", [-1, 0, 1, 2, 3, 4])
 def test_frozen_stages_of_a_resnet(stages, name):
     model = backbone(name, frozen_stages=stages)
-    stem = {"conv1", "bn1"} if stages else set()
+    stem = {"conv1", "bn1"} if stages > 0 else set()
     assert frozen(model) == stem | {f"layer{i}" for i in range(1, stages + 1)}
 
 

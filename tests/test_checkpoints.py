@@ -280,6 +280,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
         (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
         (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
         (RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:145] . PytorchStreamReader failed reading zip"), False),
         (RuntimeError("CUDA error"), False),
         (RuntimeError("unable to write to file </torch_7_8_9>: No space left on device (28)"), False),
         (OSError(errno.EACCES, "Permission denied"), False),

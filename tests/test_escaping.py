@@ -15,13 +15,17 @@ HOSTILE = "a\x1b[31m\nb\u202egpj\udcff"  # colour, a line break, text turned rou
 SHOWN = r"a\x1b[31m\nb\u202egpj\udcff"
 
 
-@pytest.mark.parametrize("name", ["cat", "Ampel (gelb)", "träfik ljus", "日本\u3000語", "a\xa0b", "C:\\x", "🐈"])
+@pytest.mark.parametrize(
+    "name",
+    ["cat", "Ampel (gelb)", "träfik ljus", "日本\u3000語", "a\xa0b", "C:\\x", "🐈", "می\u200cشود", "👩\u200d👧"],
+)
 def test_what_is_seen_stays(name):
     assert printable(name) == name
 
 
 def test_what_is_not_seen_is_escaped():
     assert printable(HOSTILE) == SHOWN
+    assert printable("\u200e\u200f\u2066\u2069") == r"\u200e\u200f\u2066\u2069"
     assert printable("\u200b\u2028\x7f\x9b\t") == r"\u200b\u2028\x7f\x9b\t"
     assert printable_lines("a\n\tb\x1b\r") == "a\n\tb\\x1b\\r"
 

@@ -343,6 +343,7 @@ def test_a_saved_model_that_was_cut_off(tmp_path, saved):
         ("nms_threshold", float("nan")),
         ("num_labels", 10**9),
         ("id2label", {"0": "cat", "2": "dog"}),
+        ("id2label", {"0": "WBC", "1": "RBC", "2": "WBC"}),
     ],
 )
 def test_a_configuration_that_cannot_be_is_named_with_its_file(tmp_path, saved, key, value):
@@ -376,6 +377,18 @@ def test_an_image_processor_that_cannot_be_is_named_with_its_file(tmp_path, save
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(CheckpointError, match=rf"bad'.*preprocessor_config.json: .*{key}"):
         load_processor(str(folder))
+
+
+def test_an_image_processor_that_cannot_be_fetched_is_not_called_damaged(tmp_path, saved, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("We couldn't connect to the server")
+
+    monkeypatch.setattr(factory.AutoImageProcessor, "from_pretrained", fail)
+    with pytest.raises(CheckpointError, match=r"someone/model'.*OSError: We couldn't connect") as raised:
+        load_processor("someone/model")
+    assert "preprocessor_config" not in str(raised.value)
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: OSError"):
+        load_processor(str(saved))
 
 
 # Weights that aren't finite -----------------------------------------------------------------------------------------
@@ -546,6 +559,17 @@ def test_pickles_in_a_folder_that_is_no_model_are_named(tmp_path):
     build_config(MODEL, LABELS).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"no file named.* holds latest\.pth.*save_pretrained"):
         load_detector(str(tmp_path), None, ())
+
+
+def test_files_of_a_run_are_not_called_a_model(tmp_path):
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_1.pth"):
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=r"no config\.json.* isn't finished"):
+        load_detector(str(tmp_path), None, ())
+    build_config(MODEL, LABELS).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"weights are missing.*model\.safetensors") as raised:
+        load_detector(str(tmp_path), None, ())
+    assert "It holds" not in str(raised.value)
 
 
 @pytest.mark.parametrize(("weights", "frozen"), [("random", 0), ("file", 1)])

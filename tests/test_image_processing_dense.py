@@ -142,6 +142,7 @@ def test_arguments_of_one_call():
         ({"max_candidates": 0}, "max_candidates is 0"),
         ({"max_candidates": 1.5}, r"max_candidates is 1\.5"),
         ({"max_detections": True}, "max_detections is True"),
+        ({"max_detections": np.float32(1.5)}, "max_detections is "),
         ({"size_divisor": 0}, "size_divisor is 0"),
         ({"size_divisor": 10**9}, "size_divisor is 1000000000"),
         ({"image_std": 0}, "image_std is 0"),
@@ -159,6 +160,21 @@ def test_arguments_of_one_call():
 def test_refused_settings(arguments, message):
     with pytest.raises(ValueError, match=message):
         DenseDetectorImageProcessor(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"score_threshold": np.float32(0.3), "nms_threshold": np.float64(0.5)},
+        {"max_detections": np.int64(10), "size": {"shortest_edge": np.int64(8), "longest_edge": 16}},
+        {"do_rescale": None, "rescale_factor": None},
+        {"do_pad": None, "size_divisor": None},
+        {"do_normalize": False, "image_mean": None, "image_std": None},
+    ],
+)
+def test_numpys_numbers_and_what_is_not_used_are_fine(arguments):
+    processor = DenseDetectorImageProcessor(**{"size": TINY, **arguments})
+    assert processor(grey(8, 8), return_tensors="pt")["pixel_mask"].sum() == 64
 
 
 def test_refused_images_and_sizes():

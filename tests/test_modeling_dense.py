@@ -166,7 +166,7 @@ def test_wrong_numbers_of_labels_are_named() -> None:
     [
         *(("backbone_style", "tensorflow"), ("fpn_extra_convs", "both"), ("head_blocks", 0), ("head_blocks", 65)),
         *(("strides", [4, 8, 16]), ("strides", [8, 16]), ("strides", [8, 16, 32, 48]), ("fpn_channels", 10**9)),
-        *(("nms_threshold", float("nan")), ("nms_threshold", 1.01), ("size_divisor", 0), ("frozen_stages", -1)),
+        *(("nms_threshold", float("nan")), ("nms_threshold", 1.01), ("size_divisor", 0), ("frozen_stages", -2)),
         *(("drop_path_rate", float("nan")), ("reg_max", 0), ("box_loss_weight", float("nan")), ("num_labels", 10**9)),
         *(("id2label", {}), ("id2label", {0: "a", 2: "b"}), ("id2label", {0: None}), ("id2label", ["a"])),
     ],
@@ -195,6 +195,7 @@ def test_configurations_of_one_detector_that_cannot_be(detector: str, field: str
 
 def test_limits_are_inclusive_and_of_fields_that_there_are() -> None:
     config = GFLConfig(nms_threshold=0.0, drop_path_rate=1.0, head_blocks=64, num_labels=3, strides=[8, 16, 32])
+    assert GFLConfig(frozen_stages=-1).frozen_stages == -1, "MMDetection's word for none"
     assert config.label_names == ["LABEL_0", "LABEL_1", "LABEL_2"]
     fields = set(DenseDetectorImageProcessor().to_dict()).union(*(vars(made()) for made in CONFIGS.values()))
     assert set(LIMITS) <= fields

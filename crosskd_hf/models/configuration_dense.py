@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import field
+from numbers import Integral, Real
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -13,7 +14,7 @@ EXTRA_CONVS = ("on_output", "on_input")
 # take hours or all memory to build.
 LIMITS = {
     "drop_path_rate": (0, 1),
-    "frozen_stages": (0, 10),
+    "frozen_stages": (-1, 10),
     "fpn_channels": (1, 4096),
     "head_channels": (1, 4096),
     "head_blocks": (1, 64),
@@ -54,7 +55,7 @@ def check_number(name: str, value: Any, whole: bool = False) -> None:
     """
     low, high = LIMITS[name]
     for item in _flat(value):
-        number = isinstance(item, int if whole else int | float) and not isinstance(item, bool)
+        number = isinstance(item, Integral if whole else Real) and not isinstance(item, bool)
         if not (number and low <= item <= high):  # NaN fails here as well
             kind = "a whole number" if whole else "a number"
             raise ValueError(f"{name} is {value!r}; it must be {kind} from {low:g} to {high:g}.")
@@ -78,7 +79,8 @@ class DenseDetectorConfig(PreTrainedConfig):
         backbone_style (`str`): `"pytorch"`, or `"caffe"`: ResNets with the stride on each stage's first 1x1
             convolution, as the FCOS checkpoints were trained.
         drop_path_rate (`float`): stochastic depth of the backbone.
-        frozen_stages (`int`): stages that get no gradient, stem included; 0 freezes nothing, 1 the stem and stage 1.
+        frozen_stages (`int`): stages that get no gradient, stem included; 0 (in MMDetection -1) freezes nothing, 1 the
+            stem and stage 1.
         train_batchnorm (`bool`): whether the backbone's BatchNorm scale and shift are trained.
         freeze_batchnorm_statistics (`bool`): BatchNorm keeps its pretrained mean and variance while training. False is
             for training from scratch, where there are none.
@@ -133,7 +135,7 @@ class DenseDetectorConfig(PreTrainedConfig):
             )
 
     def _check_labels(self, num_labels: int | None) -> None:
-        if num_labels is not None and not (isinstance(num_labels, int) and 1 <= num_labels <= MOST_LABELS):
+        if num_labels is not None and not (isinstance(num_labels, Integral) and 1 <= num_labels <= MOST_LABELS):
             raise ValueError(f"num_labels is {num_labels!r}; it must be a whole number from 1 to {MOST_LABELS}.")
         if self.id2label is None:
             return

@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import timm
@@ -111,16 +112,25 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
         self.nms_threshold = nms_threshold
         self.max_candidates = max_candidates
         self.max_detections = max_detections
-        for name in ("score_threshold", "nms_threshold", "image_mean", "image_std", "rescale_factor"):
+        for name in ("score_threshold", "nms_threshold"):
             check_number(name, getattr(self, name))
-        for name in ("max_candidates", "max_detections", "size_divisor"):
+        for name in ("max_candidates", "max_detections"):
             check_number(name, getattr(self, name), whole=True)
+        if self.rescale_factor is not None or self.do_rescale:
+            check_number("rescale_factor", self.rescale_factor)
+        if self.size_divisor is not None or self.do_pad:
+            check_number("size_divisor", self.size_divisor, whole=True)
         for name in ("do_resize", "do_rescale", "do_normalize", "do_pad", "do_flip_channel_order", "do_convert_rgb"):
-            if not isinstance(getattr(self, name), bool):
+            if not isinstance(getattr(self, name), bool | None):  # None counts as false
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
-        mean, std = self.image_mean, self.image_std
-        if not (isinstance(mean, list | tuple) and isinstance(std, list | tuple) and len(mean) == len(std)):
-            raise ValueError(f"image_mean is {mean!r}, image_std {std!r}; both must have a number for each channel.")
+        if self.do_normalize:
+            mean, std = self.image_mean, self.image_std
+            for name in ("image_mean", "image_std"):
+                check_number(name, getattr(self, name))
+            if not (isinstance(mean, list | tuple) and isinstance(std, list | tuple) and len(mean) == len(std)):
+                raise ValueError(
+                    f"image_mean is {mean!r}, image_std {std!r}; both must have a number for each channel."
+                )
         if self.do_resize:
             _check_size(self.size)
         if isinstance(self.resample, int):
@@ -307,7 +317,7 @@ def _check_size(size: SizeDict) -> None:
     """Raise ValueError for sides that images can't be resized to."""
     for side in ("shortest_edge", "longest_edge"):
         pixels = getattr(size, side)
-        if isinstance(pixels, bool) or not (isinstance(pixels, int) and 1 <= pixels <= LARGEST_SIDE):
+        if isinstance(pixels, bool) or not (isinstance(pixels, Integral) and 1 <= pixels <= LARGEST_SIDE):
             raise ValueError(
                 f"size has the {side} {pixels!r}; it must be a whole number of pixels from 1 to {LARGEST_SIDE}."
             )
