@@ -247,6 +247,8 @@ def find_recipe(name: str | Path) -> Path:
     if str(name) not in recipes:
         if path.is_dir():
             raise RecipeError(_not_a_folder(path))
+        if path.is_file():
+            raise RecipeError(f"the file {path} is no recipe: the name of one ends in .yaml or .yml.")
         raise RecipeError(f"there is no recipe {str(name)!r}. {nearest(str(name), sorted(recipes))}")
     return recipes[str(name)]
 

@@ -319,6 +319,13 @@ def test_missing_files(tmp_path):
         load_recipe(tmp_path / "folder.yaml")
 
 
+def test_a_file_that_is_no_yaml_is_no_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ff.py").touch()
+    with pytest.raises(RecipeError, match=r"file ff\.py is no recipe.*\.yaml"):
+        load_recipe("ff.py")
+
+
 def test_an_error_names_the_file(tmp_path):
     with pytest.raises(RecipeError, match=r"some.yaml can't be run:\n  - unknown key"):
         load_recipe(write(tmp_path, "model: {layers: 3}\n"))

@@ -62,9 +62,11 @@ def test_what_can_be_no_folder_is_refused(tmp_path: Path) -> None:
         (tmp_path / "link" / "run", f"link is a link to {tmp_path / 'gone'}"),
         ("", "'' names no folder"),
         (" ", "names no folder"),
+        *([("/proc/new/run", "/proc/new/run can't be made in /proc")] if Path("/proc").exists() else []),
     ):
         with pytest.raises(RecipeError, match=f"training.output_dir: .*{reason}"):
             run_folder.check_folder(str(path), "training.output_dir")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}, "nothing is left of the trial"
 
 
 def test_a_finished_runs_table_is_in_the_order_of_the_labels(tmp_path: Path) -> None:
