@@ -386,8 +386,8 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
 
         Raises:
             NonFiniteLossError: if a term or gradient was not finite since the last log, more often than
-                `skip_nonfinite_steps` allows, or fp16 overflowed in each of the last `MAX_OVERFLOWS` steps. The updates of
-                such steps were masked out; the model as it is then is saved first.
+                `skip_nonfinite_steps` allows, or fp16 overflowed in each of the last `MAX_OVERFLOWS` steps. The
+                updates of such steps were masked out; the model as it is then is saved first.
         """
         if not ({"loss", "train_loss"} & set(logs)):
             super().log(logs, start_time)
