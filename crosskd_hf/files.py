@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,8 +74,19 @@ def folder_problem(path: str) -> str | None:
         if place.is_symlink() and not place.exists():
             return f"{place} is a link to {os.readlink(place)}, which isn't there: name another folder"
         if place.exists():
-            return None if place.is_dir() else f"{place} is a file: name a folder"
+            if not place.is_dir():
+                return f"{place} is a file: name a folder"
+            return None if place == folder else _making_problem(folder, place)
     return None
+
+
+def _making_problem(folder: Path, parent: Path) -> str | None:
+    try:
+        # Tried out: permissions don't tell it, such as of /proc. Under a name that no other process has.
+        with tempfile.TemporaryDirectory(dir=parent):
+            return None
+    except OSError as error:
+        return f"{folder} can't be made in {parent} ({error.strerror}): name another folder"
 
 
 def flush_to_disk(path: Path) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
 
@@ -24,6 +24,11 @@ class LenientStream:
         with self._noting_errors():
             self._stream.write(text)
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write, or drop, each text."""
+        for line in lines:
+            self.write(line)
 
     def flush(self) -> None:
         """Hand over what is buffered, or drop it."""

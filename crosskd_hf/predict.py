@@ -128,7 +128,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-error",
         choices=("stop", "skip"),
         default="skip",
-        help="what an image that can't be read does: end the command, or be named at the end (default: skip)",
+        help="what an image that can't be read does: end the command, or be named at the end (default: skip); if it "
+        "is a SOURCE itself, not of a folder or pattern, the status is then 1",
     )
 
 
@@ -138,6 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         PredictionError: wrong arguments, no image to read, an image that can't be read (with `--on-error stop`), or
             results that can't be written. `predictions.json` is then as it was before.
+        SystemExit: with status 1, when all else is written, if an image that is a source itself was left out.
         CheckpointError: the model or its image processor can't be loaded.
     """
     _check_numbers(arguments.batch_size, arguments.workers, arguments.threshold, arguments.json_threshold)
@@ -168,7 +170,10 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"{len(counts)} images, {sum(counts)} detections, {speed:.1f} images/s")
     say(f"written to {output / RESULTS_FILE}" + (f" and {pictures}" if pictures else ""))
     if left_out:
-        print(f"{len(left_out)} of {len(paths)} images were left out:\n  " + "\n  ".join(left_out))
+        print(f"{len(left_out)} of {len(paths)} images were left out:\n  " + "\n  ".join(left_out.values()))
+    named = {os.path.abspath(Path(source).expanduser()) for source in arguments.sources}
+    if not named.isdisjoint(map(os.path.abspath, left_out)):
+        raise SystemExit(1)
 
 
 @dataclass(frozen=True)
@@ -270,15 +275,15 @@ def _write_all(
     processor: DenseDetectorImageProcessor,
     paths: Sequence[Path],
     arguments: argparse.Namespace,
-) -> tuple[list[int], list[str]]:
-    """The number of results of each written image, and the name and reason of each that was left out."""
+) -> tuple[list[int], dict[Path, str]]:
+    """The number of results of each written image, and path -> name and reason of each that was left out."""
     counts: list[int] = []
-    left_out: list[str] = []
+    left_out: dict[Path, str] = {}
 
     def leave_out(path: Path, error: ImageError) -> None:
         if arguments.on_error == "stop":
             raise _unreadable(path, error) from error
-        left_out.append(printable(f"{path} {error}"))
+        left_out[path] = printable(f"{path} {error}")
         bar.update()
 
     with writer, Progress("predict", len(paths), "images") as bar:
@@ -297,7 +302,7 @@ def _write_all(
             else:
                 bar.update()
         if not counts:  # raised in here, so that no results are written
-            raise PredictionError("none of the images could be used:\n  " + "\n  ".join(left_out))
+            raise PredictionError("none of the images could be used:\n  " + "\n  ".join(left_out.values()))
     return counts, left_out
 
 

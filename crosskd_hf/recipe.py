@@ -164,6 +164,7 @@ class Recipe:
         teacher, distillation: both or neither.
         training: fields of `DetectionTrainingArguments`, checked and cast.
         notes: what the reading changed for the overrides' sake, to be told.
+        overridden: `section.key` of each override.
     """
 
     model: ModelSection
@@ -172,6 +173,7 @@ class Recipe:
     distillation: DistillationSection | None = None
     training: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list, compare=False)
+    overridden: set[str] = field(default_factory=set, compare=False)
 
     def training_arguments(self) -> DetectionTrainingArguments:
         """The training arguments.
@@ -223,7 +225,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     overridden = {override.partition("=")[0] for override in overrides}
     notes = [] if problems else _follow_length(before, content.get("training"), overridden)
     recipe = parse_recipe(content, str(path), problems)
-    recipe.notes = notes
+    recipe.notes, recipe.overridden = notes, overridden
     return recipe
 
 
@@ -247,6 +249,8 @@ def find_recipe(name: str | Path) -> Path:
     if str(name) not in recipes:
         if path.is_dir():
             raise RecipeError(_not_a_folder(path))
+        if path.is_file():
+            raise RecipeError(f"the file {path} is no recipe: the name of one ends in .yaml or .yml.")
         raise RecipeError(f"there is no recipe {str(name)!r}. {nearest(str(name), sorted(recipes))}")
     return recipes[str(name)]
 
@@ -500,7 +504,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     parts = key.split(".")
     if not equals or len(parts) > 2 or not all(parts):
         raise RecipeError(f"override {override!r} must look like section.key=value, or section=null.")
-    value = parse_yaml(text, f"override {override!r}") if text else ""
+    value = _override_value(parts, text, override) if text else ""
     if len(parts) == 1:
         if value is not None:
             raise RecipeError(f"override {override!r}: a whole section can only be set to null.")
@@ -516,10 +520,25 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     content[parts[0]] = {**(section or {}), parts[1]: value}
 
 
+def _override_value(parts: list[str], text: str, override: str) -> Any:
+    """The YAML value; where a key takes text, what YAML reads as something else ({split}, 007, no) is that text."""
+    section_class = {**SECTIONS, "training": DetectionTrainingArguments}.get(parts[0])
+    hint = typing.get_type_hints(section_class).get(parts[1]) if section_class and len(parts) == 2 else None
+    takes_text = hint in (str, str | None)
+    try:
+        value = parse_yaml(text, f"override {override!r}")
+    except RecipeError:
+        if takes_text:
+            return text
+        raise
+    return text if takes_text and not isinstance(value, str | None) else value
+
+
 def _follow_length(before: Any, training: Any, overridden: set[str]) -> list[str]:
     """Fit milestones and warm-up to a length of training that an override changes, unless one gives them, too.
 
-    Milestones keep their place in the training. A warm-up gets shorter with it, but not longer: the published
+    A run in the output folder that was begun without that keeps what it was begun with. Else milestones keep their
+    place in the training. A warm-up gets shorter with it, but not longer: the published
     schedules of 12 and of 24 epochs have the same. One that `max_steps` would cut off gets a tenth of the updates.
 
     Args:
@@ -548,12 +567,25 @@ def _follow_length(before: Any, training: Any, overridden: set[str]) -> list[str
     if warmup >= 1:  # below 1 it is a part of all updates
         now["warmup_steps"] = steps // 10 if 0 < steps < warmup else round(warmup * min(share, 1.0))
     notes = []
+    begun = _begun_training(training.get("output_dir"))
+    same_length = begun is not None and (begun["num_train_epochs"], begun["max_steps"]) == (epochs, steps)
     for name, value in (("lr_milestones", milestones), ("warmup_steps", warmup)):
         if now[name] != value and f"training.{name}" not in overridden:
+            if same_length and begun[name] == value:
+                continue
             training[name] = now[name]
             length = f"{steps} updates" if steps > 0 else f"{epochs:g} epochs instead of {old['num_train_epochs']:g}"
             notes.append(f"training.{name} {now[name]} instead of {value}, since the training has {length}")
     return notes
+
+
+def _begun_training(output_dir: Any) -> dict[str, Any] | None:
+    """The training values that the run in a folder was begun with; None if it holds none that can be read."""
+    path = Path(str(output_dir or "trainer_output")).expanduser() / RECIPE_FILE  # transformers' own default
+    try:
+        return load_recipe(path).training_values() if path.is_file() else None
+    except (RecipeError, OSError):  # told where the folder is checked
+        return None
 
 
 def _cast_section(

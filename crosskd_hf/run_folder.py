@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import TrainerState
 
-from .checkpoints import LOCK, MARKER, NAME, checkpoint_folders
+from .checkpoints import LOCK, MARKER, NAME, checkpoint_folders, last_complete_checkpoint
 from .escaping import printable
 from .factory import weights_digest
 from .files import flush_to_disk, folder_problem, write_atomically
@@ -18,6 +18,7 @@ from .public import without_credentials
 from .recipe import RECIPE_FILE, Recipe, RecipeError, load_recipe
 
 TEACHER_FILE = "teacher.json"  # of which weights a run learns
+WEIGHTS = "model.safetensors"
 STATE_FILE = "trainer_state.json"  # written last: a run that has it beside its model is finished
 # Training arguments that don't change what is computed, so that a run can go on with other values.
 MAY_CHANGE = (
@@ -271,8 +272,34 @@ def _excerpt(names: list[str], first: int) -> str:
     return ", ".join(shown)
 
 
+def check_weights(output: Path) -> None:
+    """Say that the weights of a run that came to its end are gone, which its last complete checkpoint brings back.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if not _came_to_its_end(output) or _has_weights(output):
+        return
+    missing = f"{output} holds this run, finished, but its weights are missing ({output / WEIGHTS})"
+    checkpoint = last_complete_checkpoint(output)
+    if checkpoint is None:
+        raise RecipeError(
+            f"{missing}, and no complete checkpoint: bring the file back, or name another training.output_dir."
+        )
+    say(f"{missing}: they are made again from {checkpoint}")
+
+
+def _has_weights(output: Path) -> bool:
+    return any((output / name).is_file() for name in (WEIGHTS, f"{WEIGHTS}.index.json"))
+
+
 def is_finished(output: Path) -> bool:
-    """Whether a folder holds the model and the metrics of a run that came to its end.
+    """Whether a folder holds the model and the metrics of a run that came to its end."""
+    return _has_weights(output) and _came_to_its_end(output)
+
+
+def _came_to_its_end(output: Path) -> bool:
+    """Whether a folder holds the configuration and the metrics of a finished run.
 
     A state that can't be read, as a power cut may have left it, is none: the run goes on from its last checkpoint.
     """

@@ -42,6 +42,7 @@ from .run_folder import (
     check_labels,
     check_output,
     check_teacher,
+    check_weights,
     final_metrics,
     is_finished,
     mark_finished,
@@ -256,10 +257,11 @@ def prepare(recipe: Recipe, dry_run: bool = False, accept_changes: bool = False)
             print(f"{output} holds this run, finished; name another training.output_dir to run it again.")
             print_metrics(final_metrics(output))
         return None
+    check_weights(output)
     check_batch(recipe, output, PartialState().num_processes, accept_changes)
     with out_of_memory_explained(lambda: "student and teacher don't fit, before any image: lower the sizes of model"):
         trainer = build_trainer(recipe)
-    check_schedule(trainer)
+    check_schedule(trainer, recipe)
     if isinstance(trainer, DistillationTrainer):
         check_teacher(trainer.teacher, output, accept_changes)
     if dry_run:  # a run itself looks once the folder is claimed
@@ -273,18 +275,24 @@ def prepare(recipe: Recipe, dry_run: bool = False, accept_changes: bool = False)
     return trainer
 
 
-def check_schedule(trainer: DetectionTrainer) -> None:
+def check_schedule(trainer: DetectionTrainer, recipe: Recipe) -> None:
     """Refuse a schedule that can't be meant, once the numbers of processes and of steps are known.
 
+    A warm-up longer than the training gets a tenth of it, noted in the recipe, unless an override gives it.
+
     Raises:
-        RecipeError: the warm-up doesn't end before the training does, or the scaled learning rate is too high.
+        RecipeError: such a warm-up that an override gives, or a scaled learning rate that is too high.
     """
     args, steps = trainer.args, planned_steps(trainer)
     if args.get_warmup_steps(steps) > steps:
-        raise RecipeError(
-            f"training.warmup_steps is {args.warmup_steps:g}, but training ends after {steps} steps "
-            f"({trainer.steps_per_epoch} an epoch): lower it, such as training.warmup_steps={steps // 10}."
-        )
+        given = f"training ends after {steps} steps ({trainer.steps_per_epoch} an epoch)"
+        if "training.warmup_steps" in recipe.overridden:
+            raise RecipeError(
+                f"training.warmup_steps is {args.warmup_steps:g}, but {given}: lower it, such as "
+                f"training.warmup_steps={steps // 10}."
+            )
+        recipe.notes.append(f"training.warmup_steps {steps // 10} instead of {args.warmup_steps:g}, since {given}")
+        args.warmup_steps = steps // 10  # the saved recipe keeps its own: the same data give the same again
     if args.scaled_learning_rate > LIMITS["learning_rate"][1]:
         raise RecipeError(
             f"training.learning_rate {args.learning_rate:g} at a batch of {args.base_batch_size} is "

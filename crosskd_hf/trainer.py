@@ -386,9 +386,8 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
 
         Raises:
             NonFiniteLossError: if a term or gradient was not finite since the last log, more often than
-                `skip_nonfinite_steps` allows, or fp16 overflowed in each of the last `MAX_OVERFLOWS` steps (of a
-                shorter run, in all). The updates of such steps were masked out; the model as it is then is saved
-                first.
+                `skip_nonfinite_steps` allows, or fp16 overflowed in each of the last `MAX_OVERFLOWS` steps. The
+                updates of such steps were masked out; the model as it is then is saved first.
         """
         if not ({"loss", "train_loss"} & set(logs)):
             super().log(logs, start_time)
@@ -420,12 +419,14 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         if scaler is None:
             return
         overflows = self.monitor.overflows_in_a_row()
-        if overflows >= min(MAX_OVERFLOWS, self.state.max_steps):
+        if overflows >= MAX_OVERFLOWS:
             raise NonFiniteLossError(
                 f"the gradients overflowed fp16 in each of {overflows} steps, up to step {self.state.global_step}: "
                 f"GradScaler skipped them all, and its scale is {scaler.get_scale():g} now. Set training.bf16=true, "
                 "not training.fp16, or neither for fp32"
             )
+        if overflows >= self.state.max_steps:  # usual while the scale is being found, but worth knowing
+            logger.warning("GradScaler skipped all %d steps of this run: the weights are as they were", overflows)
 
     # Checkpoints: see `SafeSaving` ------------------------------------------------------------------------------
 

@@ -203,6 +203,9 @@ def _schedule_problems(values: Mapping[str, Any]) -> list[Problem]:
     epochs, max_steps = values["num_train_epochs"], values["max_steps"]
     if style not in WARMUP_STYLES:
         problems.append((("warmup_style",), f"warmup_style is {style!r}; it must be {' or '.join(WARMUP_STYLES)}."))
+    if max_steps == 0:
+        text = "max_steps is 0, which would be no limit: set -1 for num_train_epochs to count, or at least 1."
+        problems.append((("max_steps",), text))
     if max_steps > 0 and warmup > max_steps:
         text = f"warmup_steps is {warmup:g}, but training ends after max_steps {max_steps}: lower it; 0 is no warm-up."
         problems.append((("warmup_steps", "max_steps"), text))

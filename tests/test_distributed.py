@@ -178,6 +178,7 @@ def said_by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[di
     state = {"global_step": 3, "log_history": [{"eval_AP": 0.5, "step": 3}]}
     (root / "disk0" / "finished" / run_folder.STATE_FILE).write_text(json.dumps(state))
     (root / "disk0" / "finished" / "config.json").write_text("{}")
+    (root / "disk0" / "finished" / "model.safetensors").touch()
     run_processes(on_two_machines, (equality.free_port(), str(root)), 2)
     return root, [json.loads((root / f"said{rank}.json").read_text()) for rank in range(2)]
 

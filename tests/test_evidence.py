@@ -171,6 +171,7 @@ def finish(folder: Path) -> None:
     state = {"global_step": 1, "log_history": [{"eval_AP": 0.5, "step": 1}]}
     for name, content in (("config.json", {}), ("trainer_state.json", state)):
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    (folder / "model.safetensors").touch()
 
 
 def test_a_teacher_of_other_settings_is_refused(evidence, tmp_path, monkeypatch):

@@ -425,6 +425,15 @@ def test_broken_images_are_skipped_and_named(tmp_path: Path, saved: str, capsys)
     assert f"1 of 3 images were left out:\n  {tmp_path / 'in' / '2.png'} is an empty file" in text
 
 
+def test_a_named_file_that_is_left_out_is_a_status(tmp_path: Path, saved: str) -> None:
+    good, bad = noise(tmp_path / "1.png"), tmp_path / "2.png"
+    bad.write_bytes(b"")
+    with pytest.raises(SystemExit, match="1"):
+        command(saved, good, bad, "--output-dir", tmp_path / "out")
+    assert {row["image_id"] for row in results(tmp_path / "out")} == {1}
+    command(saved, good, tmp_path / "*.png", "--output-dir", tmp_path / "out")
+
+
 def test_stop_leaves_the_earlier_results(tmp_path: Path, saved: str) -> None:
     noise(tmp_path / "in" / "1.png")
     (tmp_path / "in" / "2.png").write_bytes(b"no image")

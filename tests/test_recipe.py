@@ -319,6 +319,13 @@ def test_missing_files(tmp_path):
         load_recipe(tmp_path / "folder.yaml")
 
 
+def test_a_file_that_is_no_yaml_is_no_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ff.py").touch()
+    with pytest.raises(RecipeError, match=r"file ff\.py is no recipe.*\.yaml"):
+        load_recipe("ff.py")
+
+
 def test_an_error_names_the_file(tmp_path):
     with pytest.raises(RecipeError, match=r"some.yaml can't be run:\n  - unknown key"):
         load_recipe(write(tmp_path, "model: {layers: 3}\n"))
@@ -381,6 +388,13 @@ def test_the_last_override_counts_and_a_value_may_have_an_equals_sign():
     assert read.data.path == "b=c"
 
 
+@pytest.mark.parametrize("text", ["{split}", "{split}/images", "007", "no", "2024-01-01"])
+def test_an_override_of_text_needs_no_quotes(text: str) -> None:
+    read = load_recipe("gfl_r50_1x", [f"data.images={text}", f"data.cache_dir={text}"])
+    assert read.data.images == read.data.cache_dir == text
+    assert load_recipe("gfl_r50_1x", ["data.images='a b'", "data.cache_dir=null"]).data.images == "a b"
+
+
 def test_sections_can_be_taken_out_and_put_in():
     plain = load_recipe("gfl_r50_crosskd", ["teacher=null", "distillation=null"])
     assert plain.teacher is plain.distillation is None
@@ -397,7 +411,7 @@ def test_sections_can_be_taken_out_and_put_in():
         (".learning_rate=1", "must look like section.key=value"),
         ("teacher=none", "can only be set to null"),
         ("model=null", "only teacher and distillation can be taken out"),
-        ("data.path=[1", "override 'data.path=[1'"),
+        ("training.lr_milestones=[1", "override 'training.lr_milestones=[1'"),
         ("trainign.seed=1", "unknown section 'trainign'. Did you mean training"),
         ("training.sede=1", "unknown key training.sede (value 1)"),
         ("training.seed=one", "training.seed: 'one' is no whole number"),
@@ -623,6 +637,22 @@ def test_the_schedule_follows_its_length(
     read.save(tmp_path / "recipe.yaml")
     again = load_recipe(tmp_path / "recipe.yaml")
     assert again == read and not again.notes, "what was resolved is not changed again"
+
+
+@pytest.mark.parametrize(
+    ("begun", "expected"),
+    [
+        (["training.lr_milestones=[8, 11]"], [8, 11]),  # as version 0.6 began it
+        ([], [16, 22]),
+        (["training.lr_milestones=[9, 11]"], [16, 22]),  # which is then told as a change
+    ],
+)
+def test_a_run_keeps_the_schedule_it_was_begun_with(tmp_path: Path, begun: list[str], expected: list[float]) -> None:
+    command = ["training.num_train_epochs=24", f"training.output_dir={tmp_path}"]
+    load_recipe("gfl_r50_1x", [*command, *begun]).save(tmp_path / "recipe.yaml")
+    assert load_recipe("gfl_r50_1x", command).training["lr_milestones"] == expected
+    longer = load_recipe("gfl_r50_1x", ["training.num_train_epochs=48", command[1]])
+    assert longer.training["lr_milestones"] == [32, 44], "another length, told as a change"
 
 
 def test_a_length_that_is_no_number_is_told_as_such() -> None:

@@ -7,7 +7,7 @@ import pytest
 from tiny import tiny_model
 
 from crosskd_hf import run_folder
-from crosskd_hf.checkpoints import MARKER
+from crosskd_hf.checkpoints import MARKER, mark_complete
 from crosskd_hf.recipe import RECIPE_FILE, Recipe, RecipeError, load_recipe
 
 
@@ -62,9 +62,11 @@ def test_what_can_be_no_folder_is_refused(tmp_path: Path) -> None:
         (tmp_path / "link" / "run", f"link is a link to {tmp_path / 'gone'}"),
         ("", "'' names no folder"),
         (" ", "names no folder"),
+        *([("/proc/new/run", "/proc/new/run can't be made in /proc")] if Path("/proc").exists() else []),
     ):
         with pytest.raises(RecipeError, match=f"training.output_dir: .*{reason}"):
             run_folder.check_folder(str(path), "training.output_dir")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}, "nothing is left of the trial"
 
 
 def test_a_finished_runs_table_is_in_the_order_of_the_labels(tmp_path: Path) -> None:
@@ -92,13 +94,31 @@ def test_a_finished_runs_table_is_in_the_order_of_the_labels(tmp_path: Path) -> 
 )
 def test_a_run_is_finished_only_with_a_whole_state(tmp_path: Path, text: str, finished: bool) -> None:
     (tmp_path / run_folder.STATE_FILE).write_text(text, encoding="utf-8")
-    assert not run_folder.is_finished(tmp_path), "there is no model"
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert not run_folder.is_finished(tmp_path), "there are no weights"
+    (tmp_path / "model.safetensors").touch()
     assert run_folder.is_finished(tmp_path) == finished
+
+
+def test_missing_weights_of_a_finished_run_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    run_folder.check_weights(tmp_path)  # not finished
+    state = {"global_step": 3, "log_history": [{"eval_AP": 0.5, "step": 3}]}
+    (tmp_path / run_folder.STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"model\.safetensors.* no complete checkpoint"):
+        run_folder.check_weights(tmp_path)
+    checkpoint(tmp_path, 3, 1, whole=False)
+    mark_complete(tmp_path / "checkpoint-3")
+    run_folder.check_weights(tmp_path)
+    assert str(tmp_path / "checkpoint-3") in capsys.readouterr().out
+    (tmp_path / "model.safetensors.index.json").touch()
+    run_folder.check_weights(tmp_path)
+    assert capsys.readouterr().out == "" and run_folder.is_finished(tmp_path)
 
 
 def test_changes_of_a_finished_run_are_refused_at_once(tmp_path: Path) -> None:
     recipe().save(tmp_path / RECIPE_FILE)
+    (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     state = {"global_step": 3, "log_history": [{"eval_AP": 0.5, "step": 3}]}
     (tmp_path / run_folder.STATE_FILE).write_text(json.dumps(state), encoding="utf-8")

@@ -118,6 +118,7 @@ def test_a_recipe_runs_and_its_resolved_copy_runs_again(recipe: Path, capsys: py
         (["training.max_steps=many"], "max_steps"),
         (["training.output_dir="], "training.output_dir"),
         (["training.learning_rate=90", "training.base_batch_size=1"], "learning_rate 90 at a batch of 1 is 180"),
+        (["training.max_steps=0"], "training.max_steps is 0"),
         (["training.max_steps=-1", "training.warmup_steps=100"], "training.warmup_steps=3"),  # 12 x 3 steps
         (["model.backbone_weights=nowhere.pth"], "model.backbone_weights nowhere.pth"),
     ],
@@ -290,6 +291,14 @@ def test_a_short_trial_takes_one_override(recipe: Path, capsys: pytest.CaptureFi
     train.main([str(recipe), "training.num_train_epochs=1", "--dry-run", f"training.output_dir={recipe.parent / 'x'}"])
     printed = capsys.readouterr().out
     assert "training.warmup_steps 2 instead of 30" in printed and "lr_milestones [0.6667, 0.9167]" in printed
+
+
+def test_a_recipes_warm_up_gets_shorter_for_small_data(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    content["training"] |= {"max_steps": -1, "warmup_steps": 500}
+    recipe.write_text(yaml.safe_dump(content))
+    train.main([str(recipe), "--dry-run"])  # 12 x 3 steps
+    assert "training.warmup_steps 3 instead of 500" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("given", "expected"), [("", "fp32"), ("bf16", "bf16, .*accelerate.*ACCELERATE_MIXED_PREC")])

@@ -428,10 +428,10 @@ def test_fp16_that_overflows_in_every_step_stops(tmp_path: Path, monkeypatch) ->
     assert (tmp_path / "run" / "checkpoint-4").is_dir()
 
 
-def test_a_short_run_of_fp16_that_took_no_step_is_an_error(tmp_path: Path) -> None:
-    assert MAX_OVERFLOWS > 3
-    with pytest.raises(NonFiniteLossError, match="fp16 in each of 3 steps"):
-        overflowing(tmp_path, bad_steps=99, max_steps=3).train()
+def test_a_short_run_of_fp16_that_took_no_step_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert MAX_OVERFLOWS > 2
+    overflowing(tmp_path, bad_steps=99, max_steps=2).train()
+    assert "skipped all 2 steps" in caplog.text
 
 
 def test_fp16_that_finds_its_scale_goes_on(tmp_path: Path, monkeypatch) -> None:
