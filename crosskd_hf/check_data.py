@@ -39,7 +39,8 @@ class Report:
         sizes: range of the box's side (square root of its area, in pixels as the model sees it) -> number.
         split: the data itself.
         entries: its rows with the hashes of their images.
-        stopped: whether training would refuse this data.
+        stopped: whether training would refuse this data because of what on_error=skip leaves out.
+        empty: whether no image is left to train on.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Report:
     split: DetectionSplit
     entries: list[Entry]
     stopped: bool
+    empty: bool
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,8 +80,10 @@ def run(arguments: argparse.Namespace) -> None:
         draw_report(r, output / f"{file_name(r.name)}.png")
         samples(r.split).save(output / f"{file_name(r.name)}_samples.png")
     say(f"\nwritten to {output}: report.txt, and for each split a chart and sample pictures")
-    if refused or any(r.stopped for r in reports):
-        raise SystemExit("training would stop at this data: mend it, or set data.on_error=skip to leave that out.")
+    unusable = refused or any(r.empty for r in reports)
+    if unusable or any(r.stopped for r in reports):
+        skip = "" if unusable else ", or set data.on_error=skip to leave that out"
+        raise SystemExit(f"training would stop at this data: mend it{skip}.")
 
 
 def report(data: DataSection, name: str, *, training: bool) -> Report:
@@ -110,9 +114,13 @@ def report(data: DataSection, name: str, *, training: bool) -> Report:
         f"square {int((widths == heights).sum())}; longest side up to "
         f"{(np.maximum(widths, heights) / np.minimum(widths, heights)).max():.1f} x the other",
     ]
+    unusable = []
     if training:
-        kept = keep_for_training(split, filter_empty=data.filter_empty, min_image_side=data.min_image_side)
-        used = len(kept.first(data.max_train_images))
+        try:
+            kept = keep_for_training(split, filter_empty=data.filter_empty, min_image_side=data.min_image_side)
+            used = len(kept.first(data.max_train_images))
+        except ValueError as error:  # no image is left
+            unusable, used = [str(error)], 0
         lines.append(f"  trained on: {used} images (filter_empty {data.filter_empty}, min_image_side "
                      f"{data.min_image_side}, max_train_images {data.max_train_images})")  # fmt: skip
     lines += ["  boxes a class:", *_table(classes)]
@@ -122,12 +130,13 @@ def report(data: DataSection, name: str, *, training: bool) -> Report:
     ]
     entries = read_entries(split)
     notes = [*split.problems.lines(stopping=False), *find_twice(data, name, entries).lines()]
-    lines.append("  problems:" if stopping or notes else "  problems: none")
-    lines += [f"  ! {line}" for line in stopping]
+    lines.append("  problems:" if stopping or unusable or notes else "  problems: none")
+    lines += [f"  ! {line}" for line in (*stopping, *unusable)]
     lines += [f"  - {line}" for line in notes]
     if missing := [n for n, count in classes.items() if not count]:
         lines.append(f"  - {len(missing)} classes have no box: {', '.join(map(printable, missing[:10]))}")
-    return Report(name, lines, classes, sizes, split, entries, stopped=bool(stopping) and data.on_error == "stop")
+    stopped = bool(stopping) and data.on_error == "stop"
+    return Report(name, lines, classes, sizes, split, entries, stopped, empty=bool(unusable))
 
 
 def compare(train: Report, evaluated: Report) -> tuple[bool, list[str]]:

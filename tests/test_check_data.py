@@ -1,5 +1,6 @@
 """`crosskd check-data` finds what no loader can call wrong: images, rows and classes that don't belong together."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from crosskd_hf import check_data
 from crosskd_hf.check_data import compare, report
 from crosskd_hf.data.load import alike, load_datasets
 from crosskd_hf.data.problems import DataError
@@ -140,7 +142,39 @@ def test_metadata_that_does_not_fit_its_images(data):
 
 
 def test_names_that_are_alike():
-    assert alike(["traffic light", "traffic_light", "cat", "CAT", "cat", "dog"]) == [
-        ["traffic light", "traffic_light"],
+    assert alike(["traffic light", "traffic_light", "cat", "CAT", "cat", "dog", "traffic-light"]) == [
+        ["traffic light", "traffic_light", "traffic-light"],
         ["cat", "CAT"],
     ]
+
+
+@pytest.fixture
+def refusal(data: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Gives what the command ends with."""
+    monkeypatch.setattr(check_data, "load_recipe", lambda *_: argparse.Namespace(data=data))
+
+    def run() -> str:
+        with pytest.raises(SystemExit) as caught:
+            check_data.run(argparse.Namespace(recipe="", overrides=[], output_dir=str(tmp_path / "out")))
+        return str(caught.value)
+
+    return run
+
+
+def test_skip_is_advised_only_where_it_helps(data, refusal, monkeypatch):
+    monkeypatch.setattr(check_data, "draw_report", lambda *_: None)  # the slow part
+    write_coco(Path(data.path), "train", [(1, "a.png", [(1, BOX)])], {1: "cat"})
+    write_coco(Path(data.path), "val", [(2, "b.png", [(1, BOX)])], {1: "dog"})
+    assert "on_error" not in refusal()
+    shutil.rmtree(data.path)
+    write_coco(Path(data.path), "train", [(1, "a.png", [(1, BOX), (5, BOX)])], {1: "cat"})
+    write_coco(Path(data.path), "val", [(2, "b.png", [(1, BOX)])], {1: "cat"})
+    assert "data.on_error=skip" in refusal()
+
+
+def test_a_training_split_without_boxes_is_reported(data, refusal, tmp_path):
+    write_coco(Path(data.path), "train", [(1, "a.png", [])], {1: "cat"})
+    write_coco(Path(data.path), "val", [(2, "b.png", [(1, BOX)])], {1: "cat"})
+    assert "on_error" not in refusal()
+    text = (tmp_path / "out" / "report.txt").read_text()
+    assert "data.filter_empty=false" in line_with(text, "  ! ") and "val: 1 images, 1 boxes" in text

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import pyarrow.compute as pc
 
+from crosskd_hf.label_names import loosely
 from crosskd_hf.recipe import DataSection
 
 from .coco import load_coco
@@ -120,10 +121,10 @@ def _missing(names: Sequence[str], other: Sequence[str]) -> list[str]:
 
 
 def alike(names: Iterable[str]) -> list[list[str]]:
-    """Groups of different class names that are the same one but for case, blanks and underscores."""
+    """Groups of different class names that are the same one but for case, blanks, underscores and hyphens."""
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
-        groups.setdefault("".join(name.replace("_", " ").split()).casefold(), []).append(name)
+        groups.setdefault(loosely(name), []).append(name)
     return [group for group in groups.values() if len(group) > 1]
 
 
