@@ -20,7 +20,7 @@ from .progress import say
 from .recipe import RECIPE_FILE, DataSection, RecipeError, load_recipe
 from .run_folder import check_folder
 from .run_log import use_run_log
-from .trainer import EVALUATION_FOLDER, DetectionTrainer
+from .trainer import EVALUATION_FOLDER, DetectionTrainer, check_classes
 from .training_args import DetectionTrainingArguments
 
 
@@ -79,6 +79,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, float]:
     split = load_split(data, arguments.split or data.val_split, limit)
     size = processor.size
     dataset = DetectionDataset(split, train=False, short_side=size["shortest_edge"], long_side=size["longest_edge"])
+    advice = f"{arguments.model} was trained on other classes. Name its own data with --data or --recipe"
+    check_classes(model, dataset, "the data", advice)
     args = DetectionTrainingArguments(
         output_dir=str(arguments.output_dir or (folder if folder.is_dir() else ".")),
         per_device_eval_batch_size=arguments.batch_size,

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import logging
 import os
@@ -9,7 +10,7 @@ import pickle
 import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -43,6 +44,17 @@ PICKLES = (".pth", ".pt", ".pkl", ".bin", ".ckpt")
 RUN_FILES = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler)\.pt|rng_state.*\.pth")
 
 
+@contextlib.contextmanager
+def _names_section(name: str) -> Iterator[None]:
+    """Put the recipe's section before the key that an error begins with."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).partition(" ")[0] in {field.name for field in dataclasses.fields(ArchitectureSection)}:
+            raise ValueError(f"{name}.{error}") from error
+        raise
+
+
 def build_config(section: ArchitectureSection, label_names: Sequence[str]) -> DenseDetectorConfig:
     """A detector's configuration from a recipe's architecture fields and the data's labels."""
     return CONFIGS[section.detector](
@@ -62,6 +74,7 @@ def build_config(section: ArchitectureSection, label_names: Sequence[str]) -> De
     )
 
 
+@_names_section("model")
 def build_model(section: ModelSection, label_names: Sequence[str]) -> DenseDetector:
     """The model a recipe trains: from a checkpoint, or new on a pretrained or random backbone.
 
@@ -162,6 +175,7 @@ def load_backbone_weights(model: DenseDetector, path: str) -> None:
     body.load_state_dict(state, strict=False)
 
 
+@_names_section("teacher")
 def load_teacher(section: TeacherSection, label_names: Sequence[str]) -> DenseDetector:
     """The teacher of a recipe.
 

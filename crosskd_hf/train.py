@@ -150,8 +150,8 @@ def describe(trainer: DetectionTrainer) -> str:
 
 def precision(trainer: DetectionTrainer) -> str:
     """The precision that a run computes in, and what chose it."""
-    mixed = trainer.accelerator.mixed_precision
-    if mixed != "no":
+    mixed = trainer.precision
+    if mixed != "fp32":
         own = getattr(trainer.args, mixed, False)
         source = f"training.{mixed}" if own else "accelerate's configuration, ACCELERATE_MIXED_PRECISION"
         return f"{mixed}, mixed with fp32 ({source})"

@@ -34,7 +34,7 @@ from .escaping import printable
 from .evaluation import CocoEvaluator
 from .factory import load_detector, weights_digest
 from .hub import HubUpload
-from .label_names import coco_spelling, near_matches, spelling_problem
+from .label_names import coco_spelling, listed, near_matches, spelling_problem
 from .memory import out_of_memory_explained
 from .models.image_processing_dense import DenseDetectorImageProcessor
 from .models.modeling_dense import DenseDetector, DenseDetectorOutput
@@ -91,7 +91,7 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         datasets = {}
         for name, data, train in (("train_dataset", train_dataset, True), ("eval_dataset", eval_dataset, False)):
             datasets[name] = _as_dataset(data, processor, train, args.seed)
-            _check_labels(model, datasets[name], name)
+            check_classes(model, datasets[name], name, "give the model id2label=split.id2label")
             if (dataset := datasets[name]) is not None:
                 check_same(f"the images and classes of {name}", (len(dataset), dataset.split.label_names))
         if args.channels_last:
@@ -125,6 +125,12 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
     def run_folder(self) -> Path:
         """Where the run writes."""
         return Path(self.args.output_dir)
+
+    @property
+    def precision(self) -> str:
+        """What it computes in, "bf16", "fp16" or "fp32": by its arguments or accelerate's own configuration."""
+        mixed = self.accelerator.mixed_precision
+        return "fp32" if mixed == "no" else mixed
 
     # Data -------------------------------------------------------------------------------------------------------
 
@@ -519,7 +525,7 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
             "images": len(split),
             **dict(zip(("short_side", "long_side"), dataset.size, strict=True)),
             **{name: getattr(processor, name) for name in names},
-            "precision": "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32",
+            "precision": self.precision,
             **({"step": self.state.global_step} if self.state.max_steps else {}),
         }
 
@@ -689,7 +695,8 @@ def _as_dataset(data, processor: DenseDetectorImageProcessor, train: bool, seed:
     )
 
 
-def _check_labels(model: DenseDetector, dataset: DetectionDataset | None, name: str) -> None:
+def check_classes(model: DenseDetector, dataset: DetectionDataset | None, name: str, advice: str) -> None:
+    """Raise ValueError, with the advice, if a data set of this name has other classes than the model."""
     if dataset is None:
         return
     mine, theirs = map(coco_spelling, (model.config.label_names, dataset.split.label_names))
@@ -697,6 +704,5 @@ def _check_labels(model: DenseDetector, dataset: DetectionDataset | None, name: 
         if near := near_matches(mine, theirs):
             raise ValueError(f"{name} and the model have {spelling_problem(near, 'model', name)}.")
         raise ValueError(
-            f"{name} has {len(theirs)} labels ({', '.join(theirs[:5])}, ...), the model {len(mine)} "
-            f"({', '.join(mine[:5])}, ...): give the model id2label=split.id2label."
+            f"{name} has {len(theirs)} labels ({listed(theirs)}), the model {len(mine)} ({listed(mine)}): {advice}."
         )

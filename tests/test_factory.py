@@ -163,8 +163,12 @@ def test_unreachable_weights_say_what_to_do(monkeypatch, error):
 
 
 def test_unknown_backbone():
-    with pytest.raises(ValueError, match="'resnet81' is no timm model"):
-        build_model(dataclasses.replace(MODEL, backbone="resnet81"), LABELS)
+    with pytest.raises(ValueError, match=r"^model\.backbone 'resnet5O' is no timm model.* resnet50\b"):
+        build_model(dataclasses.replace(MODEL, backbone="resnet5O"), LABELS)
+    with pytest.raises(ValueError, match=r"^model\.backbone 'vit_tiny_patch16_224' has maps of strides .* resnet50\b"):
+        build_model(dataclasses.replace(MODEL, backbone="vit_tiny_patch16_224"), LABELS)
+    with pytest.raises(ValueError, match=r"^teacher\.backbone 'resnet5O' is no timm model"):
+        load_teacher(teacher("random", backbone="resnet5O"), LABELS)
 
 
 # Backbone weights from a file ---------------------------------------------------------------------------------------

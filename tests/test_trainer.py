@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
+from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split, write_tiny_coco
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from crosskd_hf import DistillationSection
+from crosskd_hf import DistillationSection, cli
 from crosskd_hf import trainer as trainer_module
 from crosskd_hf.checkpoints import mark_complete
 from crosskd_hf.data.dataset import DetectionDataset
@@ -233,9 +233,31 @@ def test_labels_that_differ_are_refused(tmp_path: Path) -> None:
     model = tiny_model(id2label={0: "cat", 1: "bird"})
     with pytest.raises(ValueError, match=r"train_dataset has 2 labels \(cat, dog.*model 2 \(cat, bird"):
         DetectionTrainer(model, tiny_args(tmp_path / "run"), split, None, tiny_processor(model))
+    model = tiny_model(id2label=dict(enumerate("abcdef")))
+    with pytest.raises(ValueError, match=r"2 labels \(cat, dog\), the model 6 \(a, b, c, d, e, \.\.\.\)"):
+        DetectionTrainer(model, tiny_args(tmp_path / "run"), None, split, tiny_processor(model))
     model = tiny_model(id2label={0: "cat", 1: "Dog"})
     with pytest.raises(ValueError, match="model 'Dog', train_dataset 'dog'"):
         DetectionTrainer(model, tiny_args(tmp_path / "run"), split, None, tiny_processor(model))
+
+
+def test_evaluating_on_data_of_other_classes_says_which_data_to_name(tmp_path: Path) -> None:
+    write_tiny_coco(tmp_path / "data", 1, "val")
+    model = tiny_model(id2label={0: "newt", 1: "bird"})
+    model.save_pretrained(tmp_path / "model")
+    tiny_processor(model).save_pretrained(tmp_path / "model")
+    command = ["evaluate", str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--split", "val"]
+    with pytest.raises(SystemExit, match=r"\(cat, dog\).*\(newt, bird\).*model was trained on .*--data") as raised:
+        cli.main(command)
+    assert "id2label" not in str(raised.value)
+
+
+def test_the_precision_of_metrics_is_that_of_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split, model = tiny_split(tmp_path / "data", 1), tiny_model()
+    for setting, written in (("no", "fp32"), ("bf16", "bf16")):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", setting)
+        trainer = DetectionTrainer(model, tiny_args(tmp_path / "run"), None, split, tiny_processor(model))
+        assert trainer._evaluation_settings(trainer.eval_dataset)["precision"] == written
 
 
 def test_a_teacher_that_does_not_fit_is_refused_before_data_is_read(tmp_path: Path) -> None:

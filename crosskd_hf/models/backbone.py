@@ -1,5 +1,6 @@
 """A timm feature extractor as the backbone of a detector."""
 
+import difflib
 from collections.abc import Iterator
 
 import timm
@@ -88,7 +89,7 @@ class Backbone(nn.Module):
 def _create_body(config: DenseDetectorConfig, pretrained: bool) -> nn.Module:
     name = config.backbone
     if not timm.is_model(name.split(".")[0]):
-        close = timm.list_models(f"*{name.split('.')[0][:5]}*")[:5]
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5)
         raise ValueError(f"backbone {name!r} is no timm model. Close names: {', '.join(close) or 'none'}.")
     options: dict = {"strict_img_size": False, "always_partition": True} if is_swin(name) else {}
     # Given even if 0: some models have a rate of their own (Swin 0.1). Others don't know the word.
@@ -108,7 +109,10 @@ def _create_body(config: DenseDetectorConfig, pretrained: bool) -> nn.Module:
     reductions = body.feature_info.reduction()
     missing = [stride for stride in STRIDES if stride not in reductions]
     if missing:
-        raise ValueError(f"backbone {name!r} has maps of strides {reductions}; strides {missing} are missing.")
+        raise ValueError(
+            f"backbone {name!r} has maps of strides {reductions}; strides {missing} are missing: use one "
+            "that has them, such as resnet50."
+        )
     return body
 
 
