@@ -40,8 +40,8 @@ def test_a_reader_that_has_had_enough_is_no_error(pipe: int, capsys: pytest.Capt
     steps = 0
     with lenient_output():
         for _ in range(3):
-            print("a line", flush=True)
             sys.stdout.writelines(["a line\n"] * 10_000)  # more than the buffer takes
+            print("a line", flush=True)
             steps += 1
         print("left in the buffer")
     sys.stdout.flush()  # as Python does at its end
