@@ -117,7 +117,8 @@ class Step:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         student = student.train().to(device=device, memory_format=layout)
         given = teacher.eval().requires_grad_(False).to(device=device, memory_format=layout)
-        teacher = prepare_teacher(given).to(device=device, memory_format=layout)
+        dtype = torch.bfloat16 if precision == "bf16" else None
+        teacher = prepare_teacher(given, dtype=dtype).to(device=device, memory_format=layout)
         settings = resolve_settings(DistillationSection(), teacher)
         height, width = size
         padded = padded_number(boxes)

@@ -12,7 +12,7 @@ from .backbone import Backbone, batchnorms
 
 logger = logging.getLogger(__name__)
 
-PROBE_SIDE = 64  # pixels
+PROBE_SIDE = 96  # pixels; Inception needs 75
 TOLERANCE = 1e-6  # of a map's largest value; rounding alone stays far below
 
 
@@ -28,6 +28,8 @@ def fold_batchnorms(backbone: Backbone) -> Backbone:
         backbone: in evaluation mode. It is left as it is.
     """
     total = len(list(batchnorms(backbone)))
+    if not total:
+        return backbone
     weight = next(backbone.parameters())
     # On the CPU and in double precision, so that every machine finds the same: a GPU's TF32 is off by more than 1e-3.
     folded = copy.deepcopy(backbone).to("cpu", torch.float64)
