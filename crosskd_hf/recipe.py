@@ -528,7 +528,7 @@ def _override_value(parts: list[str], text: str, override: str) -> Any:
     try:
         value = parse_yaml(text, f"override {override!r}")
     except RecipeError:
-        if takes_text:
+        if takes_text and not text.lstrip().startswith("!"):  # a tag asks for an object
             return text
         raise
     return text if takes_text and not isinstance(value, str | None) else value

@@ -196,8 +196,8 @@ def test_deep_images_are_read_as_in_training(tmp_path):
     with Image.open(tmp_path / "deep.png") as image:
         assert torch.equal(processor(image)["pixel_values"], expected)
     assert torch.equal(processor(str(tmp_path / "deep.png"))["pixel_values"], expected)
-    with pytest.raises(ImageError, match="floating point values from 0 to 9"):
-        processor(Image.fromarray(np.array([[0, 9]], np.float32)))
+    with pytest.raises(ImageError, match="floating point values from 0 to 900"):
+        processor(Image.fromarray(np.array([[0, 900]], np.float32)))
 
 
 def test_grey_level_statistics_are_not_rescaled(caplog):
