@@ -22,7 +22,7 @@ from torch import distributed as dist
 from torch import nn
 from transformers.training_args import OptimizerNames
 
-from .files import SHARED_MEMORY, flush_to_disk, is_disk_full, write_atomically
+from .files import SHARED_MEMORY, flush_to_disk, is_disk_full, sha256, write_atomically
 from .training_args import DetectionTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ MARKER = "complete.json"
 REMOVING = "removing.json"  # what the marker of a checkpoint is renamed to before its files go
 LOCK = "_lock"  # names with an underscore aren't pushed to the Hub
 NAME = re.compile(r"checkpoint-(\d+)")
-CHUNK = 1 << 22  # bytes
 DISK_FULL = "the disk is full"
 
 
@@ -83,19 +82,6 @@ def replace_file(folder: Path, name: str, text: str) -> None:
     write_atomically(folder / MARKER, json.dumps({"files": both}, indent=1))
     write_atomically(folder / name, text)
     write_atomically(folder / MARKER, json.dumps({"files": {**files, name: new}}, indent=1))
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file.
-
-    Raises:
-        OSError: it can't be read.
-    """
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def damage(folder: Path) -> str | None:

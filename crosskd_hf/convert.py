@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .label_names import coco_spelling
+from .label_names import coco_spelling, listed
 from .models.modeling_dense import DenseDetector
 from .models.swin import merge_order
 
@@ -145,10 +145,9 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
     """
     wrong = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if wrong:
-        names = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
         raise CheckpointError(
-            f"{source} holds NaN or infinity in {len(wrong)} of {len(state)} tensors: {names}. It is damaged, or of a "
-            "run that diverged: fetch it again, or take an earlier checkpoint."
+            f"{source} holds NaN or infinity in {len(wrong)} of {len(state)} tensors: {listed(wrong, 3)}. It "
+            "is damaged, or of a run that diverged: fetch it again, or take an earlier checkpoint."
         )
 
 

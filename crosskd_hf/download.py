@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .convert import CheckpointError
-from .files import cache_explained, write_atomically
+from .files import cache_explained, sha256, write_atomically
 from .progress import Progress
 from .public import public_url, without_credentials
 
@@ -36,13 +36,10 @@ def check_hash(path: str | Path) -> None:
     promised = hash_in(path.name)
     if promised is None:
         return
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if not digest.hexdigest().startswith(promised):
+    digest = sha256(path)
+    if not digest.startswith(promised):
         raise CheckpointError(
-            f"{path} has SHA-256 {digest.hexdigest()[: len(promised)]}..., but its name promises {promised}: the "
+            f"{path} has SHA-256 {digest[: len(promised)]}..., but its name promises {promised}: the "
             "download is damaged or the file was changed. Delete it and fetch it again."
         )
 

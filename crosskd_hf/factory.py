@@ -28,7 +28,7 @@ from .convert import (
     read_checkpoint,
 )
 from .download import check_hash, fetch
-from .files import cache_explained
+from .files import cache_explained, sha256
 from .label_names import COCO_CLASSES, coco_spelling, loosely, near_matches, spelling_problem
 from .models import CONFIGS, MODELS
 from .models.configuration_dense import DenseDetectorConfig
@@ -347,8 +347,7 @@ def converted(path: Path, section: ArchitectureSection, label_names: Sequence[st
     state, names = read_checkpoint(path)
     config = build_config(section, names or label_names)
     key = hashlib.sha256(config.to_json_string(use_diff=False).encode())
-    with open(path, "rb") as file:
-        key.update(hashlib.file_digest(file, "sha256").digest() if hasattr(hashlib, "file_digest") else file.read())
+    key.update(bytes.fromhex(sha256(path)))
     folder = CACHE / "converted" / f"{path.stem}-{key.hexdigest()[:16]}"
     if (folder / "config.json").is_file():
         return folder

@@ -155,7 +155,7 @@ def describe_model(
         latency_ms=1000 * statistics.median(seconds),
         peak_memory_mb=1000 * max(0.0, peak),
         device=_device_name(model.device),
-        labels=[model.config.id2label[label] for label in range(model.config.num_labels)],
+        labels=model.config.label_names,
         origin=_origin(model, source),
         metrics=metrics,
         evaluation=evaluation,

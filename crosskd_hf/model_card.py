@@ -352,7 +352,7 @@ def _results(facts: CardFacts) -> str:
 
 
 def _labels(config: DenseDetectorConfig) -> str:
-    names = [markdown_code(config.id2label[i]) for i in range(config.num_labels)]
+    names = [markdown_code(name) for name in config.label_names]
     text = ", ".join(names)
     if len(names) > 20:
         text = f"<details><summary>{len(names)} labels</summary>\n\n{text}\n\n</details>"

@@ -11,7 +11,6 @@ from .escaping import printable
 from .factory import weights_digest
 from .files import flush_to_disk, folder_problem, write_atomically
 from .hub import UPLOADED
-from .models.configuration_dense import DenseDetectorConfig
 from .models.modeling_dense import DenseDetector
 from .progress import say
 from .public import without_credentials
@@ -249,7 +248,7 @@ def check_labels(model: DenseDetector, checkpoint: str | None) -> None:
     """
     if checkpoint is None:
         return
-    before, now = (_labels(config) for config in (type(model.config).from_pretrained(checkpoint), model.config))
+    before, now = type(model.config).from_pretrained(checkpoint).label_names, model.config.label_names
     if before == now:
         return
     pairs = enumerate(zip(before, now, strict=False))
@@ -259,10 +258,6 @@ def check_labels(model: DenseDetector, checkpoint: str | None) -> None:
         f"{checkpoint} was trained on {texts[0]}, the data has {texts[1]}: it can't go on with other classes, or the "
         "same in another order. Name another training.output_dir, or bring the data's classes back."
     )
-
-
-def _labels(config: DenseDetectorConfig) -> list[str]:
-    return [config.id2label[label] for label in range(config.num_labels)]
 
 
 def _excerpt(names: list[str], first: int) -> str:

@@ -56,8 +56,14 @@ from .training_args import LIMITS
 # What ends in one message while a run is built, and while it trains. Other errors there keep their tracebacks.
 USER_ERRORS = (RecipeError, CheckpointError, OSError, OutOfMemoryError, ValueError)
 RUN_ERRORS = (
-    *(CheckpointError, DataError, FolderInUseError, NonFiniteLossError),
-    *(OSError, OutOfMemoryError, RecipeError, UnicodeEncodeError),
+    CheckpointError,
+    DataError,
+    FolderInUseError,
+    NonFiniteLossError,
+    OSError,
+    OutOfMemoryError,
+    RecipeError,
+    UnicodeEncodeError,
 )
 
 

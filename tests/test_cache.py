@@ -158,7 +158,7 @@ def test_a_cache_that_may_not_be_read_is_not_called_damaged(load, tmp_path, monk
     def refuse(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(file))
 
-    monkeypatch.setattr(cache, "file_digest", refuse)
+    monkeypatch.setattr(cache, "sha256", refuse)
     with pytest.raises(CacheError, match=rf"{tmp_path / 'cache'} can't be used .*{file.name}: Permission denied"):
         load()
     assert file.exists() and not caplog.text

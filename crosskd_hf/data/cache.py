@@ -1,7 +1,6 @@
 """The Arrow caches of `datasets`: a damaged one is named and built again; one that can't be written is explained."""
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ import pyarrow as pa
 from datasets.naming import filenames_for_dataset_split
 from datasets.utils._filelock import FileLock
 
-from ..files import cache_explained
+from ..files import cache_explained, sha256
 
 logger = logging.getLogger(__name__)
 INFO = "dataset_info.json"
@@ -29,14 +28,8 @@ class CheckedBuilder(datasets.GeneratorBasedBuilder):
 
     def _save_info(self) -> None:
         files = Path(self._output_dir).glob("*.arrow")
-        self.info.download_checksums = {file.name: {"checksum": file_digest(file)} for file in files}
+        self.info.download_checksums = {file.name: {"checksum": sha256(file)} for file in files}
         super()._save_info()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content: what an annotation or cache file is known by."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_cache(make: Callable[[], Builder], cache_dir: str | os.PathLike[str] | None) -> Builder:
@@ -120,7 +113,7 @@ def _damage(folder: Path) -> str | None:
         for file in map(Path, own):
             with pa.memory_map(str(file)) as source:
                 rows += sum(batch.num_rows for batch in pa.ipc.open_stream(source))
-            if file.name in checksums and file_digest(file) != checksums[file.name]["checksum"]:
+            if file.name in checksums and sha256(file) != checksums[file.name]["checksum"]:
                 return f"{file.name} isn't what was written"
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):

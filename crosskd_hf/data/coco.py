@@ -11,7 +11,8 @@ from typing import Any
 
 import datasets
 
-from .cache import CheckedBuilder, file_digest, open_cache
+from ..files import sha256
+from .cache import CheckedBuilder, open_cache
 from .problems import DataError, Kind, Problems
 from .records import ImageRecord, ObjectRecord, arrow_row, cache_note, check_records, read_cache_note
 from .split import SPLIT_NAME, DetectionSplit, detection_features, no_such_split, split_and_part
@@ -112,7 +113,7 @@ def load_coco(
     if not image_dir.is_dir():
         raise FileNotFoundError(f"image folder {image_dir} does not exist; {hint}")
 
-    fingerprint = file_digest(annotation_file)
+    fingerprint = sha256(annotation_file)
     if on_error == "skip":  # images that were left out may be put right later
         fingerprint += f"-{files_hash(image_dir)}"
     builder = open_cache(

@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..escaping import printable
-from ..files import CacheError
+from ..files import CacheError, sha256
 from ..image_files import IMAGE_EXTENSIONS
 from ..strict import nearest
-from .cache import CheckedBuilder, file_digest, open_cache
+from .cache import CheckedBuilder, open_cache
 from .coco import LARGEST_INTEGER, files_hash, leaves_folder, unique_keys
 from .images import ImageSource
 from .problems import DataError, Kind, Problems
@@ -217,7 +217,7 @@ def _from_image_folder(folder: Path, cache_dir: str | None) -> datasets.Dataset:
     """The rows of a `metadata.jsonl`. An image that isn't there is one that can't be read, found later with others."""
     file = folder / METADATA
     # The name is a part of the cache's: `datasets` itself knows a file by its time of modification.
-    name = f"metadata-{file_digest(file)[:16]}"
+    name = f"metadata-{sha256(file)[:16]}"
     builder = open_cache(
         lambda: datasets.load_dataset_builder("json", name, data_files=str(file), cache_dir=cache_dir), cache_dir
     )

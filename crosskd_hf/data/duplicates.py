@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from ..files import sha256
 from ..progress import Progress
-from .cache import file_digest
 from .problems import Kind, Problems
 from .split import DetectionSplit
 
@@ -47,7 +46,7 @@ def _entry(row: Mapping[str, Any]) -> Entry:
     name = f"{row['file_name']} (image id {row['image_id']})"
     boxes = [(label, *box) for label, box in zip(objects["category"], objects["bbox"], strict=True)]
     if content is None:
-        return Entry(name, file_digest(Path(path)), os.path.realpath(path), boxes)
+        return Entry(name, sha256(path), os.path.realpath(path), boxes)
     return Entry(name, hashlib.sha256(content).hexdigest(), None, boxes)
 
 

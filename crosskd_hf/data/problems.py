@@ -48,7 +48,7 @@ class Kind(Enum):
     @property
     def stops(self) -> bool:
         """Whether the data can't be used with it (unless it is left out), or it is only worth knowing."""
-        return self not in KNOWN_ONLY
+        return self not in NOT_STOPPING
 
     def describe(self, count: int, examples: list[str]) -> str:
         """Count, kind, examples and advice in one line."""
@@ -57,9 +57,17 @@ class Kind(Enum):
         return f"{count} x {thing} {what} ({advice}): {shown}"
 
 
-KNOWN_ONLY = (
-    *(Kind.BOX_EMPTY, Kind.AREA, Kind.BOX_OUTSIDE, Kind.BOX_EDGE),
-    *(Kind.FILE_TWICE, Kind.ROW_TWICE, Kind.CONTENT_TWICE, Kind.IN_BOTH, Kind.BOX_TWICE, Kind.NO_ROW),
+NOT_STOPPING = (
+    Kind.BOX_EMPTY,
+    Kind.AREA,
+    Kind.BOX_OUTSIDE,
+    Kind.BOX_EDGE,
+    Kind.FILE_TWICE,
+    Kind.ROW_TWICE,
+    Kind.CONTENT_TWICE,
+    Kind.IN_BOTH,
+    Kind.BOX_TWICE,
+    Kind.NO_ROW,
 )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..label_names import coco_spelling, near_matches, spelling_problem
+from ..label_names import coco_spelling, listed, near_matches, spelling_problem
 from ..models.configuration_dense import DenseDetectorConfig
 from ..models.image_processing_dense import DenseDetectorImageProcessor, pixel_style
 from ..models.modeling_dense import DenseDetector, DenseDetectorOutput, Predictions, Priors
@@ -196,8 +196,7 @@ def _shared_labels(
         problems.append(spelling_problem(near, "student", "teacher"))
         return None, []
     shared = [name for name in mine if name in theirs]
-    known = f"student {', '.join(mine[:5])}{', ...' if len(mine) > 5 else ''}; teacher {', '.join(theirs[:5])}"
-    known += ", ..." if len(theirs) > 5 else ""
+    known = f"student {listed(mine)}; teacher {listed(theirs)}"
     if not shared:
         problems.append(
             f"label names, none of which both know ({known}): train the teacher on the student's data first, with "
