@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForObjectDetection
 
 import crosskd_hf  # noqa: F401 - registers the detectors
-from crosskd_hf.checkpoints import MARKER
 from crosskd_hf.distillation.adapters import ADAPTERS_FILE, ATTRIBUTE
-from crosskd_hf.run_folder import STATE_FILE
+from crosskd_hf.recipe.sections.run_folder import STATE_FILE
+from crosskd_hf.training.checkpoints import MARKER
 
 WARMUP_STEPS = 10
 MIN_STEPS = 20
@@ -91,7 +91,7 @@ def write_ten_classes(data: Path, folder: Path) -> Path:
 
 def command(recipe: Path, overrides: list[str]) -> list[str]:
     """A training by the command line."""
-    return [sys.executable, "-m", "crosskd_hf.train", str(recipe), *overrides]
+    return [sys.executable, "-m", "crosskd_hf", "train", str(recipe), *overrides]
 
 
 def train(words: list[str], log: Path) -> None:

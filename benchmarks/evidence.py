@@ -3,7 +3,7 @@
     python benchmarks/evidence.py benchmarks/evidence/shapes.yaml
     python benchmarks/evidence.py benchmarks/evidence/shapes.yaml --results benchmarks/evidence/shapes --summary
 
-One run at a time, each an ordinary `python -m crosskd_hf.train`, so that the same command goes on where it was
+One run at a time, each an ordinary `python -m crosskd_hf train`, so that the same command goes on where it was
 interrupted, in the middle of a run too. A finished run leaves a JSON in the results folder; one whose JSON is there is
 not run again. The second command draws tables and curves from the committed results, without training.
 
@@ -33,10 +33,10 @@ from pathlib import Path
 import torch
 import yaml
 
-from crosskd_hf.files import write_atomically
-from crosskd_hf.plots import new_figure, save_figure
-from crosskd_hf.recipe import SECTIONS, Recipe, RecipeError, load_recipe
-from crosskd_hf.run_folder import STATE_FILE, check_output, is_finished
+from crosskd_hf.recipe.sections import SECTIONS, Recipe, RecipeError, load_recipe
+from crosskd_hf.recipe.sections.run_folder import STATE_FILE, check_output, is_finished
+from crosskd_hf.utils.files import write_atomically
+from crosskd_hf.utils.plots import new_figure, save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 # Two-sided 95% quantiles of Student's t by degrees of freedom.
@@ -69,7 +69,7 @@ class Run:
     needs: "Run | None" = None
 
     def arguments(self) -> list[str]:
-        """The words after `python -m crosskd_hf.train`."""
+        """The words after `python -m crosskd_hf train`."""
         return [self.recipe, *self.overrides, f"training.output_dir={self.folder}"]
 
     def resolved(self) -> Recipe:
@@ -213,7 +213,7 @@ def make(run: Run, results: Path, threads: int, weights: bool = False) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     environment.pop("MKL_NUM_THREADS", None)
     with open(run.folder.with_name(f"{run.name}.log"), "a", encoding="utf-8") as log:
-        command = [sys.executable, "-m", "crosskd_hf.train", *run.arguments()]
+        command = [sys.executable, "-m", "crosskd_hf", "train", *run.arguments()]
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT).returncode
     if code:
         raise EvidenceError(f"{run.name} ended with {code}; see {log.name}")

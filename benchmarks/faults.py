@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from crosskd_hf.checkpoints import DISK_FULL, MARKER, checkpoint_folders, newest_complete, step_of
+from crosskd_hf.training.checkpoints import DISK_FULL, MARKER, checkpoint_folders, newest_complete, step_of
 
 DISK_MB = 700  # a little more than the checkpoints of the small run
 DAMAGES = ("cut", "bit", "gone")  # in turn
@@ -157,7 +157,7 @@ def _is_rank(pid: int) -> bool:
     except OSError:
         return False
     ranked = any(word.startswith(b"LOCAL_RANK=") for word in environment)
-    return ranked and b"crosskd_hf.train" in words and b"accelerate.commands.launch" in parent_words
+    return ranked and b"crosskd_hf" in words and b"accelerate.commands.launch" in parent_words
 
 
 # Faults. Each ends a run and tells how it took that ---------------------------------------------------------------

@@ -10,9 +10,8 @@ from gpu_options import Checks, Options
 from torch import Tensor
 from torch.nn import functional as F
 
-from crosskd_hf import losses
 from crosskd_hf.distillation import alignment
-from crosskd_hf.models import head
+from crosskd_hf.models import head, losses
 
 BARS = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest value
 LEVELS = ((12, 20), (6, 10), (3, 5), (1, 1))

@@ -33,10 +33,10 @@ from crosskd_hf.data.split import DetectionSplit, keep_for_training
 from crosskd_hf.distillation.objective import prepare_teacher
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.backbone import batchnorms
-from crosskd_hf.models.modeling_dense import DenseDetector
-from crosskd_hf.run_folder import STATE_FILE, is_finished
-from crosskd_hf.trainer import DistillationTrainer
-from crosskd_hf.training_args import DetectionTrainingArguments
+from crosskd_hf.models.base import DenseDetector
+from crosskd_hf.recipe.sections.run_folder import STATE_FILE, is_finished
+from crosskd_hf.training.arguments import DetectionTrainingArguments
+from crosskd_hf.training.trainer import DistillationTrainer
 
 sys.path.insert(0, str(ROOT / "tests"))
 from golden_cases import GoldenCase

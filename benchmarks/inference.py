@@ -18,8 +18,8 @@ import torch
 from reporting import add_output, finish, median_with_interval
 
 from crosskd_hf.models import CONFIGS, MODELS
-from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor
-from crosskd_hf.models.modeling_dense import DenseDetector, DenseDetectorOutput
+from crosskd_hf.models.base import DenseDetector, DenseDetectorOutput
+from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
 
 PAIRS = 1000  # an image
 

@@ -30,8 +30,8 @@ from crosskd_hf.data.collator import DetectionCollator
 from crosskd_hf.data.dataset import DetectionDataset
 from crosskd_hf.data.sampler import OrientationBatchSampler, SampleKey
 from crosskd_hf.data.split import DetectionSplit, annotation_features, keep_for_training
-from crosskd_hf.data.transforms import resized_size
-from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor
+from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
+from crosskd_hf.utils.images import resized_size
 
 SIDES = (800, 1333)
 COLLATOR = DetectionCollator(DenseDetectorImageProcessor(), normalize=False)

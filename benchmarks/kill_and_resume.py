@@ -46,10 +46,10 @@ from PIL import Image
 from reporting import commit
 from safetensors.torch import load_file
 
-from crosskd_hf.checkpoints import MARKER, checkpoint_folders
-from crosskd_hf.files import write_atomically
-from crosskd_hf.recipe import load_recipe
-from crosskd_hf.run_folder import is_finished
+from crosskd_hf.recipe.sections import load_recipe
+from crosskd_hf.recipe.sections.run_folder import is_finished
+from crosskd_hf.training.checkpoints import MARKER, checkpoint_folders
+from crosskd_hf.utils.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"detector": "gfl", "backbone": "resnet18", "fpn_channels": 64, "head_channels": 64}
@@ -129,7 +129,7 @@ def write_recipe(folder: Path, steps: int, workers: int, seed: int) -> Path:
 
 def command(recipe: Path, output: Path, processes: int) -> list[str]:
     """What a user would type, with a free port for the processes to meet."""
-    train = ["-m", "crosskd_hf.train", str(recipe), f"training.output_dir={output}"]
+    train = ["-m", "crosskd_hf", "train", str(recipe), f"training.output_dir={output}"]
     if processes == 1:
         return [sys.executable, *train]
     with socket.socket() as probe:

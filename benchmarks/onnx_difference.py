@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from crosskd_hf.data.images import load_rgb
-from crosskd_hf.export import Runner, compare, detections, export_detector, load_exported
-from crosskd_hf.image_files import find_images
+from crosskd_hf.inference.export import Runner, compare, detections, export_detector, load_exported
+from crosskd_hf.inference.image_files import find_images
 from crosskd_hf.models import CONFIGS, MODELS, DenseDetector
-from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor
+from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
+from crosskd_hf.utils.images import load_rgb
 
 LABELS = 80
 

@@ -35,7 +35,7 @@ def first_step(recipe: str, side: int, batch: int, overrides: tuple[str, ...], c
             *("training.logging_steps=1", "training.eval_strategy=no", "training.save_strategy=no"),
             f"training.use_cpu={'true' if cpu else 'false'}",
         ]
-        command = [sys.executable, "-m", "crosskd_hf.cli", "train", recipe, *values, *overrides, "--quiet"]
+        command = [sys.executable, "-m", "crosskd_hf", "train", recipe, *values, *overrides, "--quiet"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         history = json.loads((Path(folder) / "run" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return next(entry for entry in history if "loss" in entry)

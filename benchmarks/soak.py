@@ -26,10 +26,10 @@ from faults import descendants, ends, kill_all, last_step, steps_logged
 from kill_and_resume import start, write_noise_coco, write_recipe
 from reporting import commit, machine
 
-from crosskd_hf.checkpoints import checkpoint_folders
-from crosskd_hf.files import write_atomically
-from crosskd_hf.plots import new_figure, save_figure
-from crosskd_hf.recipe import load_recipe
+from crosskd_hf.recipe.sections import load_recipe
+from crosskd_hf.training.checkpoints import checkpoint_folders
+from crosskd_hf.utils.files import write_atomically
+from crosskd_hf.utils.plots import new_figure, save_figure
 
 KEPT = 2  # save_total_limit
 OVERRIDES = ("training.max_steps=10000000", "training.save_steps=100", "training.eval_steps=150")

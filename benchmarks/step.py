@@ -32,8 +32,8 @@ from crosskd_hf.distillation.objective import distillation_losses, prepare_teach
 from crosskd_hf.distillation.pairing import Pairing, pair_up
 from crosskd_hf.distillation.settings import DistillationSettings, resolve_settings
 from crosskd_hf.models import CONFIGS, MODELS
-from crosskd_hf.models.modeling_dense import DenseDetector
-from crosskd_hf.recipe import DistillationSection
+from crosskd_hf.models.base import DenseDetector
+from crosskd_hf.recipe.sections import DistillationSection
 
 SYNCS = ("_local_scalar_dense", "nonzero", "unique", "masked_select")
 

@@ -133,11 +133,18 @@ class Bench:
     def train(self, output: Path, disks: tuple[Path | None, Path | None] = (None, None)) -> "Started":
         """A run."""
         values = [f"training.output_dir={output}", f"training.save_steps={SAVE_STEPS}", "training.eval_strategy=no"]
-        return self.start(["-m", "crosskd_hf.train", str(self.folder / "recipe.yaml"), *values], disks)
+        return self.start(["-m", "crosskd_hf", "train", str(self.folder / "recipe.yaml"), *values], disks)
 
     def evaluate(self, model: Path, disks: tuple[Path | None, Path | None] = (None, None)) -> "Started":
         """An evaluation, to `folder/evaluated`."""
-        words = ["-m", "crosskd_hf.cli", "evaluate", str(model), "--output-dir", str(self.folder / "evaluated")]
+        words = [
+            "-m",
+            "crosskd_hf",
+            "evaluate",
+            str(model),
+            "--output-dir",
+            str(self.folder / "evaluated"),
+        ]
         return self.start([*words, "--recipe", str(self.folder / "recipe.yaml"), "--workers", "0"], disks)
 
 

@@ -9,10 +9,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MA
 from .data.coco import load_coco
 from .data.columns import load_columns
 from .data.dataset import DetectionDataset
-from .data.problems import DataError
+from .data.errors import DataError
 from .data.shapes import load_shapes
 from .data.split import DetectionSplit, keep_for_training
-from .evaluation import CocoEvaluator
+from .inference.pipeline import DenseDetectionPipeline
+from .inference.pipeline import register as _register_pipeline
 from .models import (
     CONFIGS,
     MODELS,
@@ -28,12 +29,11 @@ from .models import (
     RetinaNetConfig,
     RetinaNetForObjectDetection,
 )
-from .models.image_processing_dense import DenseDetectorImageProcessor
-from .pipeline import DenseDetectionPipeline
-from .pipeline import register as _register_pipeline
-from .recipe import DistillationSection, Recipe, load_recipe
-from .trainer import DetectionTrainer, DistillationTrainer
-from .training_args import DetectionTrainingArguments
+from .models.image_processing import DenseDetectorImageProcessor
+from .recipe.sections import DistillationSection, Recipe, load_recipe
+from .training.arguments import DetectionTrainingArguments
+from .training.evaluation import CocoEvaluator
+from .training.trainer import DetectionTrainer, DistillationTrainer
 from .version import __version__
 
 for _name, _config in CONFIGS.items():

@@ -18,7 +18,7 @@ from PIL import Image
 from crosskd_hf.data.coco import load_coco
 from crosskd_hf.data.collator import DetectionCollator
 from crosskd_hf.data.dataset import DetectionDataset
-from crosskd_hf.data.problems import DataError
+from crosskd_hf.data.errors import DataError
 from crosskd_hf.data.split import DetectionSplit, keep_for_training
 
 SECONDS = 20  # for one data set

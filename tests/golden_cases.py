@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers.initialization import no_init_weights
 
-from crosskd_hf.convert import load_reference_state, reference_keys, to_reference
 from crosskd_hf.distillation.objective import distillation_losses, teacher_forward
 from crosskd_hf.distillation.settings import DistillationSettings
-from crosskd_hf.losses import box_iou
 from crosskd_hf.models import CONFIGS, MODELS
+from crosskd_hf.models.losses import box_iou
 from crosskd_hf.models.postprocess import select_detections
-from crosskd_hf.optimization import parameter_groups
+from crosskd_hf.training.optimization import parameter_groups
+from crosskd_hf.weights.mmdet import load_reference_state, reference_keys, to_reference
 
 BACKBONES = {"swin_tiny": "swin_tiny_patch4_window7_224"}
 LOSS_NAMES = {
@@ -338,9 +338,9 @@ def level_sums(term: torch.Tensor, sizes: list[int]) -> torch.Tensor:
 
 def recorded_truth(labels, assignment, num_labels, detector, priors):
     """Labels (N, P) with background = number of labels, targets (N, P, 4) of positives, and the record's name."""
-    from crosskd_hf.assigners import gather_boxes, gather_labels
     from crosskd_hf.models import box_coding
-    from crosskd_hf.models.modeling_dense import pad_ground_truth
+    from crosskd_hf.models.assigners import gather_boxes, gather_labels
+    from crosskd_hf.models.base import pad_ground_truth
 
     truth = pad_ground_truth(labels, len(labels))
     label = gather_labels(truth.labels, assignment.box_index)

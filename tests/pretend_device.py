@@ -18,8 +18,8 @@ from crosskd_hf.data.collator import padded_number
 from crosskd_hf.distillation.objective import distillation_losses, prepare_teacher, student_forward, teacher_forward
 from crosskd_hf.distillation.pairing import pair_up
 from crosskd_hf.distillation.settings import resolve_settings
-from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor
-from crosskd_hf.recipe import DistillationSection
+from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
+from crosskd_hf.recipe.sections import DistillationSection
 
 aten = torch.ops.aten
 DETECTORS = ("gfl", "retinanet", "fcos", "atss")

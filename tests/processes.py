@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch.multiprocessing
 
-multiprocessing.set_forkserver_preload(["pytest", "torch.distributed", "crosskd_hf.trainer"])
+multiprocessing.set_forkserver_preload(["pytest", "torch.distributed", "crosskd_hf.training.trainer"])
 CONTEXT = multiprocessing.get_context("forkserver")
 
 

@@ -5,14 +5,7 @@ import math
 import pytest
 import torch
 
-from crosskd_hf import assigners
-from crosskd_hf.assigners import (
-    Assignment,
-    gather_boxes,
-    gather_labels,
-    max_iou_assign,
-    point_assign,
-)
+from crosskd_hf.models import assigners
 from crosskd_hf.models.anchors import (
     cell_centers,
     cell_corners,
@@ -21,6 +14,7 @@ from crosskd_hf.models.anchors import (
     square_anchors,
     valid_cells,
 )
+from crosskd_hf.models.assigners import Assignment, gather_boxes, gather_labels, max_iou_assign, point_assign
 
 CPU = torch.device("cpu")
 SIZES, STRIDES = [(16, 20), (8, 10), (4, 5), (2, 3), (1, 2)], [8, 16, 32, 64, 128]

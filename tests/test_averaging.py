@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
 from torch import Tensor
 
-from crosskd_hf.averaging import AVERAGE_FILE, WeightAverage
-from crosskd_hf.checkpoints import checkpoint_bytes
-from crosskd_hf.trainer import DetectionTrainer
+from crosskd_hf.training.averaging import AVERAGE_FILE, WeightAverage
+from crosskd_hf.training.checkpoints import checkpoint_bytes
+from crosskd_hf.training.trainer import DetectionTrainer
 
 
 def test_by_hand() -> None:

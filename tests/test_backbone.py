@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from crosskd_hf.models.backbone import Backbone, batchnorms
-from crosskd_hf.models.configuration_dense import DenseDetectorConfig
+from crosskd_hf.models.configuration import DenseDetectorConfig
 
 SWIN = "swin_tiny_patch4_window7_224"
 

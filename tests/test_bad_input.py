@@ -12,11 +12,12 @@ import yaml
 from PIL import Image
 from tiny import tiny_model, write_tiny_coco
 
-from crosskd_hf import cli, train
-from crosskd_hf.data.images import inspect_image, load_rgb
+from crosskd_hf.commands import main as cli
+from crosskd_hf.commands import train
 from crosskd_hf.data.load import load_split
 from crosskd_hf.data.transforms import resize
-from crosskd_hf.recipe import load_recipe
+from crosskd_hf.recipe.sections import load_recipe
+from crosskd_hf.utils.images import inspect_image, load_rgb
 
 SMALL = {"backbone": "resnet18", "fpn_channels": 32, "head_channels": 32}
 Edit = Callable[[Path, dict[str, Any]], Any]  # the image folder and the annotation file's content, before training

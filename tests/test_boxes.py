@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from crosskd_hf.data.boxes import check_format, is_box, is_finite, misfits, note_box, to_xywh
-from crosskd_hf.data.problems import DataError, Kind, Problems
+from crosskd_hf.data.box_formats import check_format, is_box, is_finite, misfits, note_box, to_xywh
+from crosskd_hf.data.errors import DataError, Kind, Problems
 
 SIZE = np.array([[200.0, 100.0]])
 

@@ -17,7 +17,7 @@ from crosskd_hf.data.coco import CocoDetection, load_coco
 from crosskd_hf.data.columns import load_columns
 from crosskd_hf.data.shapes import load_shapes
 from crosskd_hf.data.split import DetectionSplit
-from crosskd_hf.files import CacheError
+from crosskd_hf.utils.files import CacheError
 
 
 @pytest.fixture

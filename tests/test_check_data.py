@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from crosskd_hf import check_data
-from crosskd_hf.check_data import compare, report
+from crosskd_hf.commands import check_data
+from crosskd_hf.commands.check_data import compare, report
+from crosskd_hf.data.errors import DataError
 from crosskd_hf.data.load import alike, load_datasets
-from crosskd_hf.data.problems import DataError
-from crosskd_hf.recipe import DataSection
+from crosskd_hf.recipe.sections import DataSection
 
 BOX, OTHER_BOX = [2, 3, 20, 10], [4, 5, 20, 10]
 

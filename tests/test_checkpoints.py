@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from tiny import tiny_args, tiny_model
 
-from crosskd_hf import checkpoints
-from crosskd_hf.checkpoints import (
+from crosskd_hf.training import checkpoints
+from crosskd_hf.training.checkpoints import (
     MARKER,
     REMOVING,
     check_disk_space,
@@ -35,7 +35,7 @@ from crosskd_hf.checkpoints import (
     remove_surplus,
     replace_file,
 )
-from crosskd_hf.files import write_atomically
+from crosskd_hf.utils.files import write_atomically
 
 
 def make(run: Path, step: int, marked: bool = True) -> Path:
@@ -405,7 +405,9 @@ def test_only_one_process_removes_what_several_write(tmp_path: Path) -> None:
 def test_a_file_that_does_not_fit_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.json"
     write_atomically(path, "old")
-    monkeypatch.setattr("crosskd_hf.files.os.fsync", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    monkeypatch.setattr(
+        "crosskd_hf.utils.files.os.fsync", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
+    )
     with pytest.raises(OSError, match="full"):
         write_atomically(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"] and path.read_text() == "old"

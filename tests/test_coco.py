@@ -7,7 +7,7 @@ from processes import CONTEXT
 
 from crosskd_hf.data import coco
 from crosskd_hf.data.coco import load_coco
-from crosskd_hf.data.problems import DataError
+from crosskd_hf.data.errors import DataError
 from crosskd_hf.data.split import keep_for_training
 
 IMAGES = [(10, 40, 32), (5, 32, 40), (9, 31, 50)]

@@ -8,7 +8,7 @@ from crosskd_hf.data.dataset import DetectionDataset
 from crosskd_hf.data.sampler import OrientationBatchSampler
 from crosskd_hf.data.split import keep_for_training
 from crosskd_hf.data.transforms import resize
-from crosskd_hf.models.image_processing_dense import BGR_CAFFE, DenseDetectorImageProcessor
+from crosskd_hf.models.image_processing import BGR_CAFFE, DenseDetectorImageProcessor
 
 
 def item(image_id, height, width, boxes=None):

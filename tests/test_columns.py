@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from tiny import write_tiny_coco
 
-from crosskd_hf.data import records
+from crosskd_hf.data import checks as records
 from crosskd_hf.data.coco import load_coco
 from crosskd_hf.data.columns import load_columns
 from crosskd_hf.data.dataset import DetectionDataset
-from crosskd_hf.data.problems import DataError
+from crosskd_hf.data.errors import DataError
 from crosskd_hf.data.split import DetectionSplit
 
 NAMES = ["cat", "dog"]

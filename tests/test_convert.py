@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from crosskd_hf import DenseDetector, GFLForObjectDetection
-from crosskd_hf.convert import (
+from crosskd_hf.models import CONFIGS, MODELS
+from crosskd_hf.weights.mmdet import (
     CheckpointError,
     from_reference,
     load_reference_state,
@@ -23,7 +24,6 @@ from crosskd_hf.convert import (
     reference_keys,
     to_reference,
 )
-from crosskd_hf.models import CONFIGS, MODELS
 
 CLASSES = ("cat", "dog", "emu")
 FORMATS = pytest.mark.parametrize("zip_format", [True, False], ids=["zip", "legacy"])

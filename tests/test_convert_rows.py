@@ -9,8 +9,8 @@ import torch
 from golden_cases import Comparison, GoldenCase, compare_detections, detections, probe_maps, synth_tensor
 from transformers import AutoModelForObjectDetection
 
-from crosskd_hf.factory import convert_checkpoint
-from crosskd_hf.recipe import DataSection, load_recipe
+from crosskd_hf.recipe.sections import DataSection, load_recipe
+from crosskd_hf.weights.loading import convert_checkpoint
 
 # recipe -> the case and role that recorded its model. Recipes of one architecture share a checkpoint's keys.
 ROWS = {

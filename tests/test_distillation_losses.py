@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from crosskd_hf.distillation.losses import KDTargets, box_kd_loss, centerness_kd_loss, classification_kd_loss
-from crosskd_hf.losses import distance_overlaps
 from crosskd_hf.models import CONFIGS, MODELS
-from crosskd_hf.models.modeling_dense import Predictions, Priors
+from crosskd_hf.models.base import Predictions, Priors
+from crosskd_hf.models.losses import distance_overlaps
 
 LN2 = math.log(2)
 LN4 = math.log(4)  # logit of .8

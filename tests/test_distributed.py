@@ -15,14 +15,16 @@ from processes import run_processes
 from tiny import tiny_args, tiny_batch, tiny_model, tiny_split
 from torch.nn.parallel import DistributedDataParallel
 
-from crosskd_hf import cli, distributed, run_folder, train
+from crosskd_hf.commands import main as cli
+from crosskd_hf.commands import train
 from crosskd_hf.distillation.adapters import attach_adapters
 from crosskd_hf.distillation.objective import distillation_losses, student_forward, teacher_forward
 from crosskd_hf.distillation.pairing import pair_up
 from crosskd_hf.distillation.settings import resolve_settings
-from crosskd_hf.distributed import Normalizers
-from crosskd_hf.recipe import RECIPE_FILE, DistillationSection, load_recipe
-from crosskd_hf.trainer import DetectionTrainer, DistillationTrainer
+from crosskd_hf.recipe.sections import RECIPE_FILE, DistillationSection, load_recipe, run_folder
+from crosskd_hf.training.trainer import DetectionTrainer, DistillationTrainer
+from crosskd_hf.utils import distributed
+from crosskd_hf.utils.distributed import Normalizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import equality

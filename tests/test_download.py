@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from file_server import FileServer
 
-from crosskd_hf import download
-from crosskd_hf.convert import CheckpointError
-from crosskd_hf.download import check_hash, fetch
-from crosskd_hf.files import CacheError
+from crosskd_hf.utils.files import CacheError
+from crosskd_hf.weights import download
+from crosskd_hf.weights.download import check_hash, fetch
+from crosskd_hf.weights.mmdet import CheckpointError
 
 
 def hash_of(content: bytes) -> str:

@@ -2,14 +2,14 @@
 
 import pytest
 
-from crosskd_hf.check_data import _table
-from crosskd_hf.data.problems import Kind, Problems
-from crosskd_hf.escaping import file_name, markdown, markdown_block, markdown_code, printable, printable_lines
-from crosskd_hf.evaluation import format_metrics
-from crosskd_hf.image_files import picture_names
-from crosskd_hf.plots import bars, new_figure
-from crosskd_hf.progress import say
-from crosskd_hf.train import explain
+from crosskd_hf.commands.check_data import _table
+from crosskd_hf.commands.train import explain
+from crosskd_hf.data.errors import Kind, Problems
+from crosskd_hf.inference.image_files import picture_names
+from crosskd_hf.training.evaluation import format_metrics
+from crosskd_hf.utils.escaping import file_name, markdown, markdown_block, markdown_code, printable, printable_lines
+from crosskd_hf.utils.plots import bars, new_figure
+from crosskd_hf.utils.progress import say
 
 HOSTILE = "a\x1b[31m\nb\u202egpj\udcff"  # colour, a line break, text turned round, a byte that is no UTF-8
 SHOWN = r"a\x1b[31m\nb\u202egpj\udcff"

@@ -11,8 +11,8 @@ import torch
 from tiny import tiny_model
 from torchvision.ops import batched_nms
 
-from crosskd_hf import export
-from crosskd_hf.export import (
+from crosskd_hf.inference import export
+from crosskd_hf.inference.export import (
     Difference,
     ExportableDetector,
     ExportError,
@@ -24,7 +24,7 @@ from crosskd_hf.export import (
     load_exported,
 )
 from crosskd_hf.models import MODELS, DenseDetector
-from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor
+from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
 
 try:
     import onnx  # noqa: F401

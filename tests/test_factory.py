@@ -11,11 +11,23 @@ from safetensors.torch import save_file
 from tiny import tiny_model, tiny_processor, write_tiny_coco
 from transformers import AutoImageProcessor, YolosConfig, YolosForObjectDetection
 
-from crosskd_hf import GFLForObjectDetection, cli, factory
-from crosskd_hf.convert import CheckpointError, reference_keys
+from crosskd_hf import GFLForObjectDetection
+from crosskd_hf.commands import main as cli
 from crosskd_hf.distillation.pairing import pair_up
 from crosskd_hf.distillation.settings import resolve_settings
-from crosskd_hf.factory import (
+from crosskd_hf.models import CONFIGS, MODELS
+from crosskd_hf.models.backbone import Backbone
+from crosskd_hf.models.image_processing import DenseDetectorImageProcessor, pixel_style
+from crosskd_hf.recipe.sections import (
+    DETECTORS,
+    ArchitectureSection,
+    DistillationSection,
+    ModelSection,
+    TeacherSection,
+)
+from crosskd_hf.utils.label_names import COCO_CLASSES
+from crosskd_hf.weights import loading as factory
+from crosskd_hf.weights.loading import (
     build_config,
     build_model,
     count_parameters,
@@ -24,11 +36,7 @@ from crosskd_hf.factory import (
     load_processor,
     load_teacher,
 )
-from crosskd_hf.label_names import COCO_CLASSES
-from crosskd_hf.models import CONFIGS, MODELS
-from crosskd_hf.models.backbone import Backbone
-from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor, pixel_style
-from crosskd_hf.recipe import DETECTORS, ArchitectureSection, DistillationSection, ModelSection, TeacherSection
+from crosskd_hf.weights.mmdet import CheckpointError, reference_keys
 
 LABELS = ("cat", "dog", "emu")
 TINY = {"backbone": "resnet18", "fpn_channels": 32, "head_channels": 32, "head_blocks": 2}

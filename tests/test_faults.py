@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crosskd_hf.checkpoints import mark_complete, newest_complete
+from crosskd_hf.training.checkpoints import mark_complete, newest_complete
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 

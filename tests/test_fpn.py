@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from crosskd_hf.models.configuration_dense import DenseDetectorConfig
+from crosskd_hf.models.configuration import DenseDetectorConfig
 from crosskd_hf.models.fpn import FPN
 
 

@@ -10,8 +10,8 @@ from golden_cases import Comparison, GoldenCase, build_model, compare_detections
 from PIL import Image
 from safetensors.torch import load_file
 
-from crosskd_hf.losses import box_iou
-from crosskd_hf.models.image_processing_dense import BGR_CAFFE, RGB_IMAGENET, DenseDetectorImageProcessor
+from crosskd_hf.models.image_processing import BGR_CAFFE, RGB_IMAGENET, DenseDetectorImageProcessor
+from crosskd_hf.models.losses import box_iou
 
 STYLES = {"rgb_imagenet": RGB_IMAGENET, "bgr_caffe": BGR_CAFFE}
 

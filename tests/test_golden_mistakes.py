@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crosskd_hf.distillation import alignment, crosskd, losses
+from crosskd_hf.models.base import DenseDetector
 from crosskd_hf.models.fcos import FCOSForObjectDetection
 from crosskd_hf.models.head import DenseHead
-from crosskd_hf.models.modeling_dense import DenseDetector
 
 Patch = pytest.MonkeyPatch
 

@@ -3,9 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
-from crosskd_hf.data.images import ImageError
 from crosskd_hf.data.transforms import SizeToFit, resize
-from crosskd_hf.models.image_processing_dense import BGR_CAFFE, RGB_IMAGENET, DenseDetectorImageProcessor
+from crosskd_hf.models.image_processing import BGR_CAFFE, RGB_IMAGENET, DenseDetectorImageProcessor
+from crosskd_hf.utils.images import ImageError
 
 TINY = {"shortest_edge": 8, "longest_edge": 16}
 

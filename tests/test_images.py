@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from crosskd_hf.data.images import LARGEST_FILE, ImageError, inspect_image, load_rgb, load_tensor, to_rgb
+from crosskd_hf.utils.images import LARGEST_FILE, ImageError, inspect_image, load_rgb, load_tensor, to_rgb
 
 
 def picture(mode="RGB"):

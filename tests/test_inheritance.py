@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import tiny_model, write_tiny_coco
 
-from crosskd_hf.inheritance import inherit_weights
-from crosskd_hf.recipe import RecipeError, load_recipe, parse_recipe
-from crosskd_hf.train import build_trainer
+from crosskd_hf.commands.train import build_trainer
+from crosskd_hf.distillation.inheritance import inherit_weights
+from crosskd_hf.recipe.sections import RecipeError, load_recipe, parse_recipe
 
 
 def taken(student, teacher, before: dict) -> set[str]:

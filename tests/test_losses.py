@@ -7,8 +7,10 @@ import torch
 from tiny import tiny_model
 from torchvision.ops import sigmoid_focal_loss
 
-from crosskd_hf.assigners import Assignment
-from crosskd_hf.losses import (
+from crosskd_hf.models.assigners import Assignment
+from crosskd_hf.models.base import GroundTruth, Predictions, Priors
+from crosskd_hf.models.box_coding import boxes_to_distances
+from crosskd_hf.models.losses import (
     bin_kl_loss,
     binary_kd_loss,
     box_iou,
@@ -17,8 +19,6 @@ from crosskd_hf.losses import (
     focal_loss,
     quality_focal_loss,
 )
-from crosskd_hf.models.box_coding import boxes_to_distances
-from crosskd_hf.models.modeling_dense import GroundTruth, Predictions, Priors
 
 LN2 = math.log(2)
 

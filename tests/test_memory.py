@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
 
-from crosskd_hf.memory import OutOfMemoryError, is_out_of_memory, out_of_memory_explained
-from crosskd_hf.trainer import DetectionTrainer
+from crosskd_hf.training.trainer import DetectionTrainer
+from crosskd_hf.utils.memory import OutOfMemoryError, is_out_of_memory, out_of_memory_explained
 
 CPU = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"

@@ -11,8 +11,7 @@ from huggingface_hub import ModelCard
 from tiny import LABELS, tiny_args, tiny_model, tiny_processor, tiny_split
 
 from crosskd_hf import CONFIGS, DetectionTrainer, DistillationTrainer
-from crosskd_hf.hub import files_to_upload
-from crosskd_hf.model_card import (
+from crosskd_hf.hub.model_card import (
     CITATION,
     MARKER,
     CardFacts,
@@ -25,7 +24,8 @@ from crosskd_hf.model_card import (
     trainer_facts,
     write_model_card,
 )
-from crosskd_hf.recipe import DataSection, Recipe, load_recipe, parse_recipe
+from crosskd_hf.hub.upload import files_to_upload
+from crosskd_hf.recipe.sections import DataSection, Recipe, load_recipe, parse_recipe
 
 METRICS = {"AP": 0.4023, "AP50": 0.58, "AP75": 0.433, "APs": -1.0, "APm": math.nan, "APl": 0.5, "AP/cat": 0.3}
 COCO = DataFacts("detection-datasets/coco", "detection-datasets/coco", None, "val", 5000)

@@ -5,11 +5,11 @@ import torch
 from tiny import tiny_batch, tiny_model
 
 from crosskd_hf import CONFIGS, MODELS, GFLConfig, GFLForObjectDetection
-from crosskd_hf.models import modeling_dense
-from crosskd_hf.models.configuration_dense import LIMITS
+from crosskd_hf.models import base as modeling_dense
+from crosskd_hf.models.configuration import LIMITS
 from crosskd_hf.models.fpn import FPNConv
 from crosskd_hf.models.head import HeadConv
-from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor
+from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
 
 DETECTORS = sorted(CONFIGS)
 
@@ -204,8 +204,8 @@ def test_limits_are_inclusive_and_of_fields_that_there_are() -> None:
 def test_a_checkpoint_without_a_backbone_weight_is_noticed(tmp_path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from crosskd_hf.convert import CheckpointError
-    from crosskd_hf.factory import load_detector
+    from crosskd_hf.weights.loading import load_detector
+    from crosskd_hf.weights.mmdet import CheckpointError
 
     fresh("gfl").save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")

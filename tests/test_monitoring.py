@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from crosskd_hf.monitoring import NonFiniteLossError, StepClock, StepMonitor, memory_gb
+from crosskd_hf.training.monitoring import NonFiniteLossError, StepClock, StepMonitor, memory_gb
 
 NAN, INF = float("nan"), float("inf")
 CPU = torch.device("cpu")

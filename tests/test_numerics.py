@@ -10,7 +10,7 @@ from crosskd_hf.distillation.objective import distillation_losses, student_forwa
 from crosskd_hf.distillation.pairing import pair_up
 from crosskd_hf.distillation.settings import resolve_settings
 from crosskd_hf.models.head import MAX_EXPONENT
-from crosskd_hf.recipe import DistillationSection
+from crosskd_hf.recipe.sections import DistillationSection
 
 DETECTORS = ["gfl", "retinanet", "fcos", "atss"]
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

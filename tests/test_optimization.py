@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from crosskd_hf.optimization import build_optimizer, multistep_scheduler, parameter_groups, warmup_multistep_factor
-from crosskd_hf.training_args import DetectionTrainingArguments
+from crosskd_hf.training.arguments import DetectionTrainingArguments
+from crosskd_hf.training.optimization import (
+    build_optimizer,
+    multistep_scheduler,
+    parameter_groups,
+    warmup_multistep_factor,
+)
 
 # COCO train2017 has 117266 images left after filtering; at batch 16 that is ceil(117266 / 16) updates.
 STEPS_PER_EPOCH = 7330

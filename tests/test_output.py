@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from crosskd_hf import cli
-from crosskd_hf.output import lenient_output
+from crosskd_hf.commands import main as cli
+from crosskd_hf.commands.output import lenient_output
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from PIL import EpsImagePlugin, Image
 from tiny import tiny_model, tiny_processor
 from transformers import AutoModelForObjectDetection, ObjectDetectionPipeline, pipeline
 
-from crosskd_hf.data.images import ImageError, load_rgb
-from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor
-from crosskd_hf.pipeline import DenseDetectionPipeline
-from crosskd_hf.predict import predict
+from crosskd_hf.inference.pipeline import DenseDetectionPipeline
+from crosskd_hf.inference.predict import predict
+from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
+from crosskd_hf.utils.images import ImageError, load_rgb
 
 SIZES = [(120, 80), (80, 120), (90, 90), (300, 60), (120, 80)]
 
@@ -205,9 +205,9 @@ def test_large_downloads_are_refused(
 ) -> None:
     content = Path(paths(folder)[0]).read_bytes()
     server.files["/a.png"] = content
-    monkeypatch.setattr("crosskd_hf.pipeline.LARGEST_FILE", len(content))
+    monkeypatch.setattr("crosskd_hf.inference.pipeline.LARGEST_FILE", len(content))
     assert reader(f"{server.url}/a.png") == reader(in_base64(content)) == reader(paths(folder)[0])
-    monkeypatch.setattr("crosskd_hf.pipeline.LARGEST_FILE", len(content) - 1)
+    monkeypatch.setattr("crosskd_hf.inference.pipeline.LARGEST_FILE", len(content) - 1)
     with pytest.raises(ImageError, match=rf"has more than {len(content) - 1:,} bytes"):
         reader(f"{server.url}/a.png")
     with pytest.raises(ImageError, match=rf"has more than {len(content) - 1:,} bytes"):

@@ -15,11 +15,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tiny import LABELS, tiny_model, tiny_processor, write_tiny_coco
 
-from crosskd_hf import predict as module
-from crosskd_hf import prediction_files
-from crosskd_hf.convert import CheckpointError
-from crosskd_hf.data.images import load_rgb
-from crosskd_hf.image_files import (
+from crosskd_hf.inference import predict as module
+from crosskd_hf.inference import prediction_files
+from crosskd_hf.inference.image_files import (
     Annotated,
     ImageEntry,
     PredictionError,
@@ -29,8 +27,10 @@ from crosskd_hf.image_files import (
     number_images,
     read_annotated,
 )
-from crosskd_hf.predict import add_arguments, predict, run
-from crosskd_hf.prediction_files import Prediction, coco_results
+from crosskd_hf.inference.predict import add_arguments, predict, run
+from crosskd_hf.inference.prediction_files import Prediction, coco_results
+from crosskd_hf.utils.images import load_rgb
+from crosskd_hf.weights.mmdet import CheckpointError
 
 
 @pytest.fixture(scope="module")

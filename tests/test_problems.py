@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from crosskd_hf.data.problems import EXAMPLES, DataError, Kind, Problems
+from crosskd_hf.data.errors import EXAMPLES, DataError, Kind, Problems
 
 
 def test_counts_and_examples():

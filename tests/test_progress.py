@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from crosskd_hf import progress
-from crosskd_hf.progress import Progress, duration, say
+from crosskd_hf.utils import progress
+from crosskd_hf.utils.progress import Progress, duration, say
 
 
 class Terminal(io.StringIO):

@@ -102,7 +102,7 @@ def read_card(repo: str) -> dict:
 
 
 def run_recipe(recipe: str, overrides: list[str]) -> None:
-    from crosskd_hf import train
+    from crosskd_hf.commands import train
 
     train.main([recipe, *overrides])
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from crosskd_hf import recipe as recipe_module
 from crosskd_hf.models import CONFIGS, MODELS
-from crosskd_hf.recipe import (
+from crosskd_hf.recipe.sections import (
     DETECTORS,
     DataSection,
     DistillationSection,
@@ -26,7 +25,8 @@ from crosskd_hf.recipe import (
     load_recipe,
     parse_recipe,
 )
-from crosskd_hf.training_args import DetectionTrainingArguments
+from crosskd_hf.recipe.sections import sections as recipe_module
+from crosskd_hf.training.arguments import DetectionTrainingArguments
 
 # Nine lists of nine references to the one before: a billion values, whoever follows them.
 LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
@@ -466,7 +466,7 @@ def test_recipes_are_found_in_an_installed_package(tmp_path):
     shutil.copytree(package, tmp_path / "crosskd_hf", ignore=shutil.ignore_patterns("__pycache__", "recipes"))
     (tmp_path / "crosskd_hf" / "recipes").mkdir()
     write(tmp_path / "crosskd_hf" / "recipes", "model: {}\n", "installed.yaml")
-    code = "from crosskd_hf.recipe import carried_recipes; print(*carried_recipes())"
+    code = "from crosskd_hf.recipe.sections import carried_recipes; print(*carried_recipes())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
     )

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
 from transformers import TrainerCallback
 
-from crosskd_hf import checkpoints
-from crosskd_hf.checkpoints import MARKER, last_complete_checkpoint
 from crosskd_hf.data.coco import load_coco
 from crosskd_hf.data.dataset import DetectionDataset
-from crosskd_hf.trainer import DetectionTrainer, DistillationTrainer
+from crosskd_hf.training import checkpoints
+from crosskd_hf.training.checkpoints import MARKER, last_complete_checkpoint
+from crosskd_hf.training.trainer import DetectionTrainer, DistillationTrainer
 
 HERE = Path(__file__).resolve().parent
 # 7 images in batches of 2 are 4 batches an epoch, so that checkpoints 3 and 6 and the end lie in mid-epoch, both with
@@ -193,7 +193,7 @@ def test_rotation_waits_for_the_marker_and_keeps_the_limit(tmp_path: Path, monke
         )
         original(folder)
 
-    monkeypatch.setattr("crosskd_hf.saving.mark_complete", marking)
+    monkeypatch.setattr("crosskd_hf.training.saving.mark_complete", marking)
     trainer.train()
     assert seen == [
         ("checkpoint-3", []),

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 from tiny import tiny_model
 
-from crosskd_hf import run_folder
-from crosskd_hf.checkpoints import MARKER, mark_complete
-from crosskd_hf.recipe import RECIPE_FILE, Recipe, RecipeError, load_recipe
+from crosskd_hf.recipe.sections import RECIPE_FILE, Recipe, RecipeError, load_recipe, run_folder
+from crosskd_hf.training.checkpoints import MARKER, mark_complete
 
 
 def recipe(*overrides: str) -> Recipe:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
 
-from crosskd_hf import progress
-from crosskd_hf.run_log import log_line, use_run_log
-from crosskd_hf.trainer import DetectionTrainer
+from crosskd_hf.training.run_log import log_line, use_run_log
+from crosskd_hf.training.trainer import DetectionTrainer
+from crosskd_hf.utils import progress
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from crosskd_hf.optimization import build_optimizer, multistep_scheduler
-from crosskd_hf.recipe import carried_recipes, load_recipe
+from crosskd_hf.recipe.sections import carried_recipes, load_recipe
+from crosskd_hf.training.optimization import build_optimizer, multistep_scheduler
 
 STEPS = 7330
 LINEAR = {0: 1e-5, 1: 0.01 * (0.001 + 0.999 / 499), 250: 0.01 * (0.001 + 0.999 * 250 / 499), 499: 0.01, 500: 0.01}

@@ -13,15 +13,15 @@ from PIL import Image
 from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
 from transformers import AutoModelForObjectDetection
 
-from crosskd_hf.checkpoints import MARKER, mark_complete
-from crosskd_hf.cli import main
-from crosskd_hf.convert import CheckpointError
-from crosskd_hf.data.images import ImageError, inspect_image, load_rgb, load_tensor
-from crosskd_hf.factory import load_detector
-from crosskd_hf.pipeline import DenseDetectionPipeline
-from crosskd_hf.public import without_credentials
-from crosskd_hf.recipe import RecipeError, load_recipe
-from crosskd_hf.trainer import DetectionTrainer
+from crosskd_hf.commands.main import main
+from crosskd_hf.inference.pipeline import DenseDetectionPipeline
+from crosskd_hf.recipe.sections import RecipeError, load_recipe
+from crosskd_hf.training.checkpoints import MARKER, mark_complete
+from crosskd_hf.training.trainer import DetectionTrainer
+from crosskd_hf.utils.images import ImageError, inspect_image, load_rgb, load_tensor
+from crosskd_hf.utils.redact import without_credentials
+from crosskd_hf.weights.loading import load_detector
+from crosskd_hf.weights.mmdet import CheckpointError
 
 TOKEN = "hf_" + "s" * 34
 

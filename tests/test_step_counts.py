@@ -61,7 +61,7 @@ def test_large_class_maps_take_three_parts_at_most(monkeypatch, at_once, operato
     """So that the operators of two losses don't grow with the images."""
     module = benchmark()
     step = module.Step.build("retinanet", 2, 8, **SMALL)
-    monkeypatch.setattr("crosskd_hf.losses.MAX_CLASS_SCORES", at_once)
+    monkeypatch.setattr("crosskd_hf.models.losses.MAX_CLASS_SCORES", at_once)
     assert module.count(step, step.full).total - module.count(step, step.folded_floor).total == operators <= 500
 
 

@@ -15,9 +15,9 @@ from processes import CONTEXT, run_processes
 from test_resume import Interrupted, assert_same, build, final_state, undisturbed
 from transformers import TrainerCallback
 
-from crosskd_hf import saving
-from crosskd_hf.checkpoints import MARKER, last_complete_checkpoint
-from crosskd_hf.termination import Terminated, TerminationSignal, obey_parent_only
+from crosskd_hf.training import saving
+from crosskd_hf.training.checkpoints import MARKER, last_complete_checkpoint
+from crosskd_hf.training.termination import Terminated, TerminationSignal, obey_parent_only
 
 
 class At(TrainerCallback):

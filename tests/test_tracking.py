@@ -13,17 +13,17 @@ from test_evaluation import found, make_split
 from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
 
 from crosskd_hf.data.dataset import DetectionDataset
-from crosskd_hf.evaluation import CocoEvaluator
-from crosskd_hf.examples import evenly_spaced, example
-from crosskd_hf.tracking import TILE, evaluation_sheet
-from crosskd_hf.trainer import DetectionTrainer, DistillationTrainer
+from crosskd_hf.training.contact_sheet import evenly_spaced, example
+from crosskd_hf.training.evaluation import CocoEvaluator
+from crosskd_hf.training.tracking import TILE, evaluation_sheet
+from crosskd_hf.training.trainer import DetectionTrainer, DistillationTrainer
 
 RUN = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
-from crosskd_hf.trainer import DetectionTrainer
+from crosskd_hf.training.trainer import DetectionTrainer
 root = Path(sys.argv[1])
 split = tiny_split(root / "data")
 args = tiny_args(root / "run", report_to=sys.argv[3], max_steps=2, evaluation_pictures=2, project="crosskd-test")

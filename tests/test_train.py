@@ -14,10 +14,11 @@ import yaml
 from accelerate.state import AcceleratorState
 from tiny import tiny_model, tiny_split, write_tiny_coco
 
-from crosskd_hf import cli, run_folder, train
-from crosskd_hf.convert import reference_keys, to_reference
-from crosskd_hf.data.problems import DataError
-from crosskd_hf.recipe import carried_recipes, load_recipe
+from crosskd_hf.commands import main as cli
+from crosskd_hf.commands import train
+from crosskd_hf.data.errors import DataError
+from crosskd_hf.recipe.sections import carried_recipes, load_recipe, run_folder
+from crosskd_hf.weights.mmdet import reference_keys, to_reference
 
 SMALL = {"backbone": "resnet18", "fpn_channels": 32, "head_channels": 32}
 
@@ -141,7 +142,7 @@ def test_an_interrupted_run_says_how_it_goes_on(
             if next(steps, "third") == "third":
                 raise KeyboardInterrupt
 
-        patched.setattr("crosskd_hf.trainer._TrainingHooks.on_pre_optimizer_step", step)
+        patched.setattr("crosskd_hf.training.trainer._TrainingHooks.on_pre_optimizer_step", step)
         with pytest.raises(SystemExit) as ended:
             train.main(saving)
     assert ended.value.code == 130
@@ -233,13 +234,11 @@ def test_an_interrupted_run_goes_on_only_with_its_own_settings(recipe: Path) -> 
     train.main([str(recipe), *save, "training.logging_steps=2"])
 
 
-@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")  # imported above
 def test_the_command_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    for module in ("crosskd_hf.cli", "crosskd_hf.train"):
-        monkeypatch.setattr(sys, "argv", [module, "--help"])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-        assert ended.value.code == 0 and "recipe" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["crosskd_hf", "train", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("crosskd_hf", run_name="__main__", alter_sys=True)
+    assert ended.value.code == 0 and "recipe" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_not_run_again(recipe: Path, capsys: pytest.CaptureFixture) -> None:
@@ -417,7 +416,7 @@ def test_a_run_goes_on_with_its_classes_only(recipe: Path, capsys: pytest.Captur
 
 def test_changes_are_written_down_once_the_checkpoint_fits(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracked: list[str] = []
-    monkeypatch.setattr("crosskd_hf.tracking.log_text", lambda trainer, name, text: tracked.append(text))
+    monkeypatch.setattr("crosskd_hf.training.tracking.log_text", lambda trainer, name, text: tracked.append(text))
     command = [str(recipe), "training.save_strategy=steps", "training.save_steps=3"]
     command += ["teacher=null", "distillation=null"]
     train.main(command)
@@ -434,7 +433,7 @@ def test_changes_are_written_down_once_the_checkpoint_fits(recipe: Path, monkeyp
 
 def test_a_message_from_a_data_worker_is_the_message_alone() -> None:
     text = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  ...\n"
-    error = DataError(text + "crosskd_hf.data.problems.DataError: image 3 (3.png) does not exist")
+    error = DataError(text + "crosskd_hf.data.errors.DataError: image 3 (3.png) does not exist")
     assert train.explain(error) == "DataError: image 3 (3.png) does not exist"
     assert train.explain(DataError("plain: text")) == "DataError: plain: text"
 

@@ -10,14 +10,15 @@ from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split, 
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from crosskd_hf import DistillationSection, cli
-from crosskd_hf import trainer as trainer_module
-from crosskd_hf.checkpoints import mark_complete
+from crosskd_hf import DistillationSection
+from crosskd_hf.commands import main as cli
 from crosskd_hf.data.dataset import DetectionDataset
-from crosskd_hf.distributed import Normalizers
-from crosskd_hf.monitoring import NonFiniteLossError
-from crosskd_hf.trainer import MAX_OVERFLOWS, DetectionTrainer, DistillationTrainer
-from crosskd_hf.training_args import DetectionTrainingArguments
+from crosskd_hf.training import trainer as trainer_module
+from crosskd_hf.training.arguments import DetectionTrainingArguments
+from crosskd_hf.training.checkpoints import mark_complete
+from crosskd_hf.training.monitoring import NonFiniteLossError
+from crosskd_hf.training.trainer import MAX_OVERFLOWS, DetectionTrainer, DistillationTrainer
+from crosskd_hf.utils.distributed import Normalizers
 
 
 def distiller(tmp_path: Path, teacher, student=None, distillation=None, **options) -> DistillationTrainer:

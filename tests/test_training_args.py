@@ -6,7 +6,7 @@ import inspect
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from crosskd_hf.training_args import FIXED, LIMITS, UNSUPPORTED, DetectionTrainingArguments, training_problems
+from crosskd_hf.training.arguments import FIXED, LIMITS, UNSUPPORTED, DetectionTrainingArguments, training_problems
 
 
 def arguments(tmp_path, **values) -> DetectionTrainingArguments:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from crosskd_hf.data.transforms import SizeToFit, build_transform, resize, resized_size
+from crosskd_hf.data.transforms import SizeToFit, build_transform, resize
+from crosskd_hf.utils.images import resized_size
 
 
 @pytest.mark.parametrize(

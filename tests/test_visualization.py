@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from crosskd_hf.visualization import MIN_LONG_SIDE, contact_sheet, draw_boxes, label_color
+from crosskd_hf.utils.visualization import MIN_LONG_SIDE, contact_sheet, draw_boxes, label_color
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)

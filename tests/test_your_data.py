@@ -8,10 +8,10 @@ import datasets
 import pytest
 import torch
 
-from crosskd_hf import train
+from crosskd_hf.commands import train
 from crosskd_hf.data.split import DetectionSplit
-from crosskd_hf.evaluation import CocoEvaluator
-from crosskd_hf.recipe import load_recipe
+from crosskd_hf.recipe.sections import load_recipe
+from crosskd_hf.training.evaluation import CocoEvaluator
 
 NAMES = ["RBC", "WBC", "Platelets"]
 SPLITS = {"train": "train", "validation": "val"}

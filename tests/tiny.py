@@ -14,7 +14,7 @@ from PIL import Image
 from crosskd_hf.data.coco import load_coco
 from crosskd_hf.data.split import DetectionSplit
 from crosskd_hf.models import CONFIGS, MODELS, DenseDetector
-from crosskd_hf.training_args import DetectionTrainingArguments
+from crosskd_hf.training.arguments import DetectionTrainingArguments
 
 LABELS = {0: "cat", 1: "dog"}
 DRAWN: OrderedDict[str, tuple[DenseDetector, torch.Tensor]] = OrderedDict()  # models and the random state after them
@@ -133,7 +133,7 @@ def tiny_args(output: Path, **options) -> DetectionTrainingArguments:
 
 def tiny_processor(model: DenseDetector):
     """Images of at most 96 x 64 pixels."""
-    from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor
+    from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
 
     size = {"shortest_edge": 64, "longest_edge": 96}
     return DenseDetectorImageProcessor(size=size, nms_threshold=model.config.nms_threshold)

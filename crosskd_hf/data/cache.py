@@ -15,7 +15,7 @@ import pyarrow as pa
 from datasets.naming import filenames_for_dataset_split
 from datasets.utils._filelock import FileLock
 
-from ..files import cache_explained, sha256
+from ..utils.files import cache_explained, sha256
 
 logger = logging.getLogger(__name__)
 INFO = "dataset_info.json"

@@ -11,10 +11,10 @@ from typing import Any
 
 import datasets
 
-from ..files import sha256
+from ..utils.files import sha256
 from .cache import CheckedBuilder, open_cache
-from .problems import DataError, Kind, Problems
-from .records import ImageRecord, ObjectRecord, arrow_row, cache_note, check_records, read_cache_note
+from .checks import ImageRecord, ObjectRecord, arrow_row, cache_note, check_records, read_cache_note
+from .errors import DataError, Kind, Problems
 from .split import SPLIT_NAME, DetectionSplit, detection_features, no_such_split, split_and_part
 
 LARGEST_INTEGER = 2**63 - 1  # that Arrow's int64 holds

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from crosskd_hf.data.labels import check_labels
-from crosskd_hf.data.transforms import resize
+from ..data.transforms import resize
+from ..utils.labels import check_labels
 
 if TYPE_CHECKING:
-    from crosskd_hf.models.image_processing_dense import DenseDetectorImageProcessor
+    from ..models.image_processing import DenseDetectorImageProcessor
 
 
 MIN_PADDED_BOXES = 8

@@ -17,23 +17,16 @@ import datasets
 import pyarrow.compute as pc
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from ..escaping import printable
-from ..files import CacheError, sha256
-from ..image_files import IMAGE_EXTENSIONS
-from ..strict import nearest
+from ..inference.image_files import IMAGE_EXTENSIONS
+from ..recipe.reading import nearest
+from ..utils.escaping import printable
+from ..utils.files import CacheError, sha256
+from ..utils.images import ImageSource
 from .cache import CheckedBuilder, open_cache
+from .checks import ImageRecord, ObjectRecord, arrow_row, cache_note, check_records, read_cache_note
 from .coco import LARGEST_INTEGER, files_hash, leaves_folder, unique_keys
-from .images import ImageSource
-from .problems import DataError, Kind, Problems
-from .records import ImageRecord, ObjectRecord, arrow_row, cache_note, check_records, read_cache_note
-from .split import (
-    SPLIT_NAME,
-    DetectionSplit,
-    annotation_features,
-    no_such_split,
-    split_and_part,
-    take_part,
-)
+from .errors import DataError, Kind, Problems
+from .split import SPLIT_NAME, DetectionSplit, annotation_features, no_such_split, split_and_part, take_part
 
 CATEGORY_KEYS = ("category", "category_id")
 METADATA = "metadata.jsonl"

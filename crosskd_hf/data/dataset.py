@@ -10,13 +10,13 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
-from crosskd_hf.data.boxes import MIN_SIDE
-from crosskd_hf.data.images import ImageError, load_tensor
-from crosskd_hf.data.problems import DataError
-from crosskd_hf.data.sampler import SampleKey, stable_seed
-from crosskd_hf.data.split import DetectionSplit
-from crosskd_hf.data.transforms import Multiscale, Sample, build_transform
-from crosskd_hf.escaping import printable
+from ..data.box_formats import MIN_SIDE
+from ..data.errors import DataError
+from ..data.sampler import SampleKey, stable_seed
+from ..data.split import DetectionSplit
+from ..data.transforms import Multiscale, Sample, build_transform
+from ..utils.escaping import printable
+from ..utils.images import ImageError, load_tensor
 
 ROWS_AT_ONCE = 1000
 

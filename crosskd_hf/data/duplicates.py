@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from ..files import sha256
-from ..progress import Progress
-from .problems import Kind, Problems
+from ..utils.files import sha256
+from ..utils.progress import Progress
+from .errors import Kind, Problems
 from .split import DetectionSplit
 
 ROWS_AT_ONCE = 256

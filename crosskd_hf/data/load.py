@@ -4,13 +4,12 @@ from collections.abc import Iterable, Sequence
 
 import pyarrow.compute as pc
 
-from crosskd_hf.label_names import loosely
-from crosskd_hf.recipe import DataSection
-
+from ..recipe.sections import DataSection
+from ..utils.label_names import loosely
 from .coco import load_coco
 from .columns import load_columns
 from .dataset import DetectionDataset
-from .problems import DataError
+from .errors import DataError
 from .shapes import load_shapes
 from .split import DetectionSplit, keep_for_training, split_and_part
 

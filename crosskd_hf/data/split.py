@@ -8,7 +8,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .problems import DataError, Problems
+from .errors import DataError, Problems
 
 SPLIT_NAME = "images"  # one cache holds one split: its own name need not be a valid `datasets` split name
 

@@ -8,30 +8,12 @@ from torch import Tensor
 from torchvision.transforms.v2 import Compose
 from torchvision.transforms.v2.functional import resize_image
 
+from ..utils.images import resized_size
+
 # `image` (3, H, W) uint8; in training `boxes` (G, 4) xyxy in its pixels, and `class_labels` (G,). Tensors without the
 # types of torchvision, whose dispatching took nearly half as long as resizing. After `SizeToFit` also `size`.
 Sample = dict[str, Any]
 Multiscale = Literal["none", "range", "choice"]
-
-
-def resized_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
-    """The (height, width) in pixels at which an image fits into the two sides with its ratio kept.
-
-    Args:
-        height, width: of the image, in pixels, at least 1.
-        short_side: the most that the shorter side may become.
-        long_side: the most that the longer side may become.
-
-    Raises:
-        ValueError: a size below 1, or a short side above the long one.
-    """
-    if min(height, width) < 1:
-        raise ValueError(f"an image must be at least 1 x 1 pixel, got height {height} and width {width}")
-    if not 1 <= short_side <= long_side:
-        raise ValueError(f"the short side must be from 1 to the long side, got {short_side} and {long_side}")
-    factor = min(long_side / max(height, width), short_side / min(height, width))
-    # An image thousands of times longer than wide would round to no pixels.
-    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..models.modeling_dense import DenseDetector
+from ..models.base import DenseDetector
 
 ATTRIBUTE = "distillation_adapters"  # of the student, so that optimizer, clipping and DDP see them
 ADAPTERS_FILE = "adapters.safetensors"  # in a checkpoint

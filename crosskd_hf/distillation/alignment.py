@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..distributed import num_processes, sum_over_ranks
+from ..utils.distributed import num_processes, sum_over_ranks
 
 EPS = 1e-6  # added to a deviation that is divided by
 HALF = (torch.float16, torch.bfloat16)

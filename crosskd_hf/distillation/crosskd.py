@@ -8,8 +8,8 @@ format, its classes - so no line depends on the student's detector.
 import torch
 from torch import Tensor
 
+from ..models.base import DenseDetector, DenseDetectorOutput
 from ..models.head import HeadOutput
-from ..models.modeling_dense import DenseDetector, DenseDetectorOutput
 from .alignment import align
 from .losses import KDTargets, prediction_kd_losses
 from .pairing import SAME, STUDENT, TEACHER, Pairing

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..distributed import mean_over_ranks
-from ..losses import EPS, bin_kl_loss, binary_kd_loss, distance_overlaps
-from ..models.modeling_dense import DenseDetector, Predictions, Priors
+from ..models.base import DenseDetector, Predictions, Priors
+from ..models.losses import EPS, bin_kl_loss, binary_kd_loss, distance_overlaps
+from ..utils.distributed import mean_over_ranks
 from .settings import DistillationSettings
 
 

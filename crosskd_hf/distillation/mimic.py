@@ -6,8 +6,8 @@ The paper's counter-example (CrossKD, arXiv 2306.11369, section 3.1): ground tru
 import torch
 from torch import Tensor
 
+from ..models.base import DenseDetector, DenseDetectorOutput
 from ..models.box_coding import boxes_to_distances
-from ..models.modeling_dense import DenseDetector, DenseDetectorOutput
 from .crosskd import kd_targets
 from .losses import prediction_kd_losses
 from .pairing import SAME, STUDENT, TEACHER, Pairing, same_format

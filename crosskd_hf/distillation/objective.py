@@ -5,8 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from ..models.base import DenseDetector, DenseDetectorOutput
 from ..models.folding import fold_batchnorms
-from ..models.modeling_dense import DenseDetector, DenseDetectorOutput
 from .crosskd import crosskd_losses
 from .mimic import mimic_losses
 from .pairing import SAME, STUDENT, TEACHER, Pairing

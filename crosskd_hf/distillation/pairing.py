@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..label_names import coco_spelling, listed, near_matches, spelling_problem
-from ..models.configuration_dense import DenseDetectorConfig
-from ..models.image_processing_dense import DenseDetectorImageProcessor, pixel_style
-from ..models.modeling_dense import DenseDetector, DenseDetectorOutput, Predictions, Priors
+from ..models.base import DenseDetector, DenseDetectorOutput, Predictions, Priors
+from ..models.configuration import DenseDetectorConfig
+from ..models.image_processing import DenseDetectorImageProcessor, pixel_style
+from ..utils.label_names import coco_spelling, listed, near_matches, spelling_problem
 from .adapters import Adapters
 from .settings import DistillationSettings
 

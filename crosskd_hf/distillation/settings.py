@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..models.modeling_dense import DenseDetector
-from ..recipe import DistillationSection
+from ..models.base import DenseDetector
+from ..recipe.sections import DistillationSection
 
 
 @dataclass(frozen=True)

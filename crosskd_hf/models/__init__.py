@@ -1,10 +1,10 @@
 """The detectors."""
 
 from .atss import ATSSForObjectDetection
-from .configuration_dense import ATSSConfig, DenseDetectorConfig, FCOSConfig, GFLConfig, RetinaNetConfig
+from .base import DenseDetector, DenseDetectorOutput
+from .configuration import ATSSConfig, DenseDetectorConfig, FCOSConfig, GFLConfig, RetinaNetConfig
 from .fcos import FCOSForObjectDetection
 from .gfl import GFLForObjectDetection
-from .modeling_dense import DenseDetector, DenseDetectorOutput
 from .retinanet import RetinaNetForObjectDetection
 
 CONFIGS = {"gfl": GFLConfig, "retinanet": RetinaNetConfig, "fcos": FCOSConfig, "atss": ATSSConfig}

@@ -3,13 +3,9 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..assigners import Assignment, atss_assign
-from ..losses import distance_overlaps, focal_loss
 from .anchors import square_anchors
-from .box_coding import centerness, deltas_to_distances
-from .configuration_dense import ATSSConfig
-from .head import HeadSpec
-from .modeling_dense import (
+from .assigners import Assignment, atss_assign
+from .base import (
     DenseDetector,
     DetectionLosses,
     DistillationSpec,
@@ -20,6 +16,10 @@ from .modeling_dense import (
     matched_distances,
     positives_per_image,
 )
+from .box_coding import centerness, deltas_to_distances
+from .configuration import ATSSConfig
+from .head import HeadSpec
+from .losses import distance_overlaps, focal_loss
 
 
 class ATSSForObjectDetection(DenseDetector):

@@ -7,7 +7,7 @@ import timm
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from .configuration_dense import DenseDetectorConfig
+from .configuration import DenseDetectorConfig
 from .swin import is_swin, pad_before_shifting, pad_to_patches
 
 STRIDES = (8, 16, 32)

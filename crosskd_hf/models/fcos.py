@@ -4,13 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..assigners import Assignment, point_assign
-from ..losses import EPS, distance_overlaps, focal_loss
 from .anchors import cell_centers
-from .box_coding import centerness
-from .configuration_dense import FCOSConfig
-from .head import HeadSpec
-from .modeling_dense import (
+from .assigners import Assignment, point_assign
+from .base import (
     DenseDetector,
     DetectionLosses,
     DistillationSpec,
@@ -20,6 +16,10 @@ from .modeling_dense import (
     class_targets,
     matched_distances,
 )
+from .box_coding import centerness
+from .configuration import FCOSConfig
+from .head import HeadSpec
+from .losses import EPS, distance_overlaps, focal_loss
 
 
 class FCOSForObjectDetection(DenseDetector):

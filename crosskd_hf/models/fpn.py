@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .configuration_dense import DenseDetectorConfig
+from .configuration import DenseDetectorConfig
 
 
 class FPNConv(nn.Conv2d):

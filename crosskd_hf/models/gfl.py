@@ -6,13 +6,9 @@ IoU. Assignment is ATSS.
 
 from torch import Tensor
 
-from ..assigners import Assignment, atss_assign
-from ..losses import distance_overlaps, distribution_focal_loss, quality_focal_loss
 from .anchors import square_anchors
-from .box_coding import expected_bins
-from .configuration_dense import GFLConfig
-from .head import HeadSpec
-from .modeling_dense import (
+from .assigners import Assignment, atss_assign
+from .base import (
     DenseDetector,
     DetectionLosses,
     DistillationSpec,
@@ -23,6 +19,10 @@ from .modeling_dense import (
     matched_distances,
     positives_per_image,
 )
+from .box_coding import expected_bins
+from .configuration import GFLConfig
+from .head import HeadSpec
+from .losses import distance_overlaps, distribution_focal_loss, quality_focal_loss
 
 
 class GFLForObjectDetection(DenseDetector):

@@ -10,7 +10,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .configuration_dense import DenseDetectorConfig
+from .configuration import DenseDetectorConfig
 
 # Of FCOS's distances: 5e8 pixels. Beyond 44 two of them overflow as an area, and the losses of all priors, also those
 # that learn no box, become NaN. A deviation from the reference, whose exponent has no bound; no image comes near it.

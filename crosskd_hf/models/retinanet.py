@@ -2,13 +2,9 @@
 
 from torch import Tensor
 
-from ..assigners import Assignment, max_iou_assign
-from ..losses import focal_loss
 from .anchors import octave_anchors
-from .box_coding import deltas_to_distances, distances_to_deltas
-from .configuration_dense import RetinaNetConfig
-from .head import HeadSpec
-from .modeling_dense import (
+from .assigners import Assignment, max_iou_assign
+from .base import (
     DenseDetector,
     DetectionLosses,
     DistillationSpec,
@@ -19,6 +15,10 @@ from .modeling_dense import (
     matched_distances,
     positives_per_image,
 )
+from .box_coding import deltas_to_distances, distances_to_deltas
+from .configuration import RetinaNetConfig
+from .head import HeadSpec
+from .losses import focal_loss
 
 
 class RetinaNetForObjectDetection(DenseDetector):

@@ -1,0 +1,183 @@
+"""Records of images and boxes, checked against the image files, and written to the Arrow cache."""
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import datasets
+import numpy as np
+
+from ..utils.escaping import printable
+from ..utils.images import ImageError, ImageSource, inspect_image
+from ..utils.progress import Progress
+from .box_formats import check_format, is_box, is_finite, note_box, to_xywh
+from .errors import Kind, Problems
+
+logger = logging.getLogger(__name__)
+CHUNK = 256  # images that are in memory at once while they are inspected
+
+
+@dataclass(frozen=True)
+class ObjectRecord:
+    """One annotation: its box as the source has it, its label 0..C-1, area in pixels^2 (None: of the box).
+
+    `iscrowd` is the source's, too, until it is checked: 0, 1, False, True, or None for no.
+    """
+
+    id: int
+    bbox: Any
+    label: int
+    area: Any = None
+    iscrowd: Any = False
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One image: `width` and `height` are the source's claim, None if it makes none."""
+
+    id: int
+    file_name: str
+    width: int | None
+    height: int | None
+    objects: list[ObjectRecord] = field(default_factory=list)
+
+
+def check_records(
+    records: list[ImageRecord],
+    sources: Iterable[ImageSource],
+    problems: Problems,
+    where: str,
+    box_format: str = "xywh",
+    unit: str = "pixel",
+) -> list[tuple[int, ImageRecord]]:
+    """Decode every image once and check every box.
+
+    Args:
+        records: of a split.
+        sources: the image of each record.
+        problems: takes what is wrong.
+        where: what messages call the data.
+        box_format, unit: see `to_xywh`.
+
+    Returns:
+        (position in `records`, record with its real size and boxes [x, y, w, h] in pixels) of what can be used.
+
+    Raises:
+        DataError: most boxes don't fit their images, but would in another format.
+    """
+    sized = list(_sized(records, sources, problems))
+    _check_format_of_all(sized, box_format, unit, where)
+    checked = []
+    with Progress("check boxes", len(sized), "images") as progress:
+        for position, record in sized:
+            checked.append((position, _check_objects(record, box_format, unit, problems)))
+            progress.update()
+    return checked
+
+
+def _sized(
+    records: list[ImageRecord], sources: Iterable[ImageSource], problems: Problems
+) -> Iterator[tuple[int, ImageRecord]]:
+    """The records whose image can be read and is of the size that the source claims, with that size."""
+    for position, (record, found) in enumerate(zip(records, _inspect(sources, len(records)), strict=True)):
+        name = f"{record.file_name} (image id {record.id})"
+        if isinstance(found, str):
+            problems.add(Kind.IMAGE, f"{name} {found}")
+        elif None not in (record.width, record.height) and found != (record.width, record.height):
+            turned = found == (record.height, record.width)
+            hint = ", a quarter turn: boxes belong to the image as people see it (EXIF orientation)" if turned else ""
+            problems.add(
+                Kind.IMAGE_SIZE,
+                f"{name} is {found[0]} x {found[1]} pixels, annotated as {record.width} x {record.height}{hint}",
+            )
+        else:
+            yield position, replace(record, width=found[0], height=found[1])
+
+
+def _inspect(sources: Iterable[ImageSource], total: int) -> Iterator[tuple[int, int] | str]:
+    """Size of each image, or what is wrong with it."""
+
+    def inspect(source: ImageSource) -> tuple[int, int] | str:
+        try:
+            return inspect_image(source)
+        except ImageError as error:
+            return str(error)
+
+    iterator = iter(sources)
+    with (
+        # Pillow decodes without holding Python's lock.
+        ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool,
+        Progress("check images", total, "images") as progress,
+    ):
+        while chunk := [source for _, source in zip(range(CHUNK), iterator, strict=False)]:
+            yield from pool.map(inspect, chunk)
+            progress.update(len(chunk))
+
+
+def _check_format_of_all(sized: list[tuple[int, ImageRecord]], box_format: str, unit: str, where: str) -> None:
+    boxes = [(obj.bbox, record.width, record.height) for _, record in sized for obj in record.objects]
+    boxes = [(bbox, width, height) for bbox, width, height in boxes if is_box(bbox)]
+    if boxes:
+        given = np.array([bbox for bbox, _, _ in boxes], dtype=np.float64)
+        check_format(given, np.array([size for _, *size in boxes], dtype=np.float64), box_format, unit, where)
+
+
+def _check_objects(record: ImageRecord, box_format: str, unit: str, problems: Problems) -> ImageRecord:
+    objects = []
+    size = np.array([[record.width, record.height]], dtype=np.float64)
+    for obj in record.objects:
+        name = f"annotation {obj.id} of {record.file_name} (image id {record.id})"
+        area = obj.area
+        if not is_box(obj.bbox):
+            problems.add(Kind.BOX, f"{name}: bbox {repr(obj.bbox)[:200]}")
+            continue
+        if not (area is None or is_finite(area)):
+            problems.add(Kind.AREA_NUMBER, f"{name}: area {repr(area)[:100]}")
+            continue
+        if not (obj.iscrowd is None or (isinstance(obj.iscrowd, (bool, int, float)) and obj.iscrowd in (0, 1))):
+            problems.add(Kind.CROWD, f"{name}: iscrowd {repr(obj.iscrowd)[:100]}")
+            continue
+        xywh = to_xywh([obj.bbox], size, box_format, unit)[0].tolist()
+        if note_box(xywh, record.width or 0, record.height or 0, name, problems):
+            # An area in parts of the image isn't told apart from pixels: the box's stands.
+            own = area is not None and unit == "pixel"
+            if own and area <= 0 < xywh[2] * xywh[3]:
+                problems.add(Kind.AREA, name)
+            area = float(area if own else xywh[2] * xywh[3])
+            objects.append(replace(obj, bbox=xywh, area=area, iscrowd=bool(obj.iscrowd)))
+    return replace(record, objects=objects)
+
+
+def arrow_row(record: ImageRecord) -> dict[str, Any]:
+    """A checked record as the columns of `annotation_features`."""
+    return {
+        "image_id": record.id,
+        "file_name": record.file_name,
+        "width": record.width,
+        "height": record.height,
+        "objects": {
+            "id": [obj.id for obj in record.objects],
+            "bbox": [obj.bbox for obj in record.objects],
+            "category": [obj.label for obj in record.objects],
+            "area": [obj.area for obj in record.objects],
+            "iscrowd": [obj.iscrowd for obj in record.objects],
+        },
+    }
+
+
+def cache_note(category_ids: Iterable[int], problems: Problems) -> str:
+    """What is kept beside an Arrow cache, in the one free text that `datasets` saves and reads back."""
+    return json.dumps({"category_ids": list(category_ids), "problems": problems.to_dict()})
+
+
+def read_cache_note(info: datasets.DatasetInfo, where: str) -> tuple[tuple[int, ...], Problems]:
+    """The category ids and problems of a cache; what was left out is told again at every load."""
+    note = json.loads(info.description)
+    problems = Problems.from_dict(note["problems"])
+    for line in problems.lines(stopping=True):
+        logger.warning("%s: left out: %s", printable(where), line)
+    return tuple(note["category_ids"]), problems

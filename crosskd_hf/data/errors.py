@@ -1,0 +1,120 @@
+"""What is wrong with a data set: counted by kind, with examples, told together."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ..utils.escaping import printable
+
+EXAMPLES = 3
+
+
+class DataError(ValueError):
+    """A data set that can't be used as it is; the message names what and how to mend it."""
+
+
+class Kind(Enum):
+    """A kind of problem: what it is, and what to do or what happens."""
+
+    IMAGE = ("image", "cannot be read", "restore or remove it")
+    IMAGE_SIZE = ("image", "is of another size than annotated", "correct one or the other")
+    FILE_NAME = ("image", "has a file name that leaves the image folder", "make it relative, without ..")
+    ID = ("annotation", "has the id of an earlier one", "annotation ids must be unique")
+    IMAGE_ID = ("annotation", "is of an image that is not in the list of images", "add the image or remove it")
+    CATEGORY = ("annotation", "is of a category that is not listed", "add the category or remove it")
+    BOX = ("annotation", "has a bbox that is not four finite numbers", "correct or remove it")
+    AREA_NUMBER = (
+        "annotation",
+        "has an area that is not a finite number",
+        "correct it, or leave area out to take the box's",
+    )
+    CROWD = ("annotation", "has an iscrowd that is neither 0 nor 1", "correct or remove it")
+    BOX_NEGATIVE = ("annotation", "has a box of negative width or height", "correct or remove it")
+    BOX_EMPTY = ("annotation", "has a box less than 1 pixel wide or high", "it is not trained on")
+    AREA = ("annotation", "has an area of 0 or less", "it is not trained on; leave area out to take the box's")
+    BOX_OUTSIDE = ("annotation", "has a box wholly outside its image", "it is not trained on")
+    BOX_EDGE = ("annotation", "has a box that reaches over the image's edge", "it is clipped in training")
+    # What only `crosskd check-data` looks for.
+    FILE_TWICE = ("image file", "is listed under several ids", "list it once, with all of its boxes")
+    ROW_TWICE = ("row", "is there again, with the same image and boxes", "remove one")
+    CONTENT_TWICE = ("image", "has the content of another one in its split", "remove one")
+    IN_BOTH = ("image", "is in both splits by its content", "evaluate on images that aren't trained on")
+    BOX_TWICE = ("annotation", "has the class and the box of another one of its image", "remove one")
+    NO_ROW = (
+        "image file",
+        "has no row in metadata.jsonl",
+        "it isn't used; add a row, without boxes if there are none",
+    )
+
+    @property
+    def stops(self) -> bool:
+        """Whether the data can't be used with it (unless it is left out), or it is only worth knowing."""
+        return self not in NOT_STOPPING
+
+    def describe(self, count: int, examples: list[str]) -> str:
+        """Count, kind, examples and advice in one line."""
+        thing, what, advice = self.value
+        shown = "; ".join(map(printable, examples)) + ("; ..." if count > len(examples) else "")
+        return f"{count} x {thing} {what} ({advice}): {shown}"
+
+
+NOT_STOPPING = (
+    Kind.BOX_EMPTY,
+    Kind.AREA,
+    Kind.BOX_OUTSIDE,
+    Kind.BOX_EDGE,
+    Kind.FILE_TWICE,
+    Kind.ROW_TWICE,
+    Kind.CONTENT_TWICE,
+    Kind.IN_BOTH,
+    Kind.BOX_TWICE,
+    Kind.NO_ROW,
+)
+
+
+@dataclass
+class Problems:
+    """The problems of one split.
+
+    Attributes:
+        counts: how often each kind occurs.
+        examples: the first few of each kind.
+    """
+
+    counts: dict[Kind, int] = field(default_factory=dict)
+    examples: dict[Kind, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: Kind, example: str) -> None:
+        """Count a problem; the example names the record."""
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        examples = self.examples.setdefault(kind, [])
+        if len(examples) < EXAMPLES:
+            examples.append(example)
+
+    def lines(self, stopping: bool | None = None) -> list[str]:
+        """A line a kind: all, or only those that stop (True) or don't (False)."""
+        return [
+            kind.describe(count, self.examples[kind])
+            for kind, count in self.counts.items()
+            if stopping is None or kind.stops == stopping
+        ]
+
+    def raise_if_stopping(self, source: str) -> None:
+        """Raise DataError with all kinds that the data can't be used with."""
+        if lines := self.lines(stopping=True):
+            raise DataError(
+                f"{source} cannot be used as it is:\n  - "
+                + "\n  - ".join(lines)
+                + "\nMend these, or set data.on_error=skip to leave them out."
+            )
+
+    def to_dict(self) -> dict[str, list]:
+        """As JSON can hold it."""
+        return {kind.name: [count, self.examples[kind]] for kind, count in self.counts.items()}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, list]) -> "Problems":
+        """The inverse of `to_dict`."""
+        return cls(
+            {Kind[name]: count for name, (count, _) in content.items()},
+            {Kind[name]: examples for name, (_, examples) in content.items()},
+        )

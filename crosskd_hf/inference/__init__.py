@@ -1,0 +1,1 @@
+"""Detections of images, and models for other runtimes."""

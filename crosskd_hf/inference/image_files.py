@@ -1,0 +1,219 @@
+"""Image files by name, folder and pattern, and their ids in COCO results."""
+
+import glob
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+from ..utils.escaping import file_name, printable
+from ..utils.label_names import coco_spelling
+
+# What is looked for in folders and by patterns. A file that is named itself may have any name.
+IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+PICTURE_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
+
+
+class PredictionError(ValueError):
+    """Predictions that can't be made or written, and what to do about it."""
+
+
+@dataclass(frozen=True)
+class ImageEntry:
+    """What an image is called in the results. `size` is the annotated (width, height), where there is one."""
+
+    image_id: int
+    file_name: str
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """Images and category ids of a COCO file: its images by `file_name`, its category ids by name."""
+
+    images: Mapping[str, ImageEntry]
+    category_ids: Mapping[str, int]
+
+
+def find_images(sources: Sequence[str], recursive: bool = False) -> list[Path]:
+    """The image files that sources name, sorted and each once.
+
+    Args:
+        sources: image files; folders, whose images are taken; and glob patterns, in which `**` stands for folders.
+            Folders and patterns find names that end as `IMAGE_EXTENSIONS` do, in any case, and don't begin with a dot.
+        recursive: take the images in folders of folders, too.
+
+    Raises:
+        PredictionError: a source that matches no image, or a folder that can't be listed.
+    """
+    found: dict[str, Path] = {}
+    for source in sources:
+        for path in _matches(source, recursive):
+            found.setdefault(os.path.abspath(path), path)
+    return sorted(found.values())
+
+
+def number_images(names: Sequence[str]) -> list[ImageEntry]:
+    """Image ids without an annotation file.
+
+    They are the file names' stems if all of them are different whole numbers (000000397133.jpg is image 397133), as in
+    COCO; otherwise 1, 2, ... in the order of the names.
+    """
+    stems = [PurePath(name).stem for name in names]
+    numbers = [int(stem) for stem in stems if re.fullmatch("[0-9]+", stem)]
+    ids = numbers if len(set(numbers)) == len(names) else range(1, len(names) + 1)
+    return [ImageEntry(image_id, name) for image_id, name in zip(ids, names, strict=True)]
+
+
+def read_annotated(path: str | os.PathLike[str]) -> Annotated:
+    """The images and the categories of a COCO instances file. Its annotations are not looked at.
+
+    Raises:
+        PredictionError: the file is missing, no JSON or no COCO file, or lists a name twice.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = json.load(file)
+    except OSError as error:
+        raise PredictionError(f"the annotation file {path} can't be read ({words(error)}).") from error
+    except (ValueError, RecursionError) as error:
+        raise PredictionError(f"the annotation file {path} is no JSON ({error}).") from error
+    try:
+        images = [
+            ImageEntry(image["id"], image["file_name"], (image["width"], image["height"]))
+            for image in content["images"]
+        ]
+        categories = [(category["name"], category["id"]) for category in content["categories"]]
+    except (KeyError, TypeError) as error:
+        raise PredictionError(
+            f"{path} is no COCO instances file: it needs a list of images with id, file_name, width and height, and a "
+            f"list of categories with id and name ({type(error).__name__}: {error})."
+        ) from error
+    for what, names in (
+        ("file_name", [image.file_name for image in images]),
+        ("category", [name for name, _ in categories]),
+    ):
+        if twice := _first_repeated(names):
+            raise PredictionError(f"{path} lists the {what} {twice!r} twice, so that its id is open.")
+    return Annotated({image.file_name: image for image in images}, dict(categories))
+
+
+def match_images(paths: Sequence[Path], annotated: Annotated) -> list[ImageEntry]:
+    """The annotated image of each file.
+
+    A file is the image whose `file_name` is the end of its path; of several, the longest.
+
+    Raises:
+        PredictionError: a file that isn't annotated, or two files of one image.
+    """
+    entries, owners = [], {}
+    for path in paths:
+        parts = Path(os.path.abspath(path)).parts[1:]
+        ends = ("/".join(parts[start:]) for start in range(len(parts)))
+        entry = next((annotated.images[end] for end in ends if end in annotated.images), None)
+        if entry is None:
+            raise PredictionError(
+                f"{printable(path)} is not an image of the annotation file: no file_name in it is the end of this "
+                "path. Leave the image out, or name the annotation file that lists it."
+            )
+        if (first := owners.setdefault(entry.file_name, path)) is not path:
+            raise PredictionError(
+                f"{printable(first)} and {printable(path)} are both {entry.file_name!r} of the annotation file."
+            )
+        entries.append(entry)
+    return entries
+
+
+def category_ids_of(id2label: Mapping[int, str], annotated: Annotated | None) -> dict[int, int]:
+    """The COCO category id of each label."""
+    if annotated is None:
+        return {label: label for label in id2label}
+    known = dict(zip(coco_spelling(list(annotated.category_ids)), annotated.category_ids.values(), strict=True))
+    names = dict(zip(id2label, coco_spelling(list(id2label.values())), strict=True))
+    if unknown := [name for name in names.values() if name not in known]:
+        raise PredictionError(
+            f"the model has {len(unknown)} labels that aren't categories of the annotation file, such as "
+            f"{unknown[0]!r}; its categories are {', '.join(map(printable, list(known)[:8]))}. Leave --annotations "
+            "out, or rename one."
+        )
+    return {label: known[name] for label, name in names.items()}
+
+
+def _matches(source: str, recursive: bool) -> list[Path]:
+    path = Path(source).expanduser()
+    endings = " ".join(IMAGE_EXTENSIONS)
+    if path.is_dir():
+        images = _images_in(path, recursive)
+        hint = "" if recursive else "; --recursive looks into its folders, too"
+        if not images:
+            raise PredictionError(f"the folder {source} holds no images ({endings}){hint}.")
+        return images
+    if path.exists():
+        return [path]
+    if not glob.has_magic(source):
+        raise PredictionError(f"there is no file or folder {source}: give an image, a folder, or a pattern in quotes.")
+    images = [Path(match) for match in glob.glob(str(path), recursive=True) if _is_image_name(match)]
+    images = [image for image in images if image.is_file()]
+    if not images:
+        raise PredictionError(f"the pattern {source} matches no images ({endings}).")
+    return images
+
+
+def _images_in(folder: Path, recursive: bool) -> list[Path]:
+    def fail(error: OSError) -> None:
+        raise PredictionError(f"the folder {error.filename} can't be listed ({words(error)}).") from error
+
+    images: list[Path] = []
+    for place, folders, files in os.walk(folder, onerror=fail):
+        images += [Path(place, name) for name in files if _is_image_name(name)]
+        if not recursive:
+            folders.clear()
+    return images
+
+
+def _is_image_name(name: str) -> bool:
+    path = PurePath(name)
+    return path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")
+
+
+def relative_names(paths: Sequence[Path]) -> list[str]:
+    """Names from the deepest folder on that all files share: different, since the paths are."""
+    absolute = [os.path.abspath(path) for path in paths]
+    root = os.path.commonpath([os.path.dirname(path) for path in absolute])
+    return [Path(os.path.relpath(path, root)).as_posix() for path in absolute]
+
+
+def picture_names(names: Sequence[str]) -> list[str]:
+    """The names of pictures: those of the images, with .png added where it isn't a format that pictures have.
+
+    Each part is made a `file_name`; where two would then be one, .png is added, too.
+    """
+    taken = set(names)
+    pictures = []
+    for name in names:
+        picture = "/".join(map(file_name, name.split("/")))
+        if PurePath(picture).suffix.lower() not in PICTURE_FORMATS:
+            picture += ".png"
+        while picture != name and picture in taken:  # x.bmp beside an image x.bmp.png
+            picture += ".png"
+        taken.add(picture)
+        pictures.append(picture)
+    return pictures
+
+
+def _first_repeated(names: Sequence[str]) -> str | None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def words(error: Exception) -> str:
+    """An error's own words, without number and file name."""
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0]

@@ -1,0 +1,1 @@
+"""Recipes, and the run folders they are run in."""

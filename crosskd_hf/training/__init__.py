@@ -1,0 +1,1 @@
+"""The trainers, and what a run needs: evaluation, saving, logs."""

@@ -1,0 +1,57 @@
+"""An exponential moving average of the weights beside those that are trained (`training.ema_decay`)."""
+
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..models.base import DenseDetector
+
+AVERAGE_FILE = "ema.safetensors"  # in a checkpoint
+
+
+class WeightAverage:
+    """torch's `AveragedModel` of a detector, with what a resumed run needs.
+
+    After step t the average is decay * average + (1 - decay) * weights; after the first it is the weights themselves.
+    Buffers (BatchNorm's statistics) are averaged too.
+
+    Args:
+        model: the detector that is trained, without wrappers.
+        decay: 0..1; the average covers about the last 1 / (1 - decay) steps.
+    """
+
+    def __init__(self, model: DenseDetector, decay: float):
+        average = get_ema_multi_avg_fn(decay)
+        self._averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self._averaged.requires_grad_(False)
+
+    @property
+    def model(self) -> DenseDetector:
+        """The detector with the averaged weights, in evaluation mode."""
+        return self._averaged.module.eval()
+
+    def update(self, model: DenseDetector) -> None:
+        """Add the weights after an optimizer step."""
+        self._averaged.update_parameters(model)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the average into a checkpoint."""
+        save_file({key: value.contiguous() for key, value in self._averaged.state_dict().items()}, _file(folder))
+
+    def load(self, folder: str | Path) -> None:
+        """Read the average of a checkpoint.
+
+        Raises:
+            FileNotFoundError: the checkpoint has none.
+        """
+        if not _file(folder).is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {AVERAGE_FILE}: its run was begun without training.ema_decay. Set ema_decay null, "
+                "or start again in another training.output_dir."
+            )
+        self._averaged.load_state_dict(load_file(_file(folder)))
+
+
+def _file(folder: str | Path) -> Path:
+    return Path(folder) / AVERAGE_FILE

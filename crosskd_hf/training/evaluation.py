@@ -1,0 +1,409 @@
+"""COCO detection metrics: fed image by image, merged over processes once, computed by pycocotools or faster-coco-eval.
+
+Used like this:
+
+    evaluator = CocoEvaluator(split)
+    for batch in loader:
+        evaluator.update(image_ids, detections)   # scores, labels, boxes in original pixels; never logits
+    evaluator.gather()                            # every process, once
+    metrics = evaluator.compute()                 # {"AP": 0.402, ..., "AP/zebra": 0.671}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import io
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ..utils.escaping import printable
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
+
+    from ..data.split import DetectionSplit
+
+logger = logging.getLogger(__name__)
+
+# In the order of COCOeval.stats. ARn: at most n detections an image and class; s, m, l: area up to 32^2, between, from
+# 96^2 pixels.
+SUMMARY_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+SETTINGS = "evaluation"  # key of a metrics file: of which images, and how
+
+BACKENDS = ("auto", "pycocotools", "faster")
+
+
+class ImageDetections(NamedTuple):
+    """What is kept of one image: K detections, at most a few kilobytes.
+
+    Attributes:
+        scores: (K,) float32, or float64 if it was given so.
+        labels: (K,) int32, 0..C-1.
+        boxes: (K, 4) xyxy in pixels of the original image, float32 or float64.
+    """
+
+    scores: np.ndarray
+    labels: np.ndarray
+    boxes: np.ndarray
+
+
+class _CocoTools(NamedTuple):
+    """A package's version of COCO's two classes."""
+
+    name: str
+    annotations: type
+    evaluation: type
+
+    @classmethod
+    def of(cls, backend: str) -> _CocoTools:
+        """See `CocoEvaluator`. Imported when asked for, since one of the two isn't always there."""
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}; it must be one of {', '.join(BACKENDS)}")
+        if backend == "auto":
+            backend = "faster" if importlib.util.find_spec("faster_coco_eval") else "pycocotools"
+        if backend == "pycocotools":
+            from pycocotools.coco import COCO
+            from pycocotools.cocoeval import COCOeval
+
+            return cls("pycocotools", COCO, COCOeval)
+        try:
+            import faster_coco_eval
+        except ImportError as error:
+            raise ImportError(
+                'the backend "faster" needs faster-coco-eval: pip install faster-coco-eval, or, in a clone of the '
+                'repository, pip install -e ".[fast]"'
+            ) from error
+        return cls("faster-coco-eval", faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster)
+
+
+class CocoEvaluator:
+    """Collects the detections of a split and computes COCO's box metrics.
+
+    The metrics are bit for bit those of pycocotools' COCOeval (Lin et al., "Microsoft COCO", 2014, and its evaluation
+    server) on the annotation file, with one exception: an annotation with id 0 is matched like any other here, whereas
+    COCOeval takes a match with id 0 for no match. COCO's own files have no such id. faster-coco-eval gives the same
+    numbers in a fraction of the time, up to the last bit: a precision of 1 / 1 is 1 there, 1 - 2^-52 in pycocotools.
+
+    Args:
+        split: the images and ground truth to compare with; no image is decoded.
+        backend: what computes the metrics: "pycocotools", "faster" (faster-coco-eval, the extra `fast`), or "auto",
+            which is "faster" where that is installed.
+
+    Raises:
+        ValueError: the split lists an image id or a category id twice, or there is no such backend.
+        ImportError: the backend isn't installed.
+    """
+
+    def __init__(self, split: DetectionSplit, backend: str = "auto") -> None:
+        self._tools = _CocoTools.of(backend)
+        self._split = split
+        self._category_ids = [int(category_id) for category_id in split.category_ids]
+        self._image_ids: list[int] = _column(split, "image_id")
+        self._known_ids = set(self._image_ids)
+        self._detections: dict[int, ImageDetections] = {}
+        for what, ids in (("image", self._image_ids), ("category", self._category_ids)):
+            if len(set(ids)) != len(ids):
+                raise ValueError(f"the split lists {len(ids)} {what} ids, but only {len(set(ids))} different ones")
+
+    @property
+    def backend(self) -> str:
+        """The package that computes the metrics."""
+        return self._tools.name
+
+    def __len__(self) -> int:
+        """The number of images that detections are held of."""
+        return len(self._detections)
+
+    def reset(self) -> None:
+        """Forget all detections, for the next evaluation of the same split."""
+        self._detections.clear()
+
+    def update(self, image_ids: Sequence[int], detections: Sequence[Mapping[str, Any]]) -> None:
+        """Add the detections of some images. Those of an image seen before are replaced.
+
+        Args:
+            image_ids: N ids of images of the split.
+            detections: N dicts of `scores` (K,), `labels` (K,) integers 0..C-1 and `boxes` (K, 4) xyxy in pixels of
+                the original image, as tensors on any device (or what `torch.as_tensor` takes). K may be 0, and differ.
+
+        Raises:
+            ValueError: the lengths differ, an image is not in the split, or an image's detections have a wrong shape,
+                a label outside 0..C-1, a score or box that is not finite, or a box with x2 < x1 or y2 < y1. The
+                message names the image id. Nothing of this call is kept then.
+            KeyError: a dict has no `scores`, `labels` or `boxes`.
+        """
+        if len(image_ids) != len(detections):
+            raise ValueError(f"{len(image_ids)} image ids, but detections of {len(detections)} images")
+        checked = {}
+        for image_id, detection in zip(map(int, image_ids), detections, strict=True):
+            if image_id not in self._known_ids:
+                raise ValueError(f"image id {image_id} is not in the split")
+            checked[image_id] = _check(image_id, detection, num_labels=len(self._category_ids))
+        self._detections.update(checked)
+
+    def detections_of(self, image_id: int) -> ImageDetections:
+        """The detections of an image, best first as they were given; none if there was no update for it."""
+        empty = ImageDetections(np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros((0, 4), np.float32))
+        return self._detections.get(image_id, empty)
+
+    def gather(self) -> None:
+        """Give every process the detections of all processes; without torch.distributed, do nothing.
+
+        A collective call: all processes must make it, also those without detections. Results are merged by image id,
+        so the images that a distributed sampler repeats to fill the last batch count once; of two different results
+        for one image, the lowest rank's is kept, on every rank. Calling it twice changes nothing.
+        """
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, self._detections)
+        # From the last rank to the first: what is written last stays.
+        self._detections = {image_id: found for part in reversed(parts) for image_id, found in part.items()}
+
+    def compute(self, image_ids: Iterable[int] | None = None) -> dict[str, float]:
+        """COCO's box metrics of the detections held by this process: call `gather` first.
+
+        After `gather` every process would compute the same, so that one is enough: pycocotools takes up to a minute
+        and 3 GB for 5000 images with 100 detections each. Which backend it is goes to the log.
+
+        Args:
+            image_ids: the images to evaluate on, by default all of the split. Each counts, in any order and once: one
+                without detections as an image where nothing was found. Detections on other images are left out.
+
+        Returns:
+            the 12 numbers of COCO under `SUMMARY_NAMES`, then `AP/<class name>` of every class, all in 0..1. A number
+            that no ground truth speaks for (a class or a size that these images don't show; crowds don't count) is
+            -1.0, as in pycocotools, and is left out of the means. There are no NaNs.
+
+        Raises:
+            ValueError: there is no image to evaluate on, or one of `image_ids` is not in the split.
+        """
+        wanted = self._wanted(image_ids)
+        unseen = len(wanted - self._detections.keys())
+        if unseen:
+            logger.warning("%d of %d images have no prediction and count as empty", unseen, len(wanted))
+        logger.info("COCO metrics of %d images by %s", len(wanted), self._tools.name)
+        # pycocotools prints its progress and a table.
+        with contextlib.redirect_stdout(io.StringIO()), _without_garbage_collection():
+            evaluation = self._tools.evaluation(self._ground_truth(wanted), self._predictions(wanted), iouType="bbox")
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        metrics = dict(zip(SUMMARY_NAMES, map(float, evaluation.stats), strict=True))
+        # (IoU thresholds, recall thresholds, classes by increasing category id, area ranges, detection limits):
+        # all areas come first, 100 detections last.
+        precision = evaluation.eval["precision"][:, :, :, 0, -1]
+        rows = {category_id: row for row, category_id in enumerate(sorted(self._category_ids))}
+        for name, category_id in zip(self._split.label_names, self._category_ids, strict=True):
+            values = precision[:, :, rows[category_id]]
+            values = values[values > -1]
+            metrics[f"AP/{name}"] = float(values.mean()) if values.size else -1.0
+        return metrics
+
+    def results(self) -> list[dict[str, Any]]:
+        """The detections in COCO's result format, image after image in the order of the split.
+
+        Returns:
+            dicts of `image_id`, `category_id` (of the annotation file), `bbox` ([x, y, w, h], original pixels, 3
+            decimals) and `score` (8 decimals: float32 scores from 0.125 up keep their order). `compute` uses the
+            unrounded values, so that pycocotools on these may differ from it in the last digits.
+        """
+        entries = []
+        for image_id in self._image_ids:
+            for category_id, bbox, score in self._rows(image_id):
+                bbox = [round(value, 3) for value in bbox]
+                entries.append(
+                    {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": round(score, 8)}
+                )
+        return entries
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        metrics: Mapping[str, float],
+        prefix: str = "",
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write `<prefix>predictions.json` (see `results`) and `<prefix>metrics.json`; one process is to call it.
+
+        Each file appears complete or not at all: an earlier one stays until its successor is on disk.
+
+        Args:
+            folder: created if it does not exist.
+            metrics: what `compute` returned.
+            prefix: put before both file names, such as "val2017_".
+            settings: of which images, and how; they stand under `SETTINGS` in the metrics file.
+
+        Raises:
+            OSError: a file or the folder could not be written; the message names it.
+            ValueError: a metric is not finite, which JSON has no word for. Nothing is written then.
+        """
+        folder = Path(folder)
+        values: dict[str, Any] = {name: float(value) for name, value in metrics.items()}
+        if settings is not None:
+            values[SETTINGS] = dict(settings)
+        metrics_text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+        _write(folder / f"{prefix}predictions.json", json.dumps(self.results()))
+        _write(folder / f"{prefix}metrics.json", metrics_text)
+
+    def _wanted(self, image_ids: Iterable[int] | None) -> set[int]:
+        wanted = self._known_ids if image_ids is None else set(map(int, image_ids))
+        if not wanted:
+            raise ValueError("there is no image to evaluate on")
+        if unknown := wanted - self._known_ids:
+            raise ValueError(f"{len(unknown)} images to evaluate on are not in the split, such as id {min(unknown)}")
+        return wanted
+
+    def _ground_truth(self, wanted: set[int]) -> COCO:
+        annotations: list[dict[str, Any]] = []
+        for image_id, objects in zip(self._image_ids, _column(self._split, "objects"), strict=True):
+            if image_id not in wanted:
+                continue
+            columns = (objects[key] for key in ("category", "bbox", "area", "iscrowd"))
+            for label, bbox, area, iscrowd in zip(*columns, strict=True):
+                annotations.append(
+                    {
+                        # Not the file's id: COCOeval marks "unmatched" with 0, and merges annotations of one id.
+                        "id": len(annotations) + 1,
+                        "image_id": image_id,
+                        "category_id": self._category_ids[label],
+                        "bbox": bbox,
+                        "area": area,
+                        "iscrowd": int(iscrowd),
+                    }
+                )
+        return self._coco(wanted, annotations)
+
+    def _predictions(self, wanted: set[int]) -> COCO:
+        # COCO.loadRes makes the same entries, but fails on an empty list and adds a polygon to each.
+        annotations: list[dict[str, Any]] = []
+        for image_id in sorted(wanted):
+            for category_id, bbox, score in self._rows(image_id):
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": image_id,
+                        "category_id": category_id,
+                        "bbox": bbox,
+                        "area": bbox[2] * bbox[3],
+                        "iscrowd": 0,
+                        "score": score,
+                    }
+                )
+        return self._coco(wanted, annotations)
+
+    def _coco(self, image_ids: set[int], annotations: list[dict[str, Any]]) -> COCO:
+        coco = self._tools.annotations()
+        coco.dataset = {
+            "images": [{"id": image_id} for image_id in sorted(image_ids)],
+            "categories": [{"id": category_id} for category_id in self._category_ids],
+            "annotations": annotations,
+        }
+        coco.createIndex()
+        return coco
+
+    def _rows(self, image_id: int) -> Iterable[tuple[int, list[float], float]]:
+        """COCO category id, [x, y, w, h] and score of each detection on an image, as Python numbers."""
+        found = self._detections.get(image_id)
+        if found is None:
+            return ()
+        corners = found.boxes.astype(np.float64)  # before subtracting: the width of float32 corners is then exact
+        boxes_xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+        category_ids = [self._category_ids[label] for label in found.labels]
+        return zip(category_ids, boxes_xywh.tolist(), found.scores.tolist(), strict=True)
+
+
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """A table in percent: the 12 numbers of `SUMMARY_NAMES` in two rows, then a line per class.
+
+    Args:
+        metrics: as `CocoEvaluator.compute` returns them, in 0..1. -1 (no ground truth) is shown as a dash, and other
+            names than those of `compute` are left out.
+    """
+    lines = []
+    for names in (SUMMARY_NAMES[:6], SUMMARY_NAMES[6:]):
+        present = [name for name in names if name in metrics]
+        if present:
+            lines.append("".join(f"{name:>8}" for name in present))
+            lines.append("".join(f"{percent(metrics[name]):>8}" for name in present))
+    classes = [(printable(name[3:]), value) for name, value in metrics.items() if name.startswith("AP/")]
+    if classes:
+        width = max(len("class"), *(len(name) for name, _ in classes))
+        lines += ["", f"{'class':<{width}}{'AP':>8}"]
+        lines += [f"{name:<{width}}{percent(value):>8}" for name, value in classes]
+    return "\n".join(lines)
+
+
+def percent(value: float) -> str:
+    """A metric of 0..1 in percent; -1, which no ground truth speaks for, as a dash."""
+    return "-" if value == -1 else f"{100 * value:.1f}"
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Python would search a million new dictionaries for cycles, again and again; there are none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _column(split: DetectionSplit, name: str) -> list[Any]:
+    # As Arrow: other formats would decode images, apply a transform of the data set or round areas to float32.
+    table = split.dataset.with_format("arrow", columns=[name])[:]
+    return table[name].to_pylist()
+
+
+def _check(image_id: int, detection: Mapping[str, Any], num_labels: int) -> ImageDetections:
+    scores, labels, boxes = (torch.as_tensor(detection[key]).detach().cpu() for key in ("scores", "labels", "boxes"))
+    if not boxes.numel():
+        boxes = boxes.reshape(0, 4)  # an empty list has no second dimension
+    shapes = tuple(scores.shape), tuple(labels.shape), tuple(boxes.shape)
+    where = f"detections of image id {image_id}"
+    if shapes != ((len(boxes),), (len(boxes),), (len(boxes), 4)):
+        raise ValueError(f"{where}: scores, labels, boxes must be (K,), (K,), (K, 4), got {shapes}")
+    if labels.numel() and (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool):
+        raise ValueError(f"{where}: labels must be integers, got {labels.dtype}")
+    if not (torch.isfinite(scores).all() and torch.isfinite(boxes).all()):
+        raise ValueError(f"{where}: a score or a box is not finite")
+    if ((labels < 0) | (labels >= num_labels)).any():
+        raise ValueError(f"{where}: labels must be in 0..{num_labels - 1}, got {labels.min()}..{labels.max()}")
+    if (boxes[:, 2:] < boxes[:, :2]).any():
+        raise ValueError(f"{where}: a box has x2 < x1 or y2 < y1; boxes must be xyxy")
+    return ImageDetections(_floats(scores), labels.numpy().astype(np.int32), _floats(boxes))
+
+
+def _floats(values: torch.Tensor) -> np.ndarray:
+    # numpy knows no bfloat16. The copy: a view would keep the large batch alive that the tensor may be a part of.
+    return (values if values.dtype == torch.float64 else values.float()).numpy().copy()
+
+
+def _write(path: Path, text: str) -> None:
+    """Write through a file beside `path`, which takes its place only when it is complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)  # there only if one of these failed
+    except OSError as error:
+        raise OSError(error.errno, f"could not write evaluation results: {error.strerror}", str(path)) from error

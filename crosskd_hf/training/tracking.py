@@ -1,0 +1,97 @@
+"""What TensorBoard, trackio and Weights & Biases get beside transformers' numbers: the recipe, and pictures.
+
+`training.report_to` names the trackers, as in transformers. Its callbacks log every loss term and metric; here the
+recipe of the run follows as text, and after each evaluation a sheet of ground truth beside predictions.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+
+from ..recipe.sections import RECIPE_FILE
+from ..utils.redact import without_credentials
+from ..utils.visualization import contact_sheet
+from .contact_sheet import THRESHOLD, Boxes, drawn, evenly_spaced, example
+from .evaluation import CocoEvaluator
+
+if TYPE_CHECKING:
+    from ..data.dataset import DetectionDataset
+    from .trainer import DetectionTrainer
+
+TRACKERS = (TensorBoardCallback, TrackioCallback, WandbCallback)
+PICTURE_NAME = "eval/examples"
+TILE = 400  # pixels a side of a picture on the sheet
+
+
+class TrackingCallback(TrainerCallback):
+    """Hands recipe and evaluation pictures to the trackers of a trainer. The main process logs, others do nothing."""
+
+    def __init__(self, trainer: "DetectionTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """After the trackers' own, which open the run."""
+        path = self.trainer.run_folder / RECIPE_FILE
+        if state.is_world_process_zero and path.is_file():
+            log_text(self.trainer, "recipe", without_credentials(path.read_text(encoding="utf-8")))
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        """After the metrics."""
+        sheet = self.trainer.evaluation_sheet
+        if state.is_world_process_zero and sheet is not None:
+            log_picture(self.trainer, PICTURE_NAME, sheet, state.global_step)
+
+
+def trackers(trainer: "DetectionTrainer") -> list[Any]:
+    """The trainer's callbacks that log to a tracker that takes pictures."""
+    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TRACKERS)]
+
+
+def log_text(trainer: "DetectionTrainer", name: str, text: str) -> None:
+    """A text to every tracker: beside the arguments of the run."""
+    for tracker in trackers(trainer):
+        if isinstance(tracker, TensorBoardCallback):
+            if tracker.tb_writer is not None:
+                tracker.tb_writer.add_text(name, f"```yaml\n{text}\n```")
+        elif isinstance(tracker, WandbCallback):
+            tracker._wandb.config.update({name: text}, allow_val_change=True)
+        else:
+            tracker._trackio.config[name] = text
+
+
+def log_picture(trainer: "DetectionTrainer", name: str, picture: Image.Image, step: int) -> None:
+    """A picture to every tracker, at an optimizer step."""
+    for tracker in trackers(trainer):
+        if isinstance(tracker, TensorBoardCallback):
+            if tracker.tb_writer is not None:
+                tracker.tb_writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+                tracker.tb_writer.flush()
+        elif isinstance(tracker, WandbCallback):
+            tracker._wandb.log({name: tracker._wandb.Image(picture), "train/global_step": step})
+        else:
+            tracker._trackio.log({name: tracker._trackio.Image(picture), "train/global_step": step})
+
+
+def evaluation_sheet(dataset: "DetectionDataset", evaluator: CocoEvaluator, count: int) -> Image.Image:
+    """Ground truth beside predictions, on evenly spaced images of an evaluation.
+
+    Args:
+        dataset: what was evaluated.
+        evaluator: holds the detections of all its images.
+        count: images on the sheet, a row each.
+    """
+    names = dataset.split.label_names
+    rows = []
+    for index in evenly_spaced(count, len(dataset)):
+        image_id, image, truth, factors = example(dataset, index)
+        found = evaluator.detections_of(image_id)
+        shown = found.scores > THRESHOLD
+        labels = found.labels[shown].tolist()
+        boxes = torch.from_numpy(found.boxes[shown]) * torch.tensor(factors * 2)
+        predicted = Boxes(boxes, labels, [names[label] for label in labels], found.scores[shown].tolist())
+        rows.append([drawn(image, truth), drawn(image, predicted)])
+    return contact_sheet(rows, ["ground truth", "predictions"], TILE)

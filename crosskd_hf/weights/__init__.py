@@ -1,0 +1,1 @@
+"""Weights from elsewhere: MMDetection checkpoints, downloads, saved detectors."""
