@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers.initialization import no_init_weights
 
-from crosskd_hf.distillation.objective import distillation_losses, teacher_forward
-from crosskd_hf.distillation.settings import DistillationSettings
+from crosskd_hf.distillation import PKD, CrossKD, DistillationPair
+from crosskd_hf.distillation.observers.dense import DenseObserver
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.losses import box_iou
 from crosskd_hf.models.postprocess import select_detections
@@ -124,18 +124,15 @@ class GoldenCase:
         if "teacher" in self.setup:
             state = self.record["teacher_state"]
             self.teacher = build_model(self.setup, "teacher", state, seed + 1000, self.synth)
-            self.teacher.eval().requires_grad_(False).to(self.device)
-            spec = self.teacher.distillation
-            self.settings = DistillationSettings(
-                crosskd=1.0,
-                tap_index=self.setup["tap_index"],
-                student_tap_index=self.setup["tap_index"],
-                raw_taps=False,
-                cls_weight=spec.cls_weight,
-                box_weight=spec.box_weight,
-                centerness_weight=spec.centerness_weight,
-                pkd=self.setup["pkd_weight"],
-            )
+            methods = [CrossKD(CrossKD.Settings(tap_index=self.setup["tap_index"]))]
+            if weight := self.setup["pkd_weight"]:
+                methods.append(PKD(PKD.Settings(weight=weight)))
+            self.pair = DistillationPair(self.student, self.teacher, methods).to(self.device)
+            self.pair.student_observer.ask_for_predictions()
+            self.observer = self.pair.student_observer
+        else:
+            self.observer = DenseObserver(self.student)
+            self.observer.ask_for_predictions()
 
     def _inputs(self) -> dict:
         batch, sizes = self.record["batch"], self.record["image_shapes"]
@@ -172,25 +169,27 @@ class GoldenCase:
     @cached_property
     def teacher_output(self):
         """Of the case's only batch, by weights that never change."""
-        return teacher_forward(self.teacher, self.inputs, self.settings)
+        with torch.no_grad():
+            return self.pair.teacher_observer(self.inputs["pixel_values"], self.inputs["pixel_mask"])
 
     def losses(self):
-        """(loss terms by level, student output, teacher output)."""
+        """(loss terms by level, student's observation, teacher's observation)."""
         given = self.teacher_output if self.teacher is not None and self.forward == self._forward else None
-        terms, output, own = self.forward(given)
-        sizes = output.priors.level_sizes
-        return {name: level_sums(term, sizes) for name, term in terms.items()}, output, own
+        terms, student, teacher = self.forward(given)
+        sizes = student.context.priors.level_sizes
+        return {name: level_sums(term, sizes) for name, term in terms.items()}, student, teacher
 
-    def _forward(self, teacher_output=None):
-        """Terms (N, P), and the outputs."""
-        tap = {} if self.teacher is None else {"tap_index": self.settings.tap_index}
-        output = self.student(**self.inputs, output_distillation=True, **tap)
-        terms = dict(output.detection.terms)
+    def _forward(self, teacher=None):
+        """Terms (N, P), and the observations."""
+        student = self.observer(**self.inputs)
+        terms = dict(student.context.losses.terms)
         if self.teacher is not None:
-            if teacher_output is None:
-                teacher_output = teacher_forward(self.teacher, self.inputs, self.settings)
-            terms |= distillation_losses(self.student, output, self.teacher, teacher_output, self.settings)
-        return terms, output, teacher_output
+            if teacher is None:
+                with torch.no_grad():
+                    teacher = self.pair.teacher_observer(self.inputs["pixel_values"], self.inputs["pixel_mask"])
+            for method in self.pair.methods.values():
+                terms |= method.terms(student, teacher, self.observer, self.pair.teacher_observer)
+        return terms, student, teacher
 
     def compare_architecture(self) -> None:
         recorded = [key for key, _ in self.record["student_state"]]
@@ -205,8 +204,8 @@ class GoldenCase:
         if not any(key.startswith("targets.") for key in self.tensors):
             return
         model, inputs = self.student, self.inputs
-        assignment = output.detection.assignment
-        priors = output.priors
+        assignment = output.context.losses.assignment
+        priors = output.context.priors
         sizes = priors.level_sizes
         truth = recorded_truth(inputs["labels"], assignment, model.config.num_labels, self.setup["detector"], priors)
         labels, values, prefix = truth
@@ -231,7 +230,7 @@ class GoldenCase:
             # Boxes are copied; deltas and distances are computed, so that their last bit may differ.
             self.result.add("targets", f"{prefix}.{level}", reference.numel(), error, 0.0 if self.copied else 2e-6)
         if "targets_avg_factor" in self.record:
-            ours = output.detection.class_normalizer
+            ours = output.targets.class_normalizer
             self.result.equal("targets", "avg_factor", ours.item(), self.record["targets_avg_factor"])
 
     @property
@@ -241,11 +240,10 @@ class GoldenCase:
     def compare_probes(self, output, teacher_output) -> None:
         maps = probe_maps("student", output, bool(self.teacher))
         if teacher_output is not None:
-            from crosskd_hf.distillation.crosskd import cross_pass
-
             maps |= probe_maps("teacher", teacher_output, False)
             with torch.no_grad():
-                cross = cross_pass(self.teacher, output, teacher_output, self.settings.tap_index)
+                taps = output.taps.aligned_to(teacher_output.taps)
+                cross = self.teacher.head(taps.cls, taps.reg, start_block=self.setup["tap_index"])
             maps |= head_maps("cross", cross)
         recorded = {key[len("probe.") :] for key in self.tensors if key.startswith("probe.")}
         assert recorded <= set(maps), sorted(recorded - set(maps))
@@ -340,7 +338,7 @@ def recorded_truth(labels, assignment, num_labels, detector, priors):
     """Labels (N, P) with background = number of labels, targets (N, P, 4) of positives, and the record's name."""
     from crosskd_hf.models import box_coding
     from crosskd_hf.models.assigners import gather_boxes, gather_labels
-    from crosskd_hf.models.base import pad_ground_truth
+    from crosskd_hf.models.targets import pad_ground_truth
 
     truth = pad_ground_truth(labels, len(labels))
     label = gather_labels(truth.labels, assignment.box_index)
@@ -367,7 +365,7 @@ def head_maps(role: str, head) -> dict[str, torch.Tensor]:
 
 def unflattened(output) -> SimpleNamespace:
     """Predictions (N, P, ...) as the maps (N, anchors * channels, H, W) that the head gave."""
-    sizes = [level.shape[-2:] for level in output.fpn_features]
+    sizes = [level.shape[-2:] for level in output.features]
 
     def maps(values: torch.Tensor | None) -> list[torch.Tensor] | None:
         if values is None:
@@ -377,16 +375,16 @@ def unflattened(output) -> SimpleNamespace:
         parts = values.split([height * width for height, width in sizes], dim=2)
         return [part.unflatten(2, size) for part, size in zip(parts, sizes, strict=True)]
 
-    found = output.predictions
+    found = output.context.predictions
     return SimpleNamespace(logits=maps(found.logits), boxes=maps(found.boxes), centerness=maps(found.centerness))
 
 
 def probe_maps(role: str, output, taps: bool) -> dict[str, torch.Tensor]:
     maps = head_maps(role, unflattened(output))
-    maps |= {f"{role}.fpn.{i}": level for i, level in enumerate(output.fpn_features)}
+    maps |= {f"{role}.fpn.{i}": level for i, level in enumerate(output.features)}
     if taps:
-        maps |= {f"{role}.cls_tap.{i}": level for i, level in enumerate(output.cls_taps)}
-        maps |= {f"{role}.reg_tap.{i}": level for i, level in enumerate(output.reg_taps)}
+        maps |= {f"{role}.cls_tap.{i}": level for i, level in enumerate(output.taps.cls)}
+        maps |= {f"{role}.reg_tap.{i}": level for i, level in enumerate(output.taps.reg)}
     return maps
 
 

@@ -40,11 +40,12 @@ from ..training.checkpoints import (
     full_disk_explained,
     last_complete_checkpoint,
 )
+from ..training.distillation_trainer import DistillationTrainer
 from ..training.evaluation import format_metrics
 from ..training.monitoring import NonFiniteLossError
 from ..training.run_log import use_run_log
 from ..training.tracking import TrackingCallback
-from ..training.trainer import DetectionTrainer, DistillationTrainer
+from ..training.trainer import DetectionTrainer
 from ..utils.distributed import check_shared
 from ..utils.escaping import printable_lines
 from ..utils.memory import OutOfMemoryError, out_of_memory_explained

@@ -1,0 +1,25 @@
+"""One way of distilling: a pair of models, observed, and methods between them."""
+
+from .method import KDMethod
+from .methods import method_class, method_names
+from .methods.crosskd import CrossKD
+from .methods.mimic import Mimic
+from .methods.pkd import PKD
+from .observation import Observation, Observer, PairError, Predictions, Targets
+from .pair import DistillationPair, PairOutput
+
+__all__ = [
+    "PKD",
+    "CrossKD",
+    "DistillationPair",
+    "KDMethod",
+    "Mimic",
+    "Observation",
+    "Observer",
+    "PairError",
+    "PairOutput",
+    "Predictions",
+    "Targets",
+    "method_class",
+    "method_names",
+]

@@ -4,54 +4,34 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..utils.distributed import num_processes, sum_over_ranks
-
 EPS = 1e-6  # added to a deviation that is divided by
 HALF = (torch.float16, torch.bfloat16)
 TINY = 1e-30  # a product of deviations that is divided by; constant channels have 0
 
 
-def channel_statistics(maps: list[Tensor], sync: bool = False) -> tuple[Tensor, Tensor]:
+def channel_statistics(maps: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and unbiased standard deviation per channel of maps (N, C, H, W), over batch and space: (maps, C) each,
     in fp32 also of maps in half precision.
 
     A single value (one image, 1x1 level) has no unbiased deviation: 0, so that it standardises to 0.
 
     Args:
-        maps: of this process.
-        sync: over the maps of all processes.
+        maps: of this process: the reference doesn't share statistics between processes.
     """
-    if sync and num_processes() > 1:
-        return _shared_statistics(maps)
     pairs = [torch.var_mean(_full(m), (0, 2, 3), correction=min(1, _values_per_channel(m) - 1)) for m in maps]
     variances, means = zip(*pairs, strict=True)
     return torch.stack(means), torch.stack(variances).sqrt()
 
 
-def _shared_statistics(maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-    counts = _shared_counts(maps)
-    mean = sum_over_ranks(torch.stack([_full(m).sum(dim=(0, 2, 3)) for m in maps])) / counts
-    # In a second round, about the mean: differences of sums of squares would round away small deviations.
-    squares = [(m - center).square().sum(dim=(0, 2, 3)) for m, center in zip(maps, _per_channel(mean), strict=True)]
-    return mean, (sum_over_ranks(torch.stack(squares)) / (counts - 1).clamp(min=1)).sqrt()
-
-
-def _shared_counts(maps: list[Tensor]) -> Tensor:
-    """Values a channel over all processes, (maps, 1)."""
-    counts = torch.tensor([float(_values_per_channel(m)) for m in maps], dtype=torch.float64, device=maps[0].device)
-    return sum_over_ranks(counts).to(_full_dtype(maps[0])).unsqueeze(1)
-
-
-def standardise(maps: list[Tensor], sync: bool = False) -> list[Tensor]:
+def standardise(maps: list[Tensor]) -> list[Tensor]:
     """Maps (N, C, H, W) with zero mean and unit deviation per channel; gradients flow through both statistics.
 
-    Maps in half precision give fp32. With `sync` the statistics are those of all processes' maps, and so are the
-    gradients.
+    Maps in half precision give fp32.
     """
-    return list(_Rescaled.apply(False, sync, False, None, None, *maps))
+    return list(_Rescaled.apply(False, False, None, None, *maps))
 
 
-def align(student: list[Tensor], teacher: list[Tensor], rectify: bool = False, sync: bool = False) -> list[Tensor]:
+def align(student: list[Tensor], teacher: list[Tensor], rectify: bool = False) -> list[Tensor]:
     """Give each of the student's maps (N, C, H, W) the mean and deviation per channel of the teacher's.
 
     The teacher's are constants. What comes out has the student's precision; statistics are in fp32.
@@ -59,7 +39,6 @@ def align(student: list[Tensor], teacher: list[Tensor], rectify: bool = False, s
     Args:
         student, teacher: as many maps, in pairs of as many channels.
         rectify: apply a ReLU to what comes out.
-        sync: take the statistics over the maps of all processes.
 
     Raises:
         ValueError: if there aren't as many of both.
@@ -67,8 +46,8 @@ def align(student: list[Tensor], teacher: list[Tensor], rectify: bool = False, s
     if len(student) != len(teacher):
         raise ValueError(f"{len(student)} maps can't be aligned to {len(teacher)}")
     with torch.no_grad():
-        mean, std = channel_statistics(teacher, sync)
-    return list(_Rescaled.apply(rectify, sync, True, mean, std, *student))
+        mean, std = channel_statistics(teacher)
+    return list(_Rescaled.apply(rectify, True, mean, std, *student))
 
 
 class _Rescaled(torch.autograd.Function):
@@ -81,15 +60,9 @@ class _Rescaled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
-        rectify: bool,
-        sync: bool,
-        narrow: bool,
-        mean: Tensor | None,
-        std: Tensor | None,
-        *maps: Tensor,
+        ctx: FunctionCtx, rectify: bool, narrow: bool, mean: Tensor | None, std: Tensor | None, *maps: Tensor
     ) -> tuple[Tensor, ...]:
-        own_mean, own_std = channel_statistics(list(maps), sync)
+        own_mean, own_std = channel_statistics(list(maps))
         divisor = own_std + EPS
         factor = divisor.reciprocal() if std is None else std / divisor
         shifts = _per_channel(torch.zeros_like(factor) if mean is None else mean)
@@ -101,7 +74,6 @@ class _Rescaled(torch.autograd.Function):
         if rectify:
             torch._foreach_clamp_min_(outputs, 0)
         ctx.rectify = rectify
-        ctx.sync = sync and num_processes() > 1
         ctx.save_for_backward(own_mean, own_std, factor, *maps, *(outputs if rectify else ()))
         return tuple(outputs)
 
@@ -114,8 +86,6 @@ class _Rescaled(torch.autograd.Function):
             through = torch._foreach_sign(outputs)  # 1 or 0
             torch._foreach_mul_(through, gradients)
             gradients = through
-        if ctx.sync:
-            return *[None] * 5, *_shared_backward(gradients, maps, mean, std, factor)
         # The derivative is that of a batch norm with gain w and inverse deviation v, so that its kernel can do all of
         # it: w * v must be the factor, and v^2 / n must be 1 / ((n - 1) * std * (std + EPS)) of n values a channel.
         counts = [_values_per_channel(m) for m in maps]
@@ -127,36 +97,12 @@ class _Rescaled(torch.autograd.Function):
             derivative(_full(g), _full(m), w, None, None, center, v, True, 0.0, [True, False, False])[0].to(m.dtype)
             for g, m, w, center, v in rows
         ]
-        return *[None] * 5, *results
-
-
-def _shared_backward(
-    gradients: tuple[Tensor, ...], maps: tuple[Tensor, ...], mean: Tensor, std: Tensor, factor: Tensor
-) -> list[Tensor]:
-    """Gradients of the sum of all processes' losses, whose mean DDP makes of them.
-
-    With y = (x - m) * f, where the deviation s is the square root of sum (x - m)^2 / (n - 1) and f is proportional to
-    1 / (s + EPS), the gradient g of y becomes that of x, f * (g - mean g - (x - m) * t), where t is
-    sum(g * (x - m)) / ((n - 1) * s * (s + EPS)).
-    """
-    counts = _shared_counts(list(maps))
-    gradients = tuple(_full(g) for g in gradients)
-    centered = [m - center for m, center in zip(maps, _per_channel(mean), strict=True)]
-    pairs = list(zip(gradients, centered, strict=True))
-    sums = torch.stack([g.sum(dim=(0, 2, 3)) for g in gradients] + [(g * c).sum(dim=(0, 2, 3)) for g, c in pairs])
-    total, product = sum_over_ranks(sums).chunk(2)
-    slope = product / ((counts - 1).clamp(min=1) * std * (std + EPS)).clamp(min=TINY)
-    rows = zip(pairs, _per_channel(factor), _per_channel(total / counts), _per_channel(slope), strict=True)
-    return [(f * (g - average - c * s)).to(m.dtype) for ((g, c), f, average, s), m in zip(rows, maps, strict=True)]
+        return *[None] * 4, *results
 
 
 def _full(features: Tensor) -> Tensor:
     """In fp32 if they are in half precision."""
-    return features.to(_full_dtype(features))
-
-
-def _full_dtype(features: Tensor) -> torch.dtype:
-    return torch.float32 if features.dtype in HALF else features.dtype
+    return features.float() if features.dtype in HALF else features
 
 
 def _values_per_channel(features: Tensor) -> int:

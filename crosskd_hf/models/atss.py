@@ -3,32 +3,22 @@
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..utils.distributed import mean_over_ranks
 from .anchors import square_anchors
 from .assigners import Assignment, atss_assign
-from .base import (
-    DenseDetector,
-    DetectionLosses,
-    DistillationSpec,
-    GroundTruth,
-    Predictions,
-    Priors,
-    class_targets,
-    matched_distances,
-    positives_per_image,
-)
+from .base import DenseDetector
 from .box_coding import centerness, deltas_to_distances
 from .configuration import ATSSConfig
 from .head import HeadSpec
 from .losses import distance_overlaps, focal_loss
+from .outputs import DetectionLosses, GroundTruth, HeadPredictions, Priors
+from .targets import class_targets, matched_distances, positives_per_image
 
 
 class ATSSForObjectDetection(DenseDetector):
     """ATSS detector; see `DenseDetector.forward` for inputs and outputs."""
 
     config_class = ATSSConfig
-    distillation = DistillationSpec(
-        tap_index=3, cls_weight=1.0, box_weight=1.0, box_loss="giou", normalizer="class", centerness=True
-    )
 
     @staticmethod
     def head_spec(config: ATSSConfig) -> HeadSpec:
@@ -40,27 +30,21 @@ class ATSSForObjectDetection(DenseDetector):
     def distances(self, boxes: Tensor, priors: Priors) -> Tensor:
         return deltas_to_distances(boxes, priors.extents, tuple(self.config.delta_scales))
 
-    def assign(self, priors: Priors, valid: Tensor, truth: GroundTruth) -> Assignment:
+    def assign(self, priors: Priors, valid: Tensor, truth: GroundTruth, predictions: HeadPredictions) -> Assignment:
         return atss_assign(priors.all, priors.level_sizes, valid, truth.boxes, truth.mask, self.config.assigner_topk)
 
     def matching_rule(self) -> tuple:
         config = self.config
         return config.model_type, tuple(config.strides), config.anchor_scale, config.assigner_topk
 
-    def weigh(
-        self, positive: Tensor, targets: Tensor, predictions: Predictions | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        weights = centerness(targets) * positive
-        class_normalizer = self.normalizers.average("class", positives_per_image(positive))
-        box_normalizer = self.normalizers.average("box", weights.sum()).clamp(min=1)
-        return weights, class_normalizer, box_normalizer
-
     def detection_losses(
-        self, predictions: Predictions, priors: Priors, assignment: Assignment, truth: GroundTruth
+        self, predictions: HeadPredictions, priors: Priors, assignment: Assignment, truth: GroundTruth
     ) -> DetectionLosses:
         config, positive = self.config, assignment.positive
         targets = matched_distances(truth, assignment, priors)
-        weights, class_normalizer, box_normalizer = self.weigh(positive, targets, predictions)
+        weights = centerness(targets) * positive
+        class_normalizer = mean_over_ranks(positives_per_image(positive))
+        box_normalizer = mean_over_ranks(weights.sum()).clamp(min=1)
 
         labels = class_targets(truth, assignment, predictions.logits)
         cls_loss = focal_loss(predictions.logits, labels, config.focal_alpha, config.focal_gamma)

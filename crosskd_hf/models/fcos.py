@@ -4,29 +4,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..utils.distributed import mean_over_ranks
 from .anchors import cell_centers
 from .assigners import Assignment, point_assign
-from .base import (
-    DenseDetector,
-    DetectionLosses,
-    DistillationSpec,
-    GroundTruth,
-    Predictions,
-    Priors,
-    class_targets,
-    matched_distances,
-)
+from .base import DenseDetector
 from .box_coding import centerness
 from .configuration import FCOSConfig
 from .head import HeadSpec
 from .losses import EPS, distance_overlaps, focal_loss
+from .outputs import DetectionLosses, GroundTruth, HeadPredictions, Priors
+from .targets import class_targets, matched_distances
 
 
 class FCOSForObjectDetection(DenseDetector):
     """FCOS detector; see `DenseDetector.forward` for inputs and outputs."""
 
     config_class = FCOSConfig
-    distillation = DistillationSpec(tap_index=2, cls_weight=0.4, box_weight=0.75, box_loss="log_iou", normalizer="box")
 
     @staticmethod
     def head_spec(config: FCOSConfig) -> HeadSpec:
@@ -38,7 +31,7 @@ class FCOSForObjectDetection(DenseDetector):
     def distances(self, boxes: Tensor, priors: Priors) -> Tensor:
         return boxes
 
-    def assign(self, priors: Priors, valid: Tensor, truth: GroundTruth) -> Assignment:
+    def assign(self, priors: Priors, valid: Tensor, truth: GroundTruth, predictions: HeadPredictions) -> Assignment:
         # FCOS doesn't look at validity: points on padding are background like any other.
         levels = list(zip(priors.levels, self.config.regress_ranges, strict=True))
         lower = torch.cat([level.new_full((len(level),), limits[0]) for level, limits in levels])
@@ -52,20 +45,14 @@ class FCOSForObjectDetection(DenseDetector):
         config = self.config
         return config.model_type, tuple(config.strides), tuple(map(tuple, config.regress_ranges))
 
-    def weigh(
-        self, positive: Tensor, targets: Tensor, predictions: Predictions | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        weights = centerness(targets) * positive
-        class_normalizer = self.normalizers.average("class", positive.sum().float()).clamp(min=1)
-        box_normalizer = self.normalizers.average("box", weights.sum()).clamp(min=EPS)
-        return weights, class_normalizer, box_normalizer
-
     def detection_losses(
-        self, predictions: Predictions, priors: Priors, assignment: Assignment, truth: GroundTruth
+        self, predictions: HeadPredictions, priors: Priors, assignment: Assignment, truth: GroundTruth
     ) -> DetectionLosses:
         config, positive = self.config, assignment.positive
         targets = matched_distances(truth, assignment, priors)
-        weights, class_normalizer, box_normalizer = self.weigh(positive, targets, predictions)
+        weights = centerness(targets) * positive
+        class_normalizer = mean_over_ranks(positive.sum().float()).clamp(min=1)
+        box_normalizer = mean_over_ranks(weights.sum()).clamp(min=EPS)
 
         labels = class_targets(truth, assignment, predictions.logits)
         cls_loss = focal_loss(predictions.logits, labels, config.focal_alpha, config.focal_gamma)

@@ -6,31 +6,22 @@ IoU. Assignment is ATSS.
 
 from torch import Tensor
 
+from ..utils.distributed import mean_over_ranks
 from .anchors import square_anchors
 from .assigners import Assignment, atss_assign
-from .base import (
-    DenseDetector,
-    DetectionLosses,
-    DistillationSpec,
-    GroundTruth,
-    Predictions,
-    Priors,
-    class_targets,
-    matched_distances,
-    positives_per_image,
-)
+from .base import DenseDetector
 from .box_coding import expected_bins
 from .configuration import GFLConfig
 from .head import HeadSpec
 from .losses import distance_overlaps, distribution_focal_loss, quality_focal_loss
+from .outputs import DetectionLosses, GroundTruth, HeadPredictions, Priors
+from .targets import class_targets, matched_distances, positives_per_image
 
 
 class GFLForObjectDetection(DenseDetector):
     """GFL detector; see `DenseDetector.forward` for inputs and outputs."""
 
     config_class = GFLConfig
-    normalizers_need_predictions = True
-    distillation = DistillationSpec(tap_index=3, cls_weight=1.0, box_weight=4.0, box_loss="bin_kl", normalizer="class")
 
     @staticmethod
     def head_spec(config: GFLConfig) -> HeadSpec:
@@ -42,35 +33,32 @@ class GFLForObjectDetection(DenseDetector):
     def distances(self, boxes: Tensor, priors: Priors) -> Tensor:
         return expected_bins(boxes) * priors.strides
 
-    def assign(self, priors: Priors, valid: Tensor, truth: GroundTruth) -> Assignment:
+    def bins(self, boxes: Tensor) -> Tensor:
+        return boxes.unflatten(-1, (4, -1))
+
+    def assign(self, priors: Priors, valid: Tensor, truth: GroundTruth, predictions: HeadPredictions) -> Assignment:
         return atss_assign(priors.all, priors.level_sizes, valid, truth.boxes, truth.mask, self.config.assigner_topk)
 
     def matching_rule(self) -> tuple:
         config = self.config
         return config.model_type, tuple(config.strides), config.anchor_scale, config.assigner_topk
 
-    def weigh(
-        self, positive: Tensor, targets: Tensor, predictions: Predictions | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        # Boxes count as much as the detector already believes in them.
-        confidence = predictions.logits.detach().amax(dim=-1).sigmoid() * positive
-        class_normalizer = self.normalizers.average("class", positives_per_image(positive))
-        box_normalizer = self.normalizers.average("box", confidence.sum()).clamp(min=1)
-        return confidence, class_normalizer, box_normalizer
-
     def detection_losses(
-        self, predictions: Predictions, priors: Priors, assignment: Assignment, truth: GroundTruth
+        self, predictions: HeadPredictions, priors: Priors, assignment: Assignment, truth: GroundTruth
     ) -> DetectionLosses:
         config = self.config
         targets = matched_distances(truth, assignment, priors)
         iou, giou = distance_overlaps(self.distances(predictions.boxes, priors), targets)
-        confidence, class_normalizer, box_normalizer = self.weigh(assignment.positive, targets, predictions)
+        # Boxes count as much as the detector already believes in them.
+        confidence = predictions.logits.detach().amax(dim=-1).sigmoid() * assignment.positive
+        class_normalizer = mean_over_ranks(positives_per_image(assignment.positive))
+        box_normalizer = mean_over_ranks(confidence.sum()).clamp(min=1)
         weights = confidence / box_normalizer
 
         quality = class_targets(truth, assignment, predictions.logits, iou.detach())
         cls_loss = quality_focal_loss(predictions.logits, quality, config.quality_focal_beta)
         bins = (targets / priors.strides).clamp(min=0, max=config.reg_max - 0.1)
-        dfl_loss = distribution_focal_loss(predictions.boxes.unflatten(-1, (4, -1)), bins).mean(dim=-1)
+        dfl_loss = distribution_focal_loss(self.bins(predictions.boxes), bins).mean(dim=-1)
         return DetectionLosses(
             terms={
                 "loss_cls": cls_loss * (assignment.class_weights / class_normalizer),

@@ -16,8 +16,8 @@ from transformers.image_utils import ChannelDimension, PILImageResampling, SizeD
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from ..utils.images import load_rgb, resized_size, to_rgb
-from .base import DenseDetectorOutput
 from .configuration import DenseDetectorConfig, check_number
+from .outputs import DenseDetectorOutput
 from .postprocess import select_detections
 
 logger = logging.getLogger(__name__)

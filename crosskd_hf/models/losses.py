@@ -20,7 +20,7 @@ def quality_focal_loss(logits: Tensor, targets: Tensor, beta: float = 2.0) -> Te
         logits, targets: (..., classes), targets in [0, 1].
         beta: positive.
     """
-    return _ScaledCrossEntropy.apply(logits, targets, beta, None, False, False)
+    return _ScaledCrossEntropy.apply(logits, targets, beta, None, False)
 
 
 def focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
@@ -31,21 +31,18 @@ def focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: floa
         alpha: weight of targets of 1; the others have 1 - alpha.
         gamma: positive.
     """
-    return _ScaledCrossEntropy.apply(logits, targets, gamma, alpha, False, False)
+    return _ScaledCrossEntropy.apply(logits, targets, gamma, alpha, False)
 
 
-def binary_kd_loss(logits: Tensor, teacher_logits: Tensor, overwrite: bool = False) -> Tensor:
+def binary_kd_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """|p - p_teacher| * BCE(p, p_teacher), summed over classes (CrossKD, arXiv 2306.11369, section 3.3).
 
     It is the quality focal loss with beta 1; the factor carries gradient too.
 
     Args:
         logits, teacher_logits: (..., classes).
-        overwrite: the gradient takes the memory of `logits`, which nobody may read any more.
     """
-    # What a compiler makes of it manages memory by itself.
-    overwrite = overwrite and not torch.compiler.is_compiling()
-    return _ScaledCrossEntropy.apply(logits, teacher_logits, 1.0, None, True, overwrite)
+    return _ScaledCrossEntropy.apply(logits, teacher_logits, 1.0, None, True)
 
 
 class _ScaledCrossEntropy(torch.autograd.Function):
@@ -64,11 +61,8 @@ class _ScaledCrossEntropy(torch.autograd.Function):
         exponent: float,
         alpha: float | None,
         targets_are_logits: bool,
-        overwrite: bool,
     ) -> Tensor:
-        gradient = None
-        if ctx.needs_input_grad[0]:
-            gradient = logits if overwrite else torch.empty_like(logits)
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         options = exponent, alpha, targets_are_logits
         # A compiler needs no parts, and would make a program of one number of them.
         if torch.compiler.is_compiling() or logits.numel() <= MAX_CLASS_SCORES:
@@ -82,13 +76,13 @@ class _ScaledCrossEntropy(torch.autograd.Function):
                 of_part = None if gradient is None else gradient[..., part, :]
                 loss[..., part] = _scaled_cross_entropy(logits[..., part, :], targets[..., part, :], *options, of_part)
         if gradient is not None:
-            ctx.save_for_backward(gradient.detach())
+            ctx.save_for_backward(gradient)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.saved_tensors[0] * gradient.unsqueeze(-1), None, None, None, None, None
+        return ctx.saved_tensors[0] * gradient.unsqueeze(-1), None, None, None, None
 
 
 def _scaled_cross_entropy(
@@ -99,7 +93,7 @@ def _scaled_cross_entropy(
     targets_are_logits: bool,
     gradient: Tensor | None,
 ) -> Tensor:
-    """The loss. Writes its gradient into `gradient`, if given, which may be the memory of `logits`."""
+    """The loss. Writes its gradient into `gradient`, if given."""
     targets = targets.sigmoid() if targets_are_logits else targets
     probability = logits.sigmoid()
     entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
@@ -150,6 +144,13 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     intersection = _area((torch.minimum(a_end, b_end) - torch.maximum(a_start, b_start)).clamp(min=0))
     union = _area(a_end - a_start) + _area(b_end - b_start) - intersection
     return intersection / union.clamp(min=EPS)
+
+
+def box_overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and generalised IoU of boxes (..., 4) xyxy, element by element. Gradients go to `a` only."""
+    # Seen from the origin, the left side is -x1 away and the right side x2.
+    a, b = (torch.cat([-boxes[..., :2], boxes[..., 2:]], dim=-1) for boxes in (a, b))
+    return distance_overlaps(a, b)
 
 
 def distance_overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

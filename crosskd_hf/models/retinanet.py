@@ -4,28 +4,19 @@ from torch import Tensor
 
 from .anchors import octave_anchors
 from .assigners import Assignment, max_iou_assign
-from .base import (
-    DenseDetector,
-    DetectionLosses,
-    DistillationSpec,
-    GroundTruth,
-    Predictions,
-    Priors,
-    class_targets,
-    matched_distances,
-    positives_per_image,
-)
+from .base import DenseDetector
 from .box_coding import deltas_to_distances, distances_to_deltas
 from .configuration import RetinaNetConfig
 from .head import HeadSpec
 from .losses import focal_loss
+from .outputs import DetectionLosses, GroundTruth, HeadPredictions, Priors
+from .targets import class_targets, matched_distances, positives_per_image
 
 
 class RetinaNetForObjectDetection(DenseDetector):
     """RetinaNet detector; see `DenseDetector.forward` for inputs and outputs."""
 
     config_class = RetinaNetConfig
-    distillation = DistillationSpec(tap_index=3, cls_weight=1.0, box_weight=1.0, box_loss="giou", normalizer="class")
 
     @staticmethod
     def head_spec(config: RetinaNetConfig) -> HeadSpec:
@@ -40,7 +31,7 @@ class RetinaNetForObjectDetection(DenseDetector):
     def distances(self, boxes: Tensor, priors: Priors) -> Tensor:
         return deltas_to_distances(boxes, priors.extents)
 
-    def assign(self, priors: Priors, valid: Tensor, truth: GroundTruth) -> Assignment:
+    def assign(self, priors: Priors, valid: Tensor, truth: GroundTruth, predictions: HeadPredictions) -> Assignment:
         config = self.config
         return max_iou_assign(priors.all, valid, truth.boxes, truth.mask, config.positive_iou, config.negative_iou)
 
@@ -49,26 +40,19 @@ class RetinaNetForObjectDetection(DenseDetector):
         anchors = (config.anchor_base_scale, tuple(config.anchor_ratios), config.anchor_scales_per_octave)
         return config.model_type, tuple(config.strides), anchors, config.positive_iou, config.negative_iou
 
-    def weigh(
-        self, positive: Tensor, targets: Tensor, predictions: Predictions | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        # Of this process only: the reference doesn't average RetinaNet's normaliser, unless training.sync asks for it.
-        normalizer = self.normalizers.average("class", positives_per_image(positive), per_process=True)
-        return positive, normalizer, normalizer
-
     def detection_losses(
-        self, predictions: Predictions, priors: Priors, assignment: Assignment, truth: GroundTruth
+        self, predictions: HeadPredictions, priors: Priors, assignment: Assignment, truth: GroundTruth
     ) -> DetectionLosses:
         config = self.config
         targets = class_targets(truth, assignment, predictions.logits)
         cls_loss = focal_loss(predictions.logits, targets, config.focal_alpha, config.focal_gamma)
         distances = matched_distances(truth, assignment, priors)
         box_loss = (predictions.boxes - distances_to_deltas(distances, priors.extents)).abs().sum(dim=-1)
-        positive, normalizer, _ = self.weigh(assignment.positive, distances, predictions)
+        normalizer = positives_per_image(assignment.positive)  # on this rank only, as in the reference
         return DetectionLosses(
             terms={
                 "loss_cls": cls_loss * (assignment.class_weights / normalizer),
-                "loss_box": box_loss * (positive / normalizer),
+                "loss_box": box_loss * (assignment.positive / normalizer),
             },
             assignment=assignment,
             class_normalizer=normalizer,

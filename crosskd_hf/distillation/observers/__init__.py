@@ -1,0 +1,1 @@
+"""Observers, one file a family of detectors."""

@@ -1,0 +1,121 @@
+"""Losses between two sets of predictions of the same priors (CrossKD, arXiv 2306.11369, section 3.3)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..models.losses import EPS, bin_kl_loss, binary_kd_loss, box_overlaps
+from .observation import Observation, Predictions
+
+
+@dataclass(frozen=True)
+class Published:
+    """Settings published for teachers of one model type.
+
+    Attributes:
+        tap_index: tower blocks that the student runs before the teacher's head takes over.
+        cls_weight, box_weight, centerness_weight: of kd_cls, kd_box, kd_centerness.
+        log_iou: boxes are compared by -log IoU instead of 1 - GIoU. Distributions of distances, where both models
+            have them, are compared by their KL divergence.
+        box_normalizer: kd_cls and kd_box are divided by the student's box normaliser, if it is of the same kind.
+    """
+
+    tap_index: int = 3
+    cls_weight: float = 1.0
+    box_weight: float = 1.0
+    centerness_weight: float = 0.0
+    log_iou: bool = False
+    box_normalizer: bool = False
+
+
+PUBLISHED = {
+    "crosskd_gfl": Published(box_weight=4.0),
+    "crosskd_retinanet": Published(),
+    "crosskd_fcos": Published(tap_index=2, cls_weight=0.4, box_weight=0.75, log_iou=True, box_normalizer=True),
+    "crosskd_atss": Published(centerness_weight=1.0),
+}
+
+
+@dataclass(frozen=True)
+class KDTargets:
+    """Where predictions are compared and what the losses are divided by.
+
+    Attributes:
+        mask: (N, P) 1 or 0.
+        normalizer: scalar, of kd_cls and kd_box.
+        positive: (N, P) the student's positives, of kd_centerness; None where the student labels other priors.
+        class_normalizer: scalar, of kd_centerness.
+    """
+
+    mask: Tensor
+    normalizer: Tensor
+    positive: Tensor | None
+    class_normalizer: Tensor
+
+    @classmethod
+    def of(cls, student: Observation, teacher: Observation, same_rule: bool, box_normalizer: bool) -> "KDTargets":
+        """A student that labels the same priors by the same rule as the teacher lends its mask (which also leaves out
+        RetinaNet's ignored band), its positives and the teacher's kind of normaliser. Any other student only lends its
+        class normaliser, and the mask is the validity of the teacher's priors.
+
+        Normalisers are at least 1: a deliberate difference. Without a positive, the reference's FCOS loss explodes.
+        """
+        targets = student.targets
+        class_normalizer = targets.class_normalizer.clamp(min=1)
+        if not same_rule:
+            return cls(teacher.predictions.mask, class_normalizer, None, class_normalizer)
+        normalizer = targets.box_normalizer.clamp(min=1) if box_normalizer else class_normalizer
+        return cls(targets.mask, normalizer, targets.positive, class_normalizer)
+
+
+def prediction_kd_losses(
+    predictions: Predictions, teacher: Predictions, targets: KDTargets, weights: Published
+) -> dict[str, Tensor]:
+    """All terms by which predictions mimic the teacher's.
+
+    Args:
+        predictions: those that learn.
+        teacher: those that are learnt.
+        targets: mask and normalisers.
+        weights: of the terms, and how boxes are compared.
+
+    Returns:
+        `cls`, `box` and, where it has a weight and the student the same positives, `centerness`: (N, P) tensors.
+    """
+    with torch.autocast(predictions.logits.device.type, enabled=False):
+        terms = {
+            "cls": classification_kd_loss(predictions, teacher, targets) * weights.cls_weight,
+            "box": box_kd_loss(predictions, teacher, targets, weights.log_iou) * weights.box_weight,
+        }
+        if weights.centerness_weight and targets.positive is not None:
+            terms["centerness"] = centerness_kd_loss(predictions, teacher, targets) * weights.centerness_weight
+    return terms
+
+
+def classification_kd_loss(predictions: Predictions, teacher: Predictions, targets: KDTargets) -> Tensor:
+    """|p - p_teacher| * BCE, summed over classes, (N, P) (equation 6)."""
+    return binary_kd_loss(predictions.logits, teacher.logits) * (targets.mask / targets.normalizer)
+
+
+def box_kd_loss(predictions: Predictions, teacher: Predictions, targets: KDTargets, log_iou: bool = False) -> Tensor:
+    """Distance of boxes, weighted by the teacher's highest probability of a class, (N, P).
+
+    Distributions are compared by their KL divergence, over the sum of those weights on this rank. (The reference
+    doesn't bound that sum from below; 1 here, so that a batch without confidence can't blow up.) Other boxes are
+    compared by GIoU, or by -log IoU, over the normaliser.
+    """
+    weights = teacher.logits.amax(dim=-1).sigmoid() * targets.mask
+    if predictions.bins is not None and teacher.bins is not None:
+        loss = bin_kl_loss(predictions.bins, teacher.bins).mean(dim=-1)
+        return loss * (weights / weights.sum().clamp(min=1))
+    iou, giou = box_overlaps(predictions.boxes_xyxy, teacher.boxes_xyxy)
+    loss = -iou.clamp(min=EPS).log() if log_iou else 1 - giou
+    return loss * (weights / targets.normalizer)
+
+
+def centerness_kd_loss(predictions: Predictions, teacher: Predictions, targets: KDTargets) -> Tensor:
+    """BCE with the teacher's centerness at the student's positives, (N, P)."""
+    loss = F.binary_cross_entropy_with_logits(predictions.quality, teacher.quality.sigmoid(), reduction="none")
+    return loss * (targets.positive / targets.class_normalizer)

@@ -1,0 +1,131 @@
+"""What a dense detector gives: priors, head predictions, losses, and the output of `forward`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from .assigners import Assignment
+from .box_coding import box_centers, boxes_to_distances
+
+
+@dataclass(frozen=True)
+class Priors:
+    """Anchors or points of a batch. Made by `Priors.of`.
+
+    Attributes:
+        levels: (P_l, 4) xyxy anchors, or (P_l, 2) points, per level.
+        all: (P, 4) or (P, 2), those of all levels.
+        level_strides: pixels per cell, per level.
+        strides: (P, 1) the same per prior.
+        centers: (P, 2) xy, the points themselves where priors are points.
+        extents: (P, 4) from the centre to the prior's own left, top, right, bottom sides; 0 of points.
+        corners: (P, 2) xy pixel of the top left corner of each prior's cell.
+    """
+
+    levels: list[Tensor]
+    all: Tensor
+    level_strides: tuple[int, ...]
+    strides: Tensor
+    centers: Tensor
+    extents: Tensor
+    corners: Tensor
+
+    @classmethod
+    def of(cls, levels: list[Tensor], level_strides: Sequence[int], corners: Tensor) -> "Priors":
+        """From the anchors or points of each level, each level's stride, and the corners of all cells."""
+        pairs = zip(levels, level_strides, strict=True)
+        everything = torch.cat(levels)
+        boxes = everything if everything.shape[1] == 4 else everything.repeat(1, 2)
+        centers = box_centers(boxes)
+        return cls(
+            levels=levels,
+            all=everything,
+            level_strides=tuple(level_strides),
+            strides=torch.cat([level.new_full((level.shape[0], 1), stride) for level, stride in pairs]),
+            centers=centers,
+            extents=boxes_to_distances(centers, boxes),
+            corners=corners,
+        )
+
+    @property
+    def level_sizes(self) -> list[int]:
+        """Priors per level."""
+        return [len(level) for level in self.levels]
+
+    def at_levels(self, indices: Sequence[int]) -> "Priors":
+        """Those of some levels only."""
+        corners = self.corners.split(self.level_sizes)
+        return Priors.of(
+            [self.levels[i] for i in indices],
+            [self.level_strides[i] for i in indices],
+            torch.cat([corners[i] for i in indices]),
+        )
+
+
+@dataclass(frozen=True)
+class HeadPredictions:
+    """A head's output, flattened over levels, in fp32.
+
+    Attributes:
+        logits: (N, P, labels).
+        boxes: (N, P, box_channels), as the head gives them.
+        centerness: (N, P) logits, or None.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    centerness: Tensor | None
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """Padded ground truth of a batch: boxes (N, G, 4) xyxy pixels, labels (N, G), mask (N, G) True for real boxes."""
+
+    boxes: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class DetectionLosses:
+    """A detector's own losses and what distillation takes from them.
+
+    Attributes:
+        terms: loss name -> (N, P) tensor, weighted and normalised; the sum of all is the loss.
+        assignment: which prior learnt which box.
+        class_normalizer, box_normalizer: scalars, without gradient.
+    """
+
+    terms: dict[str, Tensor]
+    assignment: Assignment
+    class_normalizer: Tensor
+    box_normalizer: Tensor
+
+
+@dataclass
+class DenseDetectorOutput(ModelOutput):
+    """Output of a dense detector. P counts the priors of all levels.
+
+    Attributes:
+        loss: scalar, with labels only.
+        loss_dict: name -> scalar, with labels only.
+        logits: (N, P, labels).
+        pred_boxes: (N, P, 4) decoded boxes, xyxy pixels of `pixel_values`.
+        centerness: (N, P) logits, of detectors that have it.
+        image_sizes: (N, 2) height and width of each image without padding.
+        level_sizes: (N, levels) priors per level, the same for every image.
+        hidden_states: when `output_hidden_states`: the backbone's maps C3, C4, C5, then the FPN's levels P3 to P7,
+            each (N, C, H, W).
+    """
+
+    loss: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    logits: Tensor | None = None
+    pred_boxes: Tensor | None = None
+    centerness: Tensor | None = None
+    image_sizes: Tensor | None = None
+    level_sizes: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None

@@ -1,0 +1,70 @@
+"""From labels and masks to what the losses learn: padded ground truth, image sizes, box and class targets."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .assigners import Assignment, gather_boxes, gather_labels
+from .box_coding import boxes_to_distances
+from .outputs import GroundTruth, Priors
+
+
+def unpadded_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
+    """(N, 2) float height and width of each image, from a mask (N, H, W) of 1 on the image and 0 on padding."""
+    if pixel_mask is None:
+        batch, _, height, width = pixel_values.shape
+        sides = [pixel_values.new_full((batch, 1), side, dtype=torch.float32) for side in (height, width)]
+        return torch.cat(sides, dim=1)
+    # Padding is at the bottom and right only, so that the first column and row tell.
+    column, row = pixel_mask.select(2, 0).bool(), pixel_mask.select(1, 0).bool()  # bfloat16 counts to 256 only
+    return torch.stack([column.sum(dim=1), row.sum(dim=1)], dim=1).float()
+
+
+def pad_ground_truth(labels: list[dict[str, Tensor]] | dict[str, Tensor], batch: int) -> GroundTruth:
+    """Labels of each image, or padded ones of the whole batch -> one padded batch.
+
+    Raises:
+        ValueError: if there are not as many labels as images, an image has not as many boxes as classes, or padded
+            labels come without a mask.
+    """
+    if isinstance(labels, Mapping):
+        if missing := {"boxes", "class_labels", "mask"} - set(labels):
+            raise ValueError(f"padded labels need boxes, class_labels and mask; {', '.join(sorted(missing))} missing")
+        truth = GroundTruth(labels["boxes"].float(), labels["class_labels"], labels["mask"])
+        given = len(truth.mask)
+    else:
+        truth, given = None, len(labels)
+    if given != batch:
+        raise ValueError(f"{given} labels were given for {batch} images; labels is a list with a dict an image.")
+    if truth is not None:
+        return truth
+    for index, label in enumerate(labels):
+        if label["boxes"].numel() != 4 * len(label["class_labels"]):
+            shapes = tuple(label["boxes"].shape), tuple(label["class_labels"].shape)
+            raise ValueError(f"labels: image {index} needs boxes (G, 4) and class_labels (G,), got {shapes}")
+    boxes = pad_sequence([label["boxes"].reshape(-1, 4).float() for label in labels], batch_first=True)
+    classes = pad_sequence([label["class_labels"] for label in labels], batch_first=True)
+    mask = pad_sequence([torch.ones_like(label["class_labels"], dtype=torch.bool) for label in labels], True)
+    return GroundTruth(boxes, classes, mask)
+
+
+def matched_distances(truth: GroundTruth, assignment: Assignment, priors: Priors) -> Tensor:
+    """(N, P, 4) pixels from a positive prior's centre to the sides of its box; elsewhere a stride each, so that every
+    term computed from it is finite before it is weighted by 0."""
+    distances = boxes_to_distances(priors.centers, gather_boxes(truth.boxes, assignment.box_index))
+    return torch.where(assignment.positive.unsqueeze(-1), distances, priors.strides)
+
+
+def class_targets(truth: GroundTruth, assignment: Assignment, logits: Tensor, values: Tensor | None = None) -> Tensor:
+    """(N, P, labels), laid out as `logits` are: at the label of a positive prior 1, or its one of `values` (N, P); 0
+    elsewhere."""
+    labels = gather_labels(truth.labels, assignment.box_index).unsqueeze(-1)
+    values = assignment.positive.float() if values is None else values * assignment.positive
+    return torch.zeros_like(logits).scatter_(-1, labels, values.unsqueeze(-1))
+
+
+def positives_per_image(positive: Tensor) -> Tensor:
+    """Positives (N, P) summed over images, each image counting at least 1: the class normaliser on this rank."""
+    return positive.sum(dim=1).clamp(min=1).sum().float()

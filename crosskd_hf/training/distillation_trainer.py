@@ -1,0 +1,66 @@
+"""The trainer of a student with its teacher: `DetectionTrainer` with a pair."""
+
+import logging
+from collections.abc import Sequence
+
+from transformers import TrainerCallback
+
+from ..data.dataset import DetectionDataset
+from ..data.split import DetectionSplit
+from ..distillation import CrossKD, DistillationPair, KDMethod
+from ..distillation.pairing import PARTLY
+from ..models.base import DenseDetector
+from ..models.image_processing import DenseDetectorImageProcessor
+from ..utils.distributed import check_same, num_processes
+from ..utils.escaping import printable
+from ..weights.loading import weights_digest
+from .arguments import DetectionTrainingArguments
+from .trainer import PRECISIONS, DetectionTrainer, as_detector
+
+logger = logging.getLogger(__name__)
+
+
+class DistillationTrainer(DetectionTrainer):
+    """Trains a student with a teacher.
+
+    Any two detectors can be a pair. What they share is found by `pair_up`: class names, strides and pixels; where
+    widths differ, methods train adapters, which are kept in checkpoints and left out of saved models.
+
+    Args:
+        model: the student.
+        teacher: a detector, or a folder or Hub id of one. It is frozen, kept outside of DDP and never saved.
+        methods: what the student learns by; None is CrossKD as published for the teacher's detector.
+        args, train_dataset, eval_dataset, processing_class, callbacks, optimizers: see `DetectionTrainer`.
+
+    Raises:
+        PairError: if the student can't learn from this teacher, naming why.
+    """
+
+    def __init__(
+        self,
+        model: DenseDetector | str,
+        teacher: DenseDetector | str,
+        args: DetectionTrainingArguments,
+        train_dataset: DetectionDataset | DetectionSplit | None = None,
+        eval_dataset: DetectionDataset | DetectionSplit | None = None,
+        processing_class: DenseDetectorImageProcessor | None = None,
+        methods: Sequence[KDMethod] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        model, self.teacher = as_detector(model), as_detector(teacher)
+        methods = [CrossKD()] if methods is None else methods
+        self.pair = DistillationPair(model, self.teacher, methods, processing_class, args.seed)
+        super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers)
+        if self.optimizer is not None and any(True for _ in self.pair.methods.parameters()):
+            raise ValueError(
+                "the distillation methods train parameters of their own (student and teacher differ in width), which "
+                "the optimizer that was given doesn't know: leave optimizers out and set training arguments instead."
+            )
+        if num_processes() > 1:  # DDP sees to the student's, not to these
+            check_same("the teacher's weights", weights_digest(self.teacher))
+        if self.is_world_process_zero():
+            for note in self.pair.notes:
+                logger.log(logging.WARNING if PARTLY in note else logging.INFO, "%s", printable(note))
+        self.pair.to(args.device)
+        self.pair.prepare_teacher(args.fold_teacher_batchnorm, PRECISIONS.get(self.accelerator.mixed_precision))
