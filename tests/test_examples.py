@@ -3,14 +3,13 @@
 import runpy
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import AutoModelForObjectDetection
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def test_a_hand_written_loop_distils_and_saves_the_student_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_hand_written_loop_distils_and_saves_the_student_alone(tmp_path: Path, capsys) -> None:
     torch.manual_seed(0)
     loop = runpy.run_path(str(EXAMPLES / "accelerate_loop.py"))
     losses = loop["main"](steps=3, output=str(tmp_path))
