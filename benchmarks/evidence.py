@@ -33,8 +33,10 @@ from pathlib import Path
 import torch
 import yaml
 
-from crosskd_hf.recipe.sections import SECTIONS, Recipe, RecipeError, load_recipe
-from crosskd_hf.recipe.sections.run_folder import STATE_FILE, check_output, is_finished
+from crosskd_hf.recipe.load import load_recipe
+from crosskd_hf.recipe.reading import RecipeError
+from crosskd_hf.recipe.run_folder import STATE_FILE, check_output, is_finished
+from crosskd_hf.recipe.sections import SECTIONS, Recipe
 from crosskd_hf.utils.files import write_atomically
 from crosskd_hf.utils.plots import new_figure, save_figure
 
@@ -88,6 +90,8 @@ class Run:
         recipe = self.resolved()
         content = {"training": {k: v for k, v in recipe.training.items() if k not in MAY_DIFFER}}
         for name, section in SECTIONS.items():
+            if name == "training":
+                continue
             values, defaults = getattr(recipe, name), dataclasses.asdict(section())
             given = dataclasses.asdict(values) if values else {}
             content[name] = {k: v for k, v in given.items() if v != defaults[k]}

@@ -30,7 +30,8 @@ from .models import (
     RetinaNetForObjectDetection,
 )
 from .models.image_processing import DenseDetectorImageProcessor
-from .recipe.sections import DistillationSection, Recipe, load_recipe
+from .recipe.load import load_recipe
+from .recipe.sections import DistillationSection, Recipe
 from .training.arguments import DetectionTrainingArguments
 from .training.evaluation import CocoEvaluator
 from .training.trainer import DetectionTrainer, DistillationTrainer

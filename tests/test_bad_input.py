@@ -16,7 +16,7 @@ from crosskd_hf.commands import main as cli
 from crosskd_hf.commands import train
 from crosskd_hf.data.load import load_split
 from crosskd_hf.data.transforms import resize
-from crosskd_hf.recipe.sections import load_recipe
+from crosskd_hf.recipe.load import load_recipe
 from crosskd_hf.utils.images import inspect_image, load_rgb
 
 SMALL = {"backbone": "resnet18", "fpn_channels": 32, "head_channels": 32}

@@ -12,7 +12,7 @@ from crosskd_hf.commands import check_data
 from crosskd_hf.commands.check_data import compare, report
 from crosskd_hf.data.errors import DataError
 from crosskd_hf.data.load import alike, load_datasets
-from crosskd_hf.recipe.sections import DataSection
+from crosskd_hf.data.settings import DataSection
 
 BOX, OTHER_BOX = [2, 3, 20, 10], [4, 5, 20, 10]
 

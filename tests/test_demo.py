@@ -8,7 +8,7 @@ from PIL import Image
 
 from crosskd_hf.commands import demo, train
 from crosskd_hf.commands import main as cli
-from crosskd_hf.recipe.sections import load_recipe
+from crosskd_hf.recipe.load import load_recipe
 
 SMALL = (
     *("data.max_train_images=12", "data.max_val_images=6", "training.num_train_epochs=2", "training.warmup_steps=0"),

@@ -5,27 +5,20 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
+import crosskd_hf
+from crosskd_hf.data.settings import DataSection
 from crosskd_hf.models import CONFIGS, MODELS
-from crosskd_hf.recipe.sections import (
-    DETECTORS,
-    DataSection,
-    DistillationSection,
-    ModelSection,
-    Recipe,
-    RecipeError,
-    TeacherSection,
-    carried_recipes,
-    describe_fields,
-    find_recipe,
-    load_recipe,
-    parse_recipe,
-)
-from crosskd_hf.recipe.sections import sections as recipe_module
+from crosskd_hf.models.architecture import DETECTORS
+from crosskd_hf.recipe.carried import carried_recipes, find_recipe
+from crosskd_hf.recipe.load import describe_fields, load_recipe, parse_recipe
+from crosskd_hf.recipe.reading import RecipeError
+from crosskd_hf.recipe.sections import DistillationSection, ModelSection, Recipe, TeacherSection
 from crosskd_hf.training.arguments import DetectionTrainingArguments
 
 # Nine lists of nine references to the one before: a billion values, whoever follows them.
@@ -462,24 +455,27 @@ def test_recipes_are_found_by_name():
 
 def test_recipes_are_found_in_an_installed_package(tmp_path):
     """As a wheel lays them out: in the package, in a folder without `__init__.py`."""
-    package = Path(recipe_module.__file__).parent
+    package = Path(crosskd_hf.__file__).parent
     shutil.copytree(package, tmp_path / "crosskd_hf", ignore=shutil.ignore_patterns("__pycache__", "recipes"))
     (tmp_path / "crosskd_hf" / "recipes").mkdir()
     write(tmp_path / "crosskd_hf" / "recipes", "model: {}\n", "installed.yaml")
-    code = "from crosskd_hf.recipe.sections import carried_recipes; print(*carried_recipes())"
+    code = "from crosskd_hf.recipe import carried_recipes; print(*carried_recipes())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
     )
     assert done.stdout.split() == ["installed"], done.stderr
 
 
-def test_a_wheel_carries_the_recipes():
-    text = (RECIPES.parent / "pyproject.toml").read_text(encoding="utf-8")
-    assert re.search(r'^packages = \[.*"crosskd_hf\.recipes"', text, re.MULTILINE)
+def test_a_wheel_carries_what_is_no_python_file():
+    settings = tomllib.loads((RECIPES.parent / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    package = Path(crosskd_hf.__file__).parent
+    rooms = {f"crosskd_hf.{path.parent.name}" for path in package.glob("*/__init__.py")}
+    assert set(settings["packages"]) >= {"crosskd_hf", "crosskd_hf.recipes", *rooms}
     # A path, not a finder: the package is found before a folder of its name, such as a clone's in its parent.
-    assert re.search(r'^\[tool\.setuptools\.package-dir\]\n"" = "\."', text, re.MULTILINE)
-    assert (Path(recipe_module.__file__).parent / "recipes").resolve() == RECIPES.resolve()
-    assert re.search(r'^"crosskd_hf\.recipes" = \["\*\.yaml"\]', text, re.MULTILINE)
+    assert settings["package-dir"] == {"": "."}
+    assert (package / "recipes").resolve() == RECIPES.resolve()
+    data = {"crosskd_hf": ["py.typed"], "crosskd_hf.hub": ["*.md"], "crosskd_hf.recipes": ["*.yaml"]}
+    assert settings["package-data"] == data
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -669,6 +665,6 @@ def test_bytes_that_the_locale_cannot_read_are_told_as_such() -> None:
 
 
 def test_no_hint_names_a_package_that_no_index_has() -> None:
-    package = Path(recipe_module.__file__).parent
+    package = Path(crosskd_hf.__file__).parent
     found = [path.name for path in package.rglob("*.py") if "crosskd-hf[" in path.read_text(encoding="utf-8")]
     assert found == []

@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 from tiny import tiny_model
 
-from crosskd_hf.recipe.sections import RECIPE_FILE, Recipe, RecipeError, load_recipe, run_folder
+from crosskd_hf.hub.upload import RECIPE_FILE
+from crosskd_hf.recipe import run_folder
+from crosskd_hf.recipe.load import load_recipe
+from crosskd_hf.recipe.reading import RecipeError
+from crosskd_hf.recipe.sections import Recipe
 from crosskd_hf.training.checkpoints import MARKER, mark_complete
 
 

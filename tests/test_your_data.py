@@ -10,7 +10,7 @@ import torch
 
 from crosskd_hf.commands import train
 from crosskd_hf.data.split import DetectionSplit
-from crosskd_hf.recipe.sections import load_recipe
+from crosskd_hf.recipe.load import load_recipe
 from crosskd_hf.training.evaluation import CocoEvaluator
 
 NAMES = ["RBC", "WBC", "Platelets"]

@@ -13,9 +13,10 @@ from ..data.columns import images_without_row
 from ..data.duplicates import Entry, find_duplicates, find_shared, read_entries
 from ..data.errors import DataError, Kind, Problems
 from ..data.load import alike, check_same_classes, load_split
+from ..data.settings import DataSection
 from ..data.split import DetectionSplit, keep_for_training
+from ..recipe.load import load_recipe
 from ..recipe.run_folder import check_folder
-from ..recipe.sections import DataSection, load_recipe
 from ..utils.escaping import file_name, printable, printable_lines
 from ..utils.images import load_rgb, resized_size
 from ..utils.plots import bars, new_figure, save_figure

@@ -17,8 +17,9 @@ from ..data.dataset import DetectionDataset
 from ..data.load import load_split
 from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
+from ..recipe.load import load_recipe
 from ..recipe.run_folder import STATE_FILE, check_folder, final_metrics
-from ..recipe.sections import Recipe, load_recipe
+from ..recipe.sections import Recipe
 from ..training.contact_sheet import THRESHOLD, Boxes, drawn, evenly_spaced, example
 from ..training.evaluation import SUMMARY_NAMES
 from ..utils.plots import learning_curves

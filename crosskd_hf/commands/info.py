@@ -13,10 +13,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import cached_file
 
-from ..hub.upload import METRICS_FILE
+from ..hub.upload import METRICS_FILE, RECIPE_FILE
 from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
-from ..recipe.sections import RECIPE_FILE, RecipeError, load_recipe
+from ..recipe.load import load_recipe
+from ..recipe.reading import RecipeError
 from ..training.evaluation import SETTINGS, SUMMARY_NAMES, percent
 from ..training.monitoring import memory_gb
 from ..utils.escaping import printable

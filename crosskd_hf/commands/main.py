@@ -11,9 +11,12 @@ from accelerate import PartialState
 
 from ..data.dataset import DetectionDataset
 from ..data.load import load_split
+from ..data.settings import DataSection
+from ..hub.upload import RECIPE_FILE
 from ..inference import export, predict
+from ..recipe.load import load_recipe
+from ..recipe.reading import RecipeError
 from ..recipe.run_folder import check_folder
-from ..recipe.sections import RECIPE_FILE, DataSection, RecipeError, load_recipe
 from ..training.arguments import DetectionTrainingArguments
 from ..training.evaluation import format_metrics
 from ..training.run_log import use_run_log
@@ -118,7 +121,8 @@ def convert(arguments: argparse.Namespace) -> None:
     section = recipe.teacher if arguments.teacher else recipe.model
     if section is None:
         raise RecipeError(f"recipe {arguments.recipe} has no teacher: leave --teacher out.")
-    model = convert_checkpoint(arguments.checkpoint, Path(arguments.output), section, recipe.data)
+    data = recipe.data
+    model = convert_checkpoint(arguments.checkpoint, Path(arguments.output), section, data.short_side, data.long_side)
     total, _ = count_parameters(model)
     print(f"{arguments.output}: {type(model).__name__}, {model.config.backbone}, {total / 1e6:.2f} M parameters")
 

@@ -16,7 +16,11 @@ from transformers import TrainerCallback, set_seed
 from ..data.errors import DataError
 from ..data.load import load_datasets
 from ..distillation.inheritance import inherit_weights
+from ..hub.upload import RECIPE_FILE
 from ..models.image_processing import DenseDetectorImageProcessor
+from ..recipe.build import build_model, load_teacher
+from ..recipe.load import load_recipe
+from ..recipe.reading import RecipeError
 from ..recipe.run_folder import (
     check_batch,
     check_folder,
@@ -29,7 +33,7 @@ from ..recipe.run_folder import (
     mark_finished,
     note_teacher,
 )
-from ..recipe.sections import RECIPE_FILE, Recipe, RecipeError, load_recipe
+from ..recipe.sections import Recipe
 from ..training.arguments import LIMITS
 from ..training.checkpoints import (
     FolderInUseError,
@@ -49,7 +53,7 @@ from ..utils.distributed import check_shared
 from ..utils.escaping import printable_lines
 from ..utils.memory import OutOfMemoryError, out_of_memory_explained
 from ..utils.progress import say, set_quiet
-from ..weights.loading import build_model, count_parameters, load_teacher
+from ..weights.loading import count_parameters
 from ..weights.mmdet import CheckpointError
 from .output import lenient_output
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from ..models.base import DenseDetector, DenseDetectorOutput, Predictions, Priors
 from ..models.configuration import DenseDetectorConfig
 from ..models.image_processing import DenseDetectorImageProcessor, pixel_style
-from ..utils.label_names import coco_spelling, listed, near_matches, spelling_problem
+from ..utils.label_names import coco_spelling, near_matches, spelling_problem
+from ..utils.text import listed
 from .adapters import Adapters
 from .settings import DistillationSettings
 

@@ -1,11 +1,11 @@
 """Strict reading: YAML without surprises, and values as the types that dataclass fields declare."""
 
-import difflib
 import math
 import types
 import typing
 from collections.abc import Hashable, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -37,6 +37,24 @@ def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
 
 
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML file as plain Python values.
+
+    Raises:
+        RecipeError: it can't be read, is no UTF-8, or no valid YAML; naming file, line and column.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(f"{path} can't be read ({error.strerror}).") from error
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"{path}, line {line}: no UTF-8 text ({error.reason}); save it as UTF-8.") from error
+    return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -175,18 +193,6 @@ def check_range(value: Any, metadata: typing.Mapping[str, Any]) -> None:
             raise ValueError(f"must be at least {low}")
         if high is not None and item > high:
             raise ValueError(f"must be at most {high}")
-
-
-MOST_NAMES = 40  # of valid ones in a message: those of any section
-
-
-def nearest(name: str, valid: Sequence[str]) -> str:
-    """A sentence with the valid names that are like a wrong one, or with the first of all."""
-    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
-    if close:
-        return f"Did you mean {', '.join(close)}?"
-    shown = ", ".join(list(valid)[:MOST_NAMES])
-    return f"Valid: {shown}{', ...' if len(valid) > MOST_NAMES else ''}." if valid else "None are installed."
 
 
 def type_name(hint: Any) -> str:

@@ -6,15 +6,17 @@ from pathlib import Path
 
 from transformers import TrainerState
 
-from ..hub.upload import UPLOADED
+from ..hub.upload import RECIPE_FILE, UPLOADED
 from ..models.base import DenseDetector
+from ..recipe.load import load_recipe
+from ..recipe.reading import RecipeError
+from ..recipe.sections import Recipe
 from ..training.checkpoints import LOCK, MARKER, NAME, checkpoint_folders, last_complete_checkpoint
 from ..utils.escaping import printable
 from ..utils.files import flush_to_disk, folder_problem, write_atomically
 from ..utils.progress import say
 from ..utils.redact import without_credentials
 from ..weights.loading import weights_digest
-from .sections import RECIPE_FILE, Recipe, RecipeError, load_recipe
 
 TEACHER_FILE = "teacher.json"  # of which weights a run learns
 WEIGHTS = "model.safetensors"

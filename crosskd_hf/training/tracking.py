@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from ..recipe.sections import RECIPE_FILE
+from ..hub.upload import RECIPE_FILE
 from ..utils.redact import without_credentials
 from ..utils.visualization import contact_sheet
 from .contact_sheet import THRESHOLD, Boxes, drawn, evenly_spaced, example

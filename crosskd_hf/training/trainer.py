@@ -29,20 +29,21 @@ from ..distillation.adapters import attach_adapters, detach_adapters
 from ..distillation.objective import distillation_losses, prepare_teacher, student_forward, teacher_forward
 from ..distillation.pairing import PARTLY, pair_up
 from ..distillation.settings import resolve_settings
-from ..hub.upload import HubUpload
 from ..models.base import DenseDetector, DenseDetectorOutput
 from ..models.image_processing import DenseDetectorImageProcessor
 from ..recipe.sections import DistillationSection
 from ..utils.distributed import check_same, num_processes
 from ..utils.escaping import printable
-from ..utils.label_names import coco_spelling, listed, near_matches, spelling_problem
+from ..utils.label_names import coco_spelling, near_matches, spelling_problem
 from ..utils.memory import out_of_memory_explained
 from ..utils.redact import public
+from ..utils.text import listed
 from ..weights.loading import load_detector, weights_digest
 from .arguments import DetectionTrainingArguments
 from .evaluation import CocoEvaluator
 from .monitoring import TERMS, NonFiniteLossError, StepMonitor
 from .optimization import build_optimizer, multistep_scheduler, parameter_groups
+from .publishing import HubUpload
 from .saving import SafeSaving
 from .termination import TerminationSignal, obey_parent_only
 from .tracking import TrackingCallback, evaluation_sheet, trackers

@@ -1,0 +1,128 @@
+"""Recipes from YAML files, read strictly: all problems are found before anything is built, and told together."""
+
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..training.arguments import FIXED, DetectionTrainingArguments
+from ..utils.settings import default_of, settings_of
+from ..utils.text import nearest
+from .carried import find_recipe
+from .checks import impossible_combinations
+from .overrides import apply_override
+from .reading import RecipeError, cast, check_range, read_yaml, type_name
+from .schedule import follow_length
+from .sections import OPTIONAL_SECTIONS, SECTIONS, Recipe
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        name_or_path: path of a YAML file, or bare name of a recipe that the package carries (`gfl_r50_crosskd`).
+        overrides: `section.key=value`, values as in YAML; `section=null` takes a section out.
+
+    Raises:
+        RecipeError: naming file, keys, values and the nearest valid names, all problems together.
+    """
+    path = find_recipe(name_or_path)
+    content = _read_sections(path)
+    before = content.get("training")  # overrides make a new one
+    problems = []
+    for override in overrides:
+        try:
+            apply_override(content, override)
+        except RecipeError as error:
+            problems.append(str(error))
+    overridden = {override.partition("=")[0] for override in overrides}
+    notes = [] if problems else follow_length(before, content.get("training"), overridden)
+    recipe = parse_recipe(content, str(path), problems)
+    recipe.notes, recipe.overridden = notes, overridden
+    return recipe
+
+
+def parse_recipe(content: dict[str, Any], source: str = "recipe", problems: Sequence[str] = ()) -> Recipe:
+    """A recipe from nested dicts.
+
+    Args:
+        content: section -> key -> value.
+        source: what the error message calls it.
+        problems: found before, to be told together with those found here.
+
+    Raises:
+        RecipeError: with all problems.
+    """
+    found = list(problems)
+    refused: set[str] = set()
+    for unknown in [key for key in content if key not in SECTIONS]:
+        found.append(f"unknown section {unknown!r}. {nearest(str(unknown), list(SECTIONS))}")
+        refused.update(OPTIONAL_SECTIONS)  # it may be one of them, misspelt
+    sections: dict[str, Any] = {}
+    for name, section_class in SECTIONS.items():
+        values = content.get(name)
+        if values is None and name in OPTIONAL_SECTIONS:
+            sections[name] = None
+            continue
+        cast = _cast_section(name, values, section_class, found, refused)
+        sections[name] = cast if name == "training" else section_class(**cast)
+    recipe = Recipe(**sections)
+    if not problems:
+        # A refused value stands at its default here, about which nothing must be said.
+        for fields, message in impossible_combinations(recipe):
+            if refused.isdisjoint([*fields, *(name.partition(".")[0] for name in fields)]):
+                found.append(message)
+    if found:
+        raise RecipeError(f"{source} can't be run:\n  - " + "\n  - ".join(found))
+    return recipe
+
+
+def describe_fields() -> str:
+    """Every key of a recipe with type, default and meaning, a line each; `training` only what transformers lacks."""
+    lines = []
+    own = set(DetectionTrainingArguments.__annotations__)
+    for section, section_class in SECTIONS.items():
+        hints = typing.get_type_hints(section_class)
+        for f in settings_of(section_class):
+            if section == "training" and f.name not in own:
+                continue
+            kind, text = type_name(hints[f.name]), f.metadata.get("help", "")
+            if f.metadata.get("choices"):
+                kind = " | ".join(f.metadata["choices"])
+            lines.append(f"{section}.{f.name} ({kind}, {default_of(f)!r}): {text}")
+    return "\n".join(lines)
+
+
+def _read_sections(path: Path) -> dict[str, Any]:
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        found = "nothing" if content is None else f"{content!r:.50}"
+        raise RecipeError(f"{path} must hold the sections {', '.join(SECTIONS)}, but holds {found}.")
+    return content
+
+
+def _cast_section(
+    name: str, values: Any, section_class: type, problems: list[str], refused: set[str]
+) -> dict[str, Any]:
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        problems.append(f"section {name} must hold keys and values, not {values!r}.")
+        refused.add(name)
+        return {}
+    fields, hints = {f.name: f for f in settings_of(section_class)}, typing.get_type_hints(section_class)
+    values_cast = {}
+    for key, value in values.items():
+        if key not in fields:
+            problems.append(f"unknown key {name}.{key} (value {value!r}). {nearest(str(key), list(fields))}")
+            continue
+        try:
+            # Of what can't be changed, the reason says more than the type.
+            checked = value if name == "training" and key in FIXED else cast(value, hints[key])
+            # transformers' fields may have choices of their own, in the same place.
+            check_range(checked, fields[key].metadata)
+            values_cast[key] = checked
+        except ValueError as error:
+            problems.append(f"{name}.{key}: {value!r} {error}.")
+            refused.add(f"{name}.{key}")
+    return values_cast

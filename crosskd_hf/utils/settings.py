@@ -1,0 +1,44 @@
+"""Fields of a recipe's sections: a default, a meaning, and the values that are allowed."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+MOST_PIXELS = 16384  # of a side
+
+# The fields that a problem lies in (`section.key`, or a section), and what is wrong with them.
+Problem = tuple[tuple[str, ...], str]
+
+
+def setting(
+    default: Any,
+    help: str,
+    choices: Sequence[str] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """A dataclass field that a recipe can set.
+
+    Args:
+        default: value of a recipe that doesn't name the field; a list is copied.
+        help: what the field is, with its unit.
+        choices: the only values it takes.
+        minimum, maximum: limits of a number, both allowed; of each item of a list.
+    """
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def settings_of(section_class: type) -> list[dataclasses.Field]:
+    """The fields of a section that can be given."""
+    return [field for field in dataclasses.fields(section_class) if field.init]
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """The value of a field that isn't given."""
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    factory: Callable[[], Any] = field.default_factory  # type: ignore[assignment]
+    return factory()
