@@ -92,7 +92,7 @@ def write_recipe(folder: Path, steps: int, workers: int, seed: int) -> Path:
     content = {
         "model": {**SMALL, "backbone_weights": "random", "drop_path_rate": 0.3, "frozen_stages": 0},
         "teacher": {**SMALL, "checkpoint": "random"},
-        "distillation": {"tap_index": 3},
+        "distillation": {"crosskd": {"tap_index": 3}},
         "data": {
             "path": str(folder / "data"),
             "train_split": "noise",

@@ -12,6 +12,7 @@ from .data.dataset import DetectionDataset
 from .data.errors import DataError
 from .data.shapes import load_shapes
 from .data.split import DetectionSplit, keep_for_training
+from .distillation.settings import DistillationSection
 from .inference.pipeline import DenseDetectionPipeline
 from .inference.pipeline import register as _register_pipeline
 from .models import (
@@ -31,7 +32,7 @@ from .models import (
 )
 from .models.image_processing import DenseDetectorImageProcessor
 from .recipe.load import load_recipe
-from .recipe.sections import DistillationSection, Recipe
+from .recipe.sections import Recipe
 from .training.arguments import DetectionTrainingArguments
 from .training.evaluation import CocoEvaluator
 from .training.trainer import DetectionTrainer, DistillationTrainer

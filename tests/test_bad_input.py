@@ -238,7 +238,7 @@ def test_a_teacher_of_other_labels_is_refused_and_of_some_told(
     broken: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder = tmp_path / "teacher"
-    command = broken(lambda folder, content: None, f"teacher.checkpoint={folder}", "distillation.pkd=0")
+    command = broken(lambda folder, content: None, f"teacher.checkpoint={folder}", "distillation.methods=[crosskd]")
     tiny_model(id2label={0: "newt", 1: "emu"}).save_pretrained(folder)
     with pytest.raises(SystemExit, match=r"student cat, dog; teacher newt, emu.* train the teacher on"):
         train.main([*command, "--dry-run"])

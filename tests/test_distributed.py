@@ -20,12 +20,11 @@ from crosskd_hf.commands.errors import USER_ERRORS
 from crosskd_hf.distillation.adapters import attach_adapters
 from crosskd_hf.distillation.objective import distillation_losses, student_forward, teacher_forward
 from crosskd_hf.distillation.pairing import pair_up
-from crosskd_hf.distillation.settings import resolve_settings
+from crosskd_hf.distillation.settings import DistillationSection, resolve_settings
 from crosskd_hf.hub.upload import RECIPE_FILE
 from crosskd_hf.recipe import run_folder
 from crosskd_hf.recipe.load import load_recipe
 from crosskd_hf.recipe.running import prepare
-from crosskd_hf.recipe.sections import DistillationSection
 from crosskd_hf.training.trainer import DetectionTrainer, DistillationTrainer
 from crosskd_hf.utils import distributed
 from crosskd_hf.utils.distributed import Normalizers

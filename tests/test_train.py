@@ -34,7 +34,7 @@ def recipe(tmp_path: Path) -> Path:
     content = {
         "model": {"detector": "gfl", "backbone_weights": "random", **SMALL},
         "teacher": {"checkpoint": "random", "detector": "gfl", **SMALL},
-        "distillation": {"tap_index": 3},
+        "distillation": {"crosskd": {"tap_index": 3}},
         "data": {
             "path": str(tmp_path / "data"),
             "train_split": "mini",

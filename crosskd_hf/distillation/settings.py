@@ -3,7 +3,25 @@
 from dataclasses import dataclass
 
 from ..models.base import DenseDetector
-from ..recipe.sections import DistillationSection
+from ..utils.settings import setting
+
+
+@dataclass
+class DistillationSection:
+    """Which distillation terms there are. null takes the value published for the teacher's detector.
+
+    Source: CrossKD, arXiv 2306.11369, section 3 and its training settings; PKD, arXiv 2207.02039.
+    """
+
+    crosskd: float = setting(1.0, "weight of all CrossKD terms; 0: off", minimum=0, maximum=1e6)
+    tap_index: int | None = setting(None, "tower blocks of the teacher that the student's stand in for", minimum=0)
+    tap: str = setting("rectified", "tap after (rectified) or before (raw) the block's ReLU", ("rectified", "raw"))
+    cls_weight: float | None = setting(None, "weight of kd_cls", minimum=0, maximum=1e6)
+    box_weight: float | None = setting(None, "weight of kd_box", minimum=0, maximum=1e6)
+    centerness_weight: float | None = setting(None, "weight of kd_centerness", minimum=0, maximum=1e6)
+    pkd: float = setting(0.0, "weight of the PKD feature loss; 0: off", minimum=0, maximum=1e6)
+    mimic: float = setting(0.0, "weight of mimicking by the student's own predictions; 0: off", minimum=0, maximum=1e6)
+    student_tap_index: int | None = setting(None, "tower blocks the student runs; null: tap_index", minimum=0)
 
 
 @dataclass(frozen=True)

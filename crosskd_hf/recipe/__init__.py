@@ -1,9 +1,10 @@
 """Recipes, what they build, and the run folders they are run in."""
 
 from .carried import carried_recipes
+from .distillation import DistillationSection
 from .load import load_recipe, parse_recipe
 from .reading import RecipeError
-from .sections import DistillationSection, ModelSection, Recipe, TeacherSection
+from .sections import ModelSection, Recipe, TeacherSection
 
 __all__ = [
     "DistillationSection",

@@ -11,6 +11,7 @@ from transformers import set_seed
 from ..data.dataset import DetectionDataset
 from ..data.load import load_datasets
 from ..distillation.inheritance import inherit_weights
+from ..distillation.settings import DistillationSection as FlatSection
 from ..models import MODELS
 from ..models.architecture import ArchitectureSection, build_config
 from ..models.base import DenseDetector
@@ -21,6 +22,7 @@ from ..training.trainer import DetectionTrainer, DistillationTrainer
 from ..utils.progress import say
 from ..weights.loading import for_labels, load_backbone_weights, load_detector
 from ..weights.mmdet import first_line
+from .distillation import DistillationSection
 from .sections import ModelSection, Recipe, TeacherSection
 
 logger = logging.getLogger(__name__)
@@ -80,9 +82,18 @@ def build_trainer(recipe: Recipe, arguments: DetectionTrainingArguments | None =
     if run.teacher is None:
         trainer = DetectionTrainer(run.model, **parts)
     else:
-        trainer = DistillationTrainer(run.model, run.teacher, distillation=recipe.distillation, **parts)
+        trainer = DistillationTrainer(run.model, run.teacher, distillation=_flat_section(recipe.distillation), **parts)
     use_run_log(trainer)
     return trainer
+
+
+def _flat_section(section: DistillationSection) -> FlatSection:
+    """The methods of a recipe as `DistillationTrainer` takes them so far: one weight for each, and CrossKD's keys."""
+    weights = {name: getattr(section.methods.get(name), "weight", 0.0) for name in ("crosskd", "pkd", "mimic")}
+    terms = section.methods.get("crosskd") or section.methods.get("mimic")
+    others = {} if terms is None else dataclasses.asdict(terms)
+    others.pop("weight", None)
+    return FlatSection(**others, **weights)
 
 
 @contextlib.contextmanager

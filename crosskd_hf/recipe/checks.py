@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from ..data.settings import data_problems
+from ..distillation.methods.crosskd import Settings
 from ..training.arguments import training_problems
 from ..utils.settings import Problem
+from .distillation import distillation_problems
 from .sections import Recipe
 
 
@@ -66,30 +68,24 @@ def _distillation_problems(recipe: Recipe) -> list[Problem]:
         problems.append((("teacher.checkpoint",), text))
     if not distillation:
         return problems
-    terms = ("cls_weight", "box_weight", "centerness_weight")
-    # Published for a teacher without centerness: none.
-    off = [
-        weight == 0 or (weight is None and name == "centerness_weight" and teacher and teacher.detector != "atss")
-        for name, weight in ((name, getattr(distillation, name)) for name in terms)
-    ]
-    switches = ("crosskd", "pkd", "mimic")
-    if not any(getattr(distillation, name) for name in switches):
-        text = "distillation: crosskd, pkd and mimic are all 0: nothing would be distilled."
-        problems.append((tuple(f"distillation.{name}" for name in switches), text))
-    elif distillation.pkd == 0 and all(off):
-        text = "distillation: cls_weight, box_weight, centerness_weight and pkd are all 0: nothing would be distilled."
-        problems.append((tuple(f"distillation.{name}" for name in (*terms, "pkd")), text))
-    k = distillation.student_tap_index
-    own_tap = ("tap_index", distillation.tap_index) if k is None else ("student_tap_index", k)
-    for name, section, (tap, k) in (
-        ("model", recipe.model, own_tap),
-        ("teacher", teacher, ("tap_index", distillation.tap_index)),
-    ):
+    centerness = teacher is not None and teacher.detector == "atss"
+    problems += distillation_problems(distillation, centerness) if teacher else []
+    if crosskd := distillation.methods.get("crosskd"):
+        problems += _tap_problems(recipe, crosskd)
+    return problems
+
+
+def _tap_problems(recipe: Recipe, crosskd: Settings) -> list[Problem]:
+    problems: list[Problem] = []
+    student_tap = "tap_index" if crosskd.student_tap_index is None else "student_tap_index"
+    for name, section, tap in (("model", recipe.model, student_tap), ("teacher", recipe.teacher, "tap_index")):
+        k = getattr(crosskd, tap)
         if section is None or k is None or k <= section.head_blocks:
             continue
         # A saved detector carries its own number of blocks: the trainer compares that.
         if section.checkpoint in (None, "", "random") or section.checkpoint.endswith(".pth"):
             other = " or set student_tap_index" if name == "model" and tap == "tap_index" else ""
-            text = f"distillation.{tap} is {k}, but {name}.head_blocks {section.head_blocks}: lower {tap}{other}."
-            problems.append(((f"distillation.{tap}", f"{name}.head_blocks"), text))
+            key = f"distillation.crosskd.{tap}"
+            text = f"{key} is {k}, but {name}.head_blocks {section.head_blocks}: lower {tap}{other}."
+            problems.append(((key, f"{name}.head_blocks"), text))
     return problems

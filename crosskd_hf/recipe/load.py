@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training.arguments import FIXED, DetectionTrainingArguments
+from ..training.arguments import DetectionTrainingArguments
 from ..utils.settings import default_of, settings_of
 from ..utils.text import nearest
 from .carried import find_recipe
 from .checks import impossible_combinations
-from .overrides import apply_override
-from .reading import RecipeError, cast, check_range, read_yaml, type_name
+from .distillation import DEFAULT, known_methods, read_distillation, settings_class
+from .overrides import apply_override, leave_out_methods
+from .reading import RecipeError, cast_section, read_yaml, type_name
 from .schedule import follow_length
 from .sections import OPTIONAL_SECTIONS, SECTIONS, Recipe
 
@@ -21,7 +22,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
     Args:
         name_or_path: path of a YAML file, or bare name of a recipe that the package carries (`gfl_r50_crosskd`).
-        overrides: `section.key=value`, values as in YAML; `section=null` takes a section out.
+        overrides: `section.key=value`, or `distillation.METHOD.key=value`, values as in YAML; `section=null` takes a
+            section out.
 
     Raises:
         RecipeError: naming file, keys, values and the nearest valid names, all problems together.
@@ -36,6 +38,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         except RecipeError as error:
             problems.append(str(error))
     overridden = {override.partition("=")[0] for override in overrides}
+    leave_out_methods(content, overridden)
     notes = [] if problems else follow_length(before, content.get("training"), overridden)
     recipe = parse_recipe(content, str(path), problems)
     recipe.notes, recipe.overridden = notes, overridden
@@ -64,13 +67,16 @@ def parse_recipe(content: dict[str, Any], source: str = "recipe", problems: Sequ
         if values is None and name in OPTIONAL_SECTIONS:
             sections[name] = None
             continue
-        cast = _cast_section(name, values, section_class, found, refused)
+        if name == "distillation":
+            sections[name] = read_distillation(values, found, refused)
+            continue
+        cast = cast_section(name, values, section_class, found, refused)
         sections[name] = cast if name == "training" else section_class(**cast)
     recipe = Recipe(**sections)
     if not problems:
         # A refused value stands at its default here, about which nothing must be said.
         for fields, message in impossible_combinations(recipe):
-            if refused.isdisjoint([*fields, *(name.partition(".")[0] for name in fields)]):
+            if not any(f"{field}.".startswith(f"{name}.") for field in fields for name in refused):
                 found.append(message)
     if found:
         raise RecipeError(f"{source} can't be run:\n  - " + "\n  - ".join(found))
@@ -79,17 +85,18 @@ def parse_recipe(content: dict[str, Any], source: str = "recipe", problems: Sequ
 
 def describe_fields() -> str:
     """Every key of a recipe with type, default and meaning, a line each; `training` only what transformers lacks."""
-    lines = []
-    own = set(DetectionTrainingArguments.__annotations__)
-    for section, section_class in SECTIONS.items():
-        hints = typing.get_type_hints(section_class)
-        for f in settings_of(section_class):
-            if section == "training" and f.name not in own:
+    sections = {name: section for name, section in SECTIONS.items() if name != "distillation"}
+    sections |= {f"distillation.{name}": settings_class(name) for name in known_methods()}
+    lines = [f"distillation.methods (list of {' | '.join(known_methods())}, {list(DEFAULT)}): what is distilled with"]
+    for name, section in sections.items():
+        hints = typing.get_type_hints(section)
+        for f in settings_of(section):
+            if name == "training" and f.name not in DetectionTrainingArguments.__annotations__:
                 continue
             kind, text = type_name(hints[f.name]), f.metadata.get("help", "")
             if f.metadata.get("choices"):
                 kind = " | ".join(f.metadata["choices"])
-            lines.append(f"{section}.{f.name} ({kind}, {default_of(f)!r}): {text}")
+            lines.append(f"{name}.{f.name} ({kind}, {default_of(f)!r}): {text}")
     return "\n".join(lines)
 
 
@@ -99,30 +106,3 @@ def _read_sections(path: Path) -> dict[str, Any]:
         found = "nothing" if content is None else f"{content!r:.50}"
         raise RecipeError(f"{path} must hold the sections {', '.join(SECTIONS)}, but holds {found}.")
     return content
-
-
-def _cast_section(
-    name: str, values: Any, section_class: type, problems: list[str], refused: set[str]
-) -> dict[str, Any]:
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        problems.append(f"section {name} must hold keys and values, not {values!r}.")
-        refused.add(name)
-        return {}
-    fields, hints = {f.name: f for f in settings_of(section_class)}, typing.get_type_hints(section_class)
-    values_cast = {}
-    for key, value in values.items():
-        if key not in fields:
-            problems.append(f"unknown key {name}.{key} (value {value!r}). {nearest(str(key), list(fields))}")
-            continue
-        try:
-            # Of what can't be changed, the reason says more than the type.
-            checked = value if name == "training" and key in FIXED else cast(value, hints[key])
-            # transformers' fields may have choices of their own, in the same place.
-            check_range(checked, fields[key].metadata)
-            values_cast[key] = checked
-        except ValueError as error:
-            problems.append(f"{name}.{key}: {value!r} {error}.")
-            refused.add(f"{name}.{key}")
-    return values_cast

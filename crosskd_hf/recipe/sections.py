@@ -15,6 +15,7 @@ from ..models.architecture import ArchitectureSection
 from ..training.arguments import DetectionTrainingArguments
 from ..utils.files import write_atomically
 from ..utils.settings import default_of, setting, settings_of
+from .distillation import DistillationSection
 from .reading import RecipeError
 
 
@@ -33,24 +34,6 @@ class TeacherSection(ArchitectureSection):
     """The frozen teacher. Its architecture counts for `.pth` and random checkpoints; a saved model has its own."""
 
     checkpoint: str = setting("", "folder, Hub id, MMDetection .pth by path or URL, or random (to try the machinery)")
-
-
-@dataclass
-class DistillationSection:
-    """Which distillation terms there are. null takes the value published for the teacher's detector.
-
-    Source: CrossKD, arXiv 2306.11369, section 3 and its training settings; PKD, arXiv 2207.02039.
-    """
-
-    crosskd: float = setting(1.0, "weight of all CrossKD terms; 0: off", minimum=0, maximum=1e6)
-    tap_index: int | None = setting(None, "tower blocks of the teacher that the student's stand in for", minimum=0)
-    tap: str = setting("rectified", "tap after (rectified) or before (raw) the block's ReLU", ("rectified", "raw"))
-    cls_weight: float | None = setting(None, "weight of kd_cls", minimum=0, maximum=1e6)
-    box_weight: float | None = setting(None, "weight of kd_box", minimum=0, maximum=1e6)
-    centerness_weight: float | None = setting(None, "weight of kd_centerness", minimum=0, maximum=1e6)
-    pkd: float = setting(0.0, "weight of the PKD feature loss; 0: off", minimum=0, maximum=1e6)
-    mimic: float = setting(0.0, "weight of mimicking by the student's own predictions; 0: off", minimum=0, maximum=1e6)
-    student_tap_index: int | None = setting(None, "tower blocks the student runs; null: tap_index", minimum=0)
 
 
 SECTIONS: dict[str, type] = {
@@ -100,9 +83,13 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field of the sections, and the training values that were given."""
-        sections = {name: getattr(self, name) for name in SECTIONS if name != "training"}
-        content = {name: section and dataclasses.asdict(section) for name, section in sections.items()}
-        return {**content, "training": dict(self.training)}
+        return {
+            "model": dataclasses.asdict(self.model),
+            "teacher": self.teacher and dataclasses.asdict(self.teacher),
+            "distillation": self.distillation and self.distillation.to_dict(),
+            "data": dataclasses.asdict(self.data),
+            "training": dict(self.training),
+        }
 
     def save(self, path: str | Path) -> None:
         """Write the complete recipe; `load_recipe` reads the same recipe from it."""

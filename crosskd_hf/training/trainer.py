@@ -28,10 +28,9 @@ from ..data.split import DetectionSplit
 from ..distillation.adapters import attach_adapters, detach_adapters
 from ..distillation.objective import distillation_losses, prepare_teacher, student_forward, teacher_forward
 from ..distillation.pairing import PARTLY, pair_up
-from ..distillation.settings import resolve_settings
+from ..distillation.settings import DistillationSection, resolve_settings
 from ..models.base import DenseDetector, DenseDetectorOutput
 from ..models.image_processing import DenseDetectorImageProcessor
-from ..recipe.sections import DistillationSection
 from ..utils.distributed import check_same, num_processes
 from ..utils.escaping import printable
 from ..utils.label_names import coco_spelling, near_matches, spelling_problem

@@ -1,0 +1,1 @@
+"""Distillation methods, one file each: a recipe names them in `distillation.methods`."""
