@@ -103,8 +103,8 @@ class Run:
 
 
 def digested(distillation: DistillationSection | None) -> dict:
-    """Values that aren't defaults, spelt as in the recipes that the committed results were made with: a weight for each
-    method, and CrossKD's keys beside them."""
+    """Values that aren't defaults, spelt as in the recipes of the committed results: a weight for each method, and
+    CrossKD's keys beside them."""
     if distillation is None:
         return {}
     weights = {"crosskd": 0.0, "pkd": 0.0, "mimic": 0.0}

@@ -184,7 +184,9 @@ def test_the_command_writes_and_checks(tmp_path: Path, capsys: pytest.CaptureFix
     DenseDetectorImageProcessor.for_model(model.config, 64, 96).save_pretrained(tmp_path)
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    command.run(parser.parse_args([str(tmp_path), "--format", "torch", "--no-nms"]))
+    arguments = parser.parse_args([str(tmp_path), "--format", "torch", "--no-nms"])
+    assert arguments.opset == export.OPSET
+    command.run(arguments)
     printed = capsys.readouterr().out
     assert f"written to {tmp_path / 'model.pt2'}" in printed
     assert ", 0 unmatched" in printed

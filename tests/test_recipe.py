@@ -445,8 +445,8 @@ def test_recipes_are_found_in_an_installed_package(tmp_path):
 def test_a_wheel_carries_what_is_no_python_file():
     settings = tomllib.loads((RECIPES.parent / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     package = Path(crosskd_hf.__file__).parent
-    rooms = {f"crosskd_hf.{path.parent.name}" for path in package.glob("*/__init__.py")}
-    assert set(settings["packages"]) >= {"crosskd_hf", "crosskd_hf.recipes", *rooms}
+    folders = {path.parent.relative_to(package.parent) for path in package.rglob("__init__.py")}
+    assert set(settings["packages"]) == {"crosskd_hf.recipes", *(".".join(folder.parts) for folder in folders)}
     # A path, not a finder: the package is found before a folder of its name, such as a clone's in its parent.
     assert settings["package-dir"] == {"": "."}
     assert (package / "recipes").resolve() == RECIPES.resolve()

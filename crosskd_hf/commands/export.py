@@ -7,8 +7,6 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `crosskd export`."""
-    from ..inference.export import NEWEST_OPSET, OPSET, SUFFIXES
-
     parser.description = (
         "A detector as one file for ONNX runtimes or torch.export. It takes pixel_values (N, 3, H, W) float32 and "
         "pixel_mask (N, H, W) bool as the image processor gives them, of any sizes, and gives scores (N, K), labels "
@@ -16,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "0 and label -1. Thresholds and numbers of detections are those of the model's image processor."
     )
     parser.add_argument("model", help="folder or Hub id of a saved detector")
-    parser.add_argument("--format", choices=tuple(SUFFIXES), default="onnx", help="(default: onnx)")
+    parser.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="(default: onnx)")
     parser.add_argument(
         "--output",
         metavar="FILE",
@@ -29,9 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="do non-maximum suppression in it; a torch program then needs `import crosskd_hf.inference.export` "
         "(default: yes)",
     )
-    parser.add_argument(
-        "--opset", type=int, default=OPSET, help=f"of ONNX, {OPSET} to {NEWEST_OPSET} (default: {OPSET})"
-    )
+    parser.add_argument("--opset", type=int, default=18, help="of ONNX, 18 to 23 (default: 18)")
     parser.add_argument(
         "--check",
         action=argparse.BooleanOptionalAction,

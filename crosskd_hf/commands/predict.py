@@ -5,12 +5,10 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `crosskd predict`."""
-    from ..inference.prediction_files import PICTURES_FOLDER, RESULTS_FILE
-
     parser.description = (
-        f"Detections of image files. Writes OUTPUT_DIR/{RESULTS_FILE}, a list of COCO results {{image_id, file_name, "
+        "Detections of image files. Writes OUTPUT_DIR/predictions.json, a list of COCO results {image_id, file_name, "
         "category_id, category, bbox, score}, with bbox [x, y, width, height] in pixels of the upright image, and "
-        f"OUTPUT_DIR/{PICTURES_FOLDER}, the images with the boxes drawn. Without --annotations, image_id is the file "
+        "OUTPUT_DIR/pictures, the images with the boxes drawn. Without --annotations, image_id is the file "
         "name's stem if all of them are different whole numbers, else 1, 2, ... in the order of the sorted paths, and "
         "category_id is the model's label, counted from 0. Pictures keep the images' names, from the folder on that "
         "all images share."
@@ -26,12 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json-threshold",
         type=float,
         default=0.0,
-        help=f"boxes with a higher score go into {RESULTS_FILE} (default: 0, all that the model's image processor "
+        help="boxes with a higher score go into predictions.json (default: 0, all that the model's image processor "
         "keeps; AP needs them)",
     )
     parser.add_argument("--batch-size", type=int, default=4, help="images a batch (default: 4)")
     parser.add_argument("--workers", type=int, default=2, help="threads that read images (default: 2)")
-    parser.add_argument("--no-pictures", action="store_true", help=f"write {RESULTS_FILE} only")
+    parser.add_argument("--no-pictures", action="store_true", help="write predictions.json only")
     parser.add_argument(
         "--annotations",
         metavar="FILE",
