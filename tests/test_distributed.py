@@ -153,6 +153,7 @@ def on_two_machines(rank: int, port: int, folder: str) -> None:
     args = tiny_args(disk / "new")  # starts the processes' group
     split = tiny_split(root / "data")
     evaluation = dict.fromkeys(("recipe", "split", "output_dir", "max_images")) | {"data": str(root / "data")}
+    evaluation |= {"batch_size": 1, "workers": 0}
     names = mock.patch.object(socket, "gethostname", lambda: f"node-{'ab'[rank]}")
     with names, mock.patch.object(distributed, "APPEARS_WITHIN", 0.3):
         said = {"shared": refusal(distributed.check_shared, root / "shared" / "run")}

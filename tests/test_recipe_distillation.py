@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from crosskd_hf.data.settings import DataSection
 from crosskd_hf.distillation.methods import crosskd, pkd
 from crosskd_hf.recipe import Recipe, RecipeError, load_recipe, parse_recipe
 from crosskd_hf.recipe.build import _flat_section
 from crosskd_hf.recipe.distillation import DistillationSection, known_methods, settings_class
+from crosskd_hf.recipe.load import load_data_section
 from crosskd_hf.recipe.run_folder import recipe_changes
 
 TEACHER = {"checkpoint": "random"}
@@ -81,7 +83,7 @@ def test_refused_values(method: str, key: str, value: object, message: str) -> N
         ({"methods": ["pkd.x"]}, "there is no method 'pkd.x'"),
         ({"methods": []}, "distillation.methods is empty: name some of crosskd,"),
         ({"methods": ["pkd"], "crosskd": {}}, "distillation.crosskd is given, but crosskd isn't among"),
-        ({"methods": ["crosskd"], "crosskd": [1]}, "distillation.crosskd: [1] is no section"),
+        ({"methods": ["crosskd"], "crosskd": [1]}, "distillation.crosskd: [1] is no section: it must hold keys"),
         ({"metods": ["crosskd"]}, "unknown key distillation.metods (value ['crosskd']). Did you mean methods"),
         # As earlier versions had it.
         ({"crosskd": 1.0}, "distillation.crosskd: {weight: 1.0}"),
@@ -103,6 +105,16 @@ def test_refused_values(method: str, key: str, value: object, message: str) -> N
 def test_refused_sections(distillation: object, message: str) -> None:
     text = refusal(distillation)
     assert message in text and text.count("\n  - ") == 1
+
+
+def test_the_data_of_an_earlier_versions_recipe_can_be_read(tmp_path: Path) -> None:
+    """Its model is still to be evaluated."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("distillation: {crosskd: 1.0}\ndata: {path: data/cells}\ntraining: {sync: false}\n")
+    assert load_data_section(path) == DataSection(path="data/cells")
+    path.write_text("data: {pth: data/cells}\n")
+    with pytest.raises(RecipeError, match=r"data\.pth"):
+        load_data_section(path)
 
 
 def test_all_old_keys_are_told_at_once() -> None:

@@ -100,13 +100,13 @@ def _read_methods(value: Any, known: list[str], problems: list[str]) -> list[str
 
 def _new_spelling(key: Any, value: Any, known: list[str]) -> str | None:
     """How to write what an earlier version had in the section itself; None if the key is none of those."""
-    if key in known and value == 0 and not isinstance(value, bool):
-        return f"distillation.{key}: {value!r} is no section: to turn {key} off, leave it out of distillation.methods."
     if key in known:
-        return (
-            f"distillation.{key}: {value!r} is no section: add {key} to distillation.methods, and write "
-            f"distillation.{key}: {{weight: {value}}}."
-        )
+        problem = f"distillation.{key}: {value!r} is no section"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return f"{problem}: it must hold keys and values."
+        if value == 0:
+            return f"{problem}: to turn {key} off, leave it out of distillation.methods."
+        return f"{problem}: add {key} to distillation.methods, and write distillation.{key}: {{weight: {value}}}."
     if key in CROSSKD_KEYS:
         return f"distillation.{key} is a key of CrossKD: write distillation.crosskd: {{{key}: {value}}}."
     if key in TERM_WEIGHTS:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.settings import DataSection
 from ..training.arguments import DetectionTrainingArguments
 from ..utils.settings import default_of, settings_of
 from ..utils.text import nearest
@@ -81,6 +82,16 @@ def parse_recipe(content: dict[str, Any], source: str = "recipe", problems: Sequ
     if found:
         raise RecipeError(f"{source} can't be run:\n  - " + "\n  - ".join(found))
     return recipe
+
+
+def load_data_section(name_or_path: str | Path) -> DataSection:
+    """The data section of a recipe; an earlier version of the package may have written the others.
+
+    Raises:
+        RecipeError: see `load_recipe`, about this section.
+    """
+    path = find_recipe(name_or_path)
+    return parse_recipe({"data": _read_sections(path).get("data")}, str(path)).data
 
 
 def describe_fields() -> str:
