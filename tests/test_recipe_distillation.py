@@ -180,6 +180,7 @@ def test_overrides_reach_the_methods() -> None:
         (["distillation.crosskd.weight.a=2"], "must look like section.key=value"),
         (["distillation.crosskd=2", "distillation.crosskd.tap=raw"], "section distillation.crosskd must hold keys"),
         (["distillation.methods=crosskd"], "is no list of names"),
+        (["distillation.methods=[crosskd"], "override 'distillation.methods=[crosskd'"),
         (["distillation.methods=[]"], "distillation.methods is empty"),
         (["distillation.croskd.weight=1"], "unknown key distillation.croskd"),
     ],

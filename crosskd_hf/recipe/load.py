@@ -52,15 +52,15 @@ def parse_recipe(content: dict[str, Any], source: str = "recipe", problems: Sequ
     Args:
         content: section -> key -> value.
         source: what the error message calls it.
-        problems: found before, to be told together with those found here.
+        problems: of the overrides, to be told together with those of the content.
 
     Raises:
         RecipeError: with all problems.
     """
-    found = list(problems)
+    told = list(problems)
     refused: set[str] = set()
     for unknown in [key for key in content if key not in SECTIONS]:
-        found.append(f"unknown section {unknown!r}. {nearest(str(unknown), list(SECTIONS))}")
+        told.append(f"unknown section {unknown!r}. {nearest(str(unknown), list(SECTIONS))}")
         refused.update(OPTIONAL_SECTIONS)  # it may be one of them, misspelt
     sections: dict[str, Any] = {}
     for name, section_class in SECTIONS.items():
@@ -69,18 +69,18 @@ def parse_recipe(content: dict[str, Any], source: str = "recipe", problems: Sequ
             sections[name] = None
             continue
         if name == "distillation":
-            sections[name] = read_distillation(values, found, refused)
+            sections[name] = read_distillation(values, told, refused)
             continue
-        cast = cast_section(name, values, section_class, found, refused)
+        cast = cast_section(name, values, section_class, told, refused)
         sections[name] = cast if name == "training" else section_class(**cast)
     recipe = Recipe(**sections)
     if not problems:
         # A refused value stands at its default here, about which nothing must be said.
         for fields, message in impossible_combinations(recipe):
             if not any(f"{field}.".startswith(f"{name}.") for field in fields for name in refused):
-                found.append(message)
-    if found:
-        raise RecipeError(f"{source} can't be run:\n  - " + "\n  - ".join(found))
+                told.append(message)
+    if told:
+        raise RecipeError(f"{source} can't be run:\n  - " + "\n  - ".join(told))
     return recipe
 
 

@@ -10,6 +10,15 @@ from .sections import OPTIONAL_SECTIONS, SECTIONS
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:
+    """Set a value, or take a section out.
+
+    Args:
+        content: section -> key -> value; changed in place, its sections replaced by copies.
+        override: as the command line has it.
+
+    Raises:
+        RecipeError: it isn't written as an override is.
+    """
     if any("\ud800" <= letter <= "\udfff" for letter in override):  # how Python keeps bytes that it can't decode
         raise RecipeError(
             f"override {override!a} is no text in the encoding of this locale, {sys.getfilesystemencoding()}: "
@@ -50,7 +59,9 @@ def leave_out_methods(content: dict[str, Any], overridden: set[str]) -> None:
     section = content.get("distillation")
     if "distillation.methods" not in overridden or not isinstance(section, dict):
         return
-    methods = section["methods"] if isinstance(section["methods"], list) else []
+    methods = section.get("methods")
+    if not isinstance(methods, list):  # told later
+        return
     for name in [name for name, value in section.items() if isinstance(value, dict) and name not in methods]:
         if not any(f"{key}.".startswith(f"distillation.{name}.") for key in overridden):
             del section[name]

@@ -10,7 +10,6 @@ from transformers import TrainerCallback
 from ..hub.upload import RECIPE_FILE
 from ..training.checkpoints import claimed, full_disk_explained, last_complete_checkpoint
 from ..training.evaluation import format_metrics
-from ..training.tracking import TrackingCallback
 from ..training.trainer import DetectionTrainer, DistillationTrainer
 from ..utils.distributed import check_shared
 from ..utils.escaping import printable_lines
@@ -100,7 +99,8 @@ def run(trainer: DetectionTrainer, recipe: Recipe) -> None:
     with claim, trainer.termination.listening(), full_disk_explained(output):
         checkpoint = last_complete_checkpoint(output)
         check_labels(trainer.model, checkpoint)
-        note_when_begun(trainer, recipe)
+        trainer.recipe_text = recipe.to_yaml()
+        trainer.add_callback(RunNotes(trainer, recipe))  # after the trainer's own, which read of the checkpoint too
         if checkpoint is not None:
             say(f"goes on from {checkpoint}")
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -132,14 +132,6 @@ class RunNotes(TrainerCallback):
         self.recipe.save(self.trainer.run_folder / RECIPE_FILE)
         if isinstance(self.trainer, DistillationTrainer):
             note_teacher(self.trainer.teacher, self.trainer.run_folder)
-
-
-def note_when_begun(trainer: DetectionTrainer, recipe: Recipe) -> None:
-    """Have `RunNotes` called after the trainer's own hooks, which read of the checkpoint too."""
-    callbacks = trainer.callback_handler.callbacks
-    # Before the trackers get the recipe, which they read from the folder.
-    places = (i for i, callback in enumerate(callbacks) if isinstance(callback, TrackingCallback))
-    callbacks.insert(next(places, len(callbacks)), RunNotes(trainer, recipe))
 
 
 def print_metrics(metrics: dict[str, float]) -> None:

@@ -91,8 +91,12 @@ class Recipe:
             "training": dict(self.training),
         }
 
+    def to_yaml(self) -> str:
+        """The complete recipe as text."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return "# The resolved recipe of this run; it runs again as it is.\n" + text
+
     def save(self, path: str | Path) -> None:
         """Write the complete recipe; `load_recipe` reads the same recipe from it."""
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-        # Whole or not at all: the next start of an interrupted run compares with it.
-        write_atomically(Path(path), "# The resolved recipe of this run; it runs again as it is.\n" + text)
+        # All of it or nothing: the next start of an interrupted run compares with it.
+        write_atomically(Path(path), self.to_yaml())

@@ -117,6 +117,7 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         self._skipped_at_log = 0
         self.termination = TerminationSignal()
         self.evaluation_sheet: Image.Image | None = None  # of the last evaluation, for the trackers
+        self.recipe_text: str | None = None  # of the run, for the trackers
         self._batch_shape: tuple[int, ...] | None = None  # of the last batch of images
         self.add_callback(_TrainingHooks(self))
         self.add_callback(TrackingCallback(self))
