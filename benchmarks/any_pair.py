@@ -26,7 +26,7 @@ from transformers import AutoModelForObjectDetection
 
 import crosskd_hf  # noqa: F401 - registers the detectors
 from crosskd_hf.distillation.adapters import ADAPTERS_FILE, ATTRIBUTE
-from crosskd_hf.recipe.sections.run_folder import STATE_FILE
+from crosskd_hf.recipe.run_folder import STATE_FILE
 from crosskd_hf.training.checkpoints import MARKER
 
 WARMUP_STEPS = 10
@@ -65,9 +65,18 @@ def widths(channels: int) -> tuple[str, ...]:
 
 
 PAIRS = (
-    Pair("width 64 <- 256", widths(64), widths(256), ("distillation.pkd=6.0",), adapters=("cls", "fpn", "reg")),
     Pair(
-        "2 <- 4 convolutions", (*widths(64), "model.head_blocks=2"), widths(64), ("distillation.student_tap_index=2",)
+        "width 64 <- 256",
+        widths(64),
+        widths(256),
+        ("distillation.methods=[crosskd, pkd]", "distillation.pkd.weight=6.0"),
+        adapters=("cls", "fpn", "reg"),
+    ),
+    Pair(
+        "2 <- 4 convolutions",
+        (*widths(64), "model.head_blocks=2"),
+        widths(64),
+        ("distillation.crosskd.student_tap_index=2",),
     ),
     Pair("3 <- 10 classes", widths(64), widths(64), ten_classes=True),
 )
@@ -154,7 +163,7 @@ def run_pair(pair: Pair, data: Path, output: Path, steps: int) -> dict:
     students = [folder / "undisturbed", folder / "killed"]
     for student in students:
         words = [*SHARED, *pair.student, *ends, *pair.distillation, f"data.path={data}"]
-        words += [f"teacher.checkpoint={teacher}", f"training.output_dir={student}", "distillation.crosskd=1.0"]
+        words += [f"teacher.checkpoint={teacher}", f"training.output_dir={student}", "distillation.crosskd.weight=1.0"]
         if student is students[1]:
             kill_after_checkpoint(command(recipe, words), student, log)
         train(command(recipe, words), log)

@@ -33,8 +33,7 @@ from crosskd_hf.data.coco import load_coco  # noqa: E402
 from crosskd_hf.data.dataset import DetectionDataset  # noqa: E402
 from crosskd_hf.distillation.objective import distillation_losses, student_forward, teacher_forward  # noqa: E402
 from crosskd_hf.distillation.pairing import pair_up  # noqa: E402
-from crosskd_hf.distillation.settings import resolve_settings  # noqa: E402
-from crosskd_hf.recipe.sections import DistillationSection  # noqa: E402
+from crosskd_hf.distillation.settings import DistillationSection, resolve_settings  # noqa: E402
 from crosskd_hf.training.trainer import DetectionTrainer, DistillationTrainer  # noqa: E402
 
 DETECTORS = ("gfl", "retinanet", "fcos", "atss")

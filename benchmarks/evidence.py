@@ -33,8 +33,11 @@ from pathlib import Path
 import torch
 import yaml
 
-from crosskd_hf.recipe.sections import SECTIONS, Recipe, RecipeError, load_recipe
-from crosskd_hf.recipe.sections.run_folder import STATE_FILE, check_output, is_finished
+from crosskd_hf.recipe.distillation import DistillationSection
+from crosskd_hf.recipe.load import load_recipe
+from crosskd_hf.recipe.reading import RecipeError
+from crosskd_hf.recipe.run_folder import STATE_FILE, check_output, is_finished
+from crosskd_hf.recipe.sections import SECTIONS, Recipe
 from crosskd_hf.utils.files import write_atomically
 from crosskd_hf.utils.plots import new_figure, save_figure
 
@@ -87,7 +90,9 @@ class Run:
         """
         recipe = self.resolved()
         content = {"training": {k: v for k, v in recipe.training.items() if k not in MAY_DIFFER}}
-        for name, section in SECTIONS.items():
+        content["distillation"] = digested(recipe.distillation)
+        for name in ("model", "teacher", "data"):
+            section = SECTIONS[name]
             values, defaults = getattr(recipe, name), dataclasses.asdict(section())
             given = dataclasses.asdict(values) if values else {}
             content[name] = {k: v for k, v in given.items() if v != defaults[k]}
@@ -95,6 +100,21 @@ class Run:
         if self.needs:
             content["teacher"]["checkpoint"] = self.needs.digest()
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def digested(distillation: DistillationSection | None) -> dict:
+    """Values that aren't defaults, spelt as in the recipes of the committed results: a weight for each method, and
+    CrossKD's keys beside them."""
+    if distillation is None:
+        return {}
+    weights = {"crosskd": 0.0, "pkd": 0.0, "mimic": 0.0}
+    others = {}
+    for name, settings in distillation.methods.items():
+        values, defaults = dataclasses.asdict(settings), dataclasses.asdict(type(settings)())
+        weights[name] = values.pop("weight")
+        others |= {k if name == "crosskd" else f"{name}.{k}": v for k, v in values.items() if v != defaults[k]}
+    usual = {"crosskd": 1.0, "pkd": 0.0, "mimic": 0.0}
+    return {k: v for k, v in weights.items() if v != usual.get(k)} | others
 
 
 @dataclass(frozen=True)

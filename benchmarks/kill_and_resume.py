@@ -46,8 +46,8 @@ from PIL import Image
 from reporting import commit
 from safetensors.torch import load_file
 
-from crosskd_hf.recipe.sections import load_recipe
-from crosskd_hf.recipe.sections.run_folder import is_finished
+from crosskd_hf.recipe.load import load_recipe
+from crosskd_hf.recipe.run_folder import is_finished
 from crosskd_hf.training.checkpoints import MARKER, checkpoint_folders
 from crosskd_hf.utils.files import write_atomically
 
@@ -92,7 +92,7 @@ def write_recipe(folder: Path, steps: int, workers: int, seed: int) -> Path:
     content = {
         "model": {**SMALL, "backbone_weights": "random", "drop_path_rate": 0.3, "frozen_stages": 0},
         "teacher": {**SMALL, "checkpoint": "random"},
-        "distillation": {"tap_index": 3},
+        "distillation": {"crosskd": {"tap_index": 3}},
         "data": {
             "path": str(folder / "data"),
             "train_split": "noise",

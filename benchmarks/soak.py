@@ -26,7 +26,7 @@ from faults import descendants, ends, kill_all, last_step, steps_logged
 from kill_and_resume import start, write_noise_coco, write_recipe
 from reporting import commit, machine
 
-from crosskd_hf.recipe.sections import load_recipe
+from crosskd_hf.recipe.load import load_recipe
 from crosskd_hf.training.checkpoints import checkpoint_folders
 from crosskd_hf.utils.files import write_atomically
 from crosskd_hf.utils.plots import new_figure, save_figure

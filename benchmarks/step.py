@@ -30,10 +30,9 @@ from torch.utils._pytree import tree_leaves
 from crosskd_hf.data.collator import padded_number
 from crosskd_hf.distillation.objective import distillation_losses, prepare_teacher, student_forward, teacher_forward
 from crosskd_hf.distillation.pairing import Pairing, pair_up
-from crosskd_hf.distillation.settings import DistillationSettings, resolve_settings
+from crosskd_hf.distillation.settings import DistillationSection, DistillationSettings, resolve_settings
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.base import DenseDetector
-from crosskd_hf.recipe.sections import DistillationSection
 
 SYNCS = ("_local_scalar_dense", "nonzero", "unique", "masked_select")
 

@@ -30,7 +30,9 @@ from .models import (
     RetinaNetForObjectDetection,
 )
 from .models.image_processing import DenseDetectorImageProcessor
-from .recipe.sections import DistillationSection, Recipe, load_recipe
+from .recipe.distillation import DistillationSection
+from .recipe.load import load_recipe
+from .recipe.sections import Recipe
 from .training.arguments import DetectionTrainingArguments
 from .training.distillation_trainer import DistillationTrainer
 from .training.evaluation import CocoEvaluator

@@ -17,9 +17,8 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 from crosskd_hf.data.collator import padded_number
 from crosskd_hf.distillation.objective import distillation_losses, prepare_teacher, student_forward, teacher_forward
 from crosskd_hf.distillation.pairing import pair_up
-from crosskd_hf.distillation.settings import resolve_settings
+from crosskd_hf.distillation.settings import DistillationSection, resolve_settings
 from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
-from crosskd_hf.recipe.sections import DistillationSection
 
 aten = torch.ops.aten
 DETECTORS = ("gfl", "retinanet", "fcos", "atss")

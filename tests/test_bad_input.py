@@ -16,7 +16,8 @@ from crosskd_hf.commands import main as cli
 from crosskd_hf.commands import train
 from crosskd_hf.data.load import load_split
 from crosskd_hf.data.transforms import resize
-from crosskd_hf.recipe.sections import load_recipe
+from crosskd_hf.recipe.build import build_trainer
+from crosskd_hf.recipe.load import load_recipe
 from crosskd_hf.utils.images import inspect_image, load_rgb
 
 SMALL = {"backbone": "resnet18", "fpn_channels": 32, "head_channels": 32}
@@ -171,7 +172,7 @@ ACCEPTED = {
 def test_what_is_accepted(name: str, broken: Callable, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     edit, told = ACCEPTED[name]
     command = broken(edit)
-    trainer = train.build_trainer(load_recipe(*command[:1]))
+    trainer = build_trainer(load_recipe(*command[:1]))
     for item in [*trainer.train_dataset, *trainer.eval_dataset]:
         assert min(item["size"]) >= 1
     cli.main(["check-data", *command, "--output-dir", str(tmp_path / "report")])
@@ -202,7 +203,7 @@ def test_images_of_every_mode_look_alike(name: str, broken: Callable) -> None:
         MODES[name].save(folder / f"1.{extension}")
         content["images"][0]["file_name"] = f"1.{extension}"
 
-    trainer = train.build_trainer(load_recipe(broken(edit)[0]))
+    trainer = build_trainer(load_recipe(broken(edit)[0]))
     item = trainer.eval_dataset[0]
     pixels = resize(item["image"], item["size"]).int()
     expected = np.asarray(GREY).astype(int)
@@ -220,7 +221,7 @@ def test_a_box_stays_on_the_thing_that_people_see_when_the_camera_was_turned(bro
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 1]
         content["annotations"].append({"id": 999, "image_id": 1, "category_id": 3, "bbox": [10, 50, 20, 30]})
 
-    item = train.build_trainer(load_recipe(broken(edit)[0], ["data.flip_probability=0"])).train_dataset[0]
+    item = build_trainer(load_recipe(broken(edit)[0], ["data.flip_probability=0"])).train_dataset[0]
     (x1, y1, x2, y2), pixels = item["boxes"][0].tolist(), resize(item["image"], item["size"])[0]
     assert (pixels > 128).nonzero().min(0).values.tolist() == pytest.approx([y1, x1], abs=1)
     assert (pixels > 128).nonzero().max(0).values.tolist() == pytest.approx([y2 - 1, x2 - 1], abs=1)
@@ -237,7 +238,7 @@ def test_a_teacher_of_other_labels_is_refused_and_of_some_told(
     broken: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder = tmp_path / "teacher"
-    command = broken(lambda folder, content: None, f"teacher.checkpoint={folder}", "distillation.pkd=0")
+    command = broken(lambda folder, content: None, f"teacher.checkpoint={folder}", "distillation.methods=[crosskd]")
     tiny_model(id2label={0: "newt", 1: "emu"}).save_pretrained(folder)
     with pytest.raises(SystemExit, match=r"student cat, dog; teacher newt, emu.* train the teacher on"):
         train.main([*command, "--dry-run"])

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from crosskd_hf.commands import check_data
-from crosskd_hf.commands.check_data import compare, report
 from crosskd_hf.data.errors import DataError
 from crosskd_hf.data.load import alike, load_datasets
-from crosskd_hf.recipe.sections import DataSection
+from crosskd_hf.data.settings import DataSection
+from crosskd_hf.studies.data_report import compare, report
 
 BOX, OTHER_BOX = [2, 3, 20, 10], [4, 5, 20, 10]
 
@@ -151,7 +151,7 @@ def test_names_that_are_alike():
 @pytest.fixture
 def refusal(data: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Gives what the command ends with."""
-    monkeypatch.setattr(check_data, "load_recipe", lambda *_: argparse.Namespace(data=data))
+    monkeypatch.setattr("crosskd_hf.recipe.load_recipe", lambda *_: argparse.Namespace(data=data))
 
     def run() -> str:
         with pytest.raises(SystemExit) as caught:
@@ -162,7 +162,7 @@ def refusal(data: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_skip_is_advised_only_where_it_helps(data, refusal, monkeypatch):
-    monkeypatch.setattr(check_data, "draw_report", lambda *_: None)  # the slow part
+    monkeypatch.setattr("crosskd_hf.studies.data_report.draw_report", lambda *_: None)  # the slow part
     write_coco(Path(data.path), "train", [(1, "a.png", [(1, BOX)])], {1: "cat"})
     write_coco(Path(data.path), "val", [(2, "b.png", [(1, BOX)])], {1: "dog"})
     assert "on_error" not in refusal()

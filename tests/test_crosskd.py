@@ -12,12 +12,11 @@ from torch.nn import functional as F
 from crosskd_hf.distillation.alignment import align
 from crosskd_hf.distillation.crosskd import cross_pass, crosskd_losses, kd_targets
 from crosskd_hf.distillation.objective import teacher_forward
-from crosskd_hf.distillation.settings import resolve_settings
+from crosskd_hf.distillation.settings import DistillationSection, resolve_settings
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.assigners import Assignment
 from crosskd_hf.models.base import DenseDetectorOutput, DetectionLosses, Features
 from crosskd_hf.models.head import DenseHead, HeadOutput
-from crosskd_hf.recipe.sections import DistillationSection
 
 DETECTORS = ("gfl", "retinanet", "fcos", "atss")
 SHAPES = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]  # of an input of 64 x 96 pixels

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from crosskd_hf.commands import demo, train
 from crosskd_hf.commands import main as cli
-from crosskd_hf.recipe.sections import load_recipe
+from crosskd_hf.recipe import running
+from crosskd_hf.recipe.load import load_recipe
+from crosskd_hf.studies import demo
 
 SMALL = (
     *("data.max_train_images=12", "data.max_val_images=6", "training.num_train_epochs=2", "training.warmup_steps=0"),
@@ -21,7 +22,7 @@ def arguments(folder: Path) -> list[str]:
 
 
 def test_a_demo_is_interrupted_and_goes_on(tmp_path, capsys, monkeypatch):
-    run, trained = train.run, []
+    run, trained = running.run, []
 
     def interrupted(trainer, recipe):
         if len(trained) == 2:
@@ -29,11 +30,11 @@ def test_a_demo_is_interrupted_and_goes_on(tmp_path, capsys, monkeypatch):
         trained.append(recipe.training["output_dir"])
         return run(trainer, recipe)
 
-    monkeypatch.setattr(train, "run", interrupted)
+    monkeypatch.setattr(running, "run", interrupted)
     with pytest.raises(SystemExit, match="130"):
         cli.main(arguments(tmp_path))
     assert "interrupted: the same command goes on from the last checkpoint" in capsys.readouterr().err
-    monkeypatch.setattr(train, "run", lambda trainer, recipe: trained.append(None) or run(trainer, recipe))
+    monkeypatch.setattr(running, "run", lambda trainer, recipe: trained.append(None) or run(trainer, recipe))
     cli.main(arguments(tmp_path))
     assert len(trained) == 3, "what was finished is not run again"
     printed = capsys.readouterr().out

@@ -2,10 +2,10 @@
 
 import pytest
 
-from crosskd_hf.commands.check_data import _table
-from crosskd_hf.commands.train import explain
+from crosskd_hf.commands.errors import explain
 from crosskd_hf.data.errors import Kind, Problems
 from crosskd_hf.inference.image_files import picture_names
+from crosskd_hf.studies.data_report import _table
 from crosskd_hf.training.evaluation import format_metrics
 from crosskd_hf.utils.escaping import file_name, markdown, markdown_block, markdown_code, printable, printable_lines
 from crosskd_hf.utils.plots import bars, new_figure

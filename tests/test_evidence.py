@@ -31,7 +31,7 @@ SETTING = {
     "variants": {
         "alone": {"teacher": None, "set": []},
         "crosskd": {"teacher": "big", "set": []},
-        "raw": {"teacher": "big", "set": ["distillation.tap=raw"], "seeds": 2},
+        "raw": {"teacher": "big", "set": ["distillation.crosskd.tap=raw"], "seeds": 2},
     },
     "tables": {"main": ["alone", "crosskd"], "tap": ["crosskd", "raw"]},
 }
@@ -108,10 +108,14 @@ def test_one_teacher_for_all(evidence, tmp_path):
 
 
 def test_a_recipe_may_stand_in_the_setting(evidence, tmp_path):
-    recipe = {"model": {"backbone": "resnet18"}, "teacher": {"checkpoint": "x"}, "distillation": {"pkd": 2.0}}
-    setting = load(evidence, tmp_path, student={"recipe": recipe, "set": ["distillation.pkd=3.0"]})
+    recipe = {
+        "model": {"backbone": "resnet18"},
+        "teacher": {"checkpoint": "x"},
+        "distillation": {"methods": ["pkd"], "pkd": {"weight": 2.0}},
+    }
+    setting = load(evidence, tmp_path, student={"recipe": recipe, "set": ["distillation.pkd.weight=3.0"]})
     resolved = setting.run("crosskd", 1).resolved()
-    assert (resolved.model.backbone, resolved.distillation.pkd) == ("resnet18", 3.0)
+    assert (resolved.model.backbone, resolved.distillation.methods["pkd"].weight) == ("resnet18", 3.0)
 
 
 def test_the_digest_knows_settings_seed_and_teacher_but_no_paths(evidence, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from tiny import tiny_model
 from torchvision.ops import batched_nms
 
+from crosskd_hf.commands import export as command
 from crosskd_hf.inference import export
 from crosskd_hf.inference.export import (
     Difference,
@@ -182,8 +183,10 @@ def test_the_command_writes_and_checks(tmp_path: Path, capsys: pytest.CaptureFix
     model.save_pretrained(tmp_path)
     DenseDetectorImageProcessor.for_model(model.config, 64, 96).save_pretrained(tmp_path)
     parser = argparse.ArgumentParser()
-    export.add_arguments(parser)
-    export.run(parser.parse_args([str(tmp_path), "--format", "torch", "--no-nms"]))
+    command.add_arguments(parser)
+    arguments = parser.parse_args([str(tmp_path), "--format", "torch", "--no-nms"])
+    assert arguments.opset == export.OPSET
+    command.run(arguments)
     printed = capsys.readouterr().out
     assert f"written to {tmp_path / 'model.pt2'}" in printed
     assert ", 0 unmatched" in printed

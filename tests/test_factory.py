@@ -14,28 +14,16 @@ from transformers import AutoImageProcessor, YolosConfig, YolosForObjectDetectio
 from crosskd_hf import GFLForObjectDetection
 from crosskd_hf.commands import main as cli
 from crosskd_hf.distillation.pairing import pair_up
-from crosskd_hf.distillation.settings import resolve_settings
+from crosskd_hf.distillation.settings import DistillationSection, resolve_settings
 from crosskd_hf.models import CONFIGS, MODELS
+from crosskd_hf.models.architecture import DETECTORS, ArchitectureSection, build_config
 from crosskd_hf.models.backbone import Backbone
 from crosskd_hf.models.image_processing import DenseDetectorImageProcessor, pixel_style
-from crosskd_hf.recipe.sections import (
-    DETECTORS,
-    ArchitectureSection,
-    DistillationSection,
-    ModelSection,
-    TeacherSection,
-)
+from crosskd_hf.recipe.build import build_model, load_teacher
+from crosskd_hf.recipe.sections import ModelSection, TeacherSection
 from crosskd_hf.utils.label_names import COCO_CLASSES
 from crosskd_hf.weights import loading as factory
-from crosskd_hf.weights.loading import (
-    build_config,
-    build_model,
-    count_parameters,
-    load_backbone_weights,
-    load_detector,
-    load_processor,
-    load_teacher,
-)
+from crosskd_hf.weights.loading import count_parameters, load_backbone_weights, load_detector, load_processor
 from crosskd_hf.weights.mmdet import CheckpointError, reference_keys
 
 LABELS = ("cat", "dog", "emu")

@@ -9,7 +9,7 @@ from tiny import tiny_model, tiny_processor
 from torch import nn
 
 from crosskd_hf.commands import main as cli
-from crosskd_hf.commands.info import describe_model, format_info
+from crosskd_hf.studies.model_info import describe_model, format_info
 
 
 @pytest.fixture(scope="module")

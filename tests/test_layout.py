@@ -13,6 +13,7 @@ FLOORS = (
     ("data", "distillation", "weights", "hub"),
     ("training", "inference"),
     ("recipe",),
+    ("studies",),
     ("commands",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

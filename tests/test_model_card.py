@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,35 +11,42 @@ import yaml
 from huggingface_hub import ModelCard
 from tiny import LABELS, tiny_args, tiny_model, tiny_processor, tiny_split
 
-from crosskd_hf import CONFIGS, DetectionTrainer, DistillationTrainer
+from crosskd_hf import DetectionTrainer, DistillationTrainer
+from crosskd_hf.data.settings import DataSection
 from crosskd_hf.hub.model_card import (
     CITATION,
     MARKER,
     CardFacts,
     DataFacts,
+    DetectorFacts,
     TeacherFacts,
-    data_facts,
-    measured,
     model_card,
-    public_recipe,
-    trainer_facts,
     write_model_card,
 )
-from crosskd_hf.hub.upload import files_to_upload
-from crosskd_hf.recipe.sections import DataSection, Recipe, load_recipe, parse_recipe
+from crosskd_hf.hub.upload import files_to_upload, public_recipe
+from crosskd_hf.recipe.load import load_recipe, parse_recipe
+from crosskd_hf.recipe.sections import Recipe
+from crosskd_hf.training.publishing import data_facts, measured, trainer_facts
 
 METRICS = {"AP": 0.4023, "AP50": 0.58, "AP75": 0.433, "APs": -1.0, "APm": math.nan, "APl": 0.5, "AP/cat": 0.3}
 COCO = DataFacts("detection-datasets/coco", "detection-datasets/coco", None, "val", 5000)
 SECRET = "hf_" + "A1b2C3d4" * 4
 
 
-def config(detector: str = "gfl", **options):
-    return CONFIGS[detector](**{"backbone": "resnet18", "id2label": LABELS, **options})
+GFL = DetectorFacts("GFL", "crosskd_gfl", "resnet18")
+ATSS = DetectorFacts("ATSS", "crosskd_atss", "resnet101.tv_in1k")
 
 
 def facts(**options) -> CardFacts:
-    teacher = TeacherFacts(config("atss", backbone="resnet101.tv_in1k"), "user/teacher", "user/teacher")
-    known = {"name": "small", "config": config(), "repo_id": "user/small", "teacher": teacher, "data": COCO}
+    teacher = TeacherFacts(ATSS, "user/teacher", "user/teacher")
+    known = {
+        "name": "small",
+        "detector": GFL,
+        "repo_id": "user/small",
+        "teacher": teacher,
+        "data": COCO,
+        "label_names": list(LABELS.values()),
+    }
     return CardFacts(**{**known, "metrics": METRICS, **options})
 
 
@@ -111,7 +119,7 @@ def test_nothing_is_said_of_what_was_not_measured(metrics: dict) -> None:
 
 
 def test_a_local_data_set_and_teacher_have_only_names() -> None:
-    teacher = TeacherFacts(config(), "teacher.pth")
+    teacher = TeacherFacts(GFL, "teacher.pth")
     data, text = parsed(teacher=teacher, data=DataFacts("My Cats", split="val", images=7))
     assert "base_model" not in data and "datasets" not in data
     dataset = data["model-index"][0]["results"][0]["dataset"]
@@ -120,31 +128,33 @@ def test_a_local_data_set_and_teacher_have_only_names() -> None:
 
 
 def test_many_labels_are_folded_and_odd_ones_kept_harmless() -> None:
-    names = {i: f"class {i}" for i in range(80)} | {3: "a`b\nc"}
-    _, text = parsed(config=config(id2label=names))
+    names = [f"class {i}" for i in range(80)]
+    names[3] = "a`b\nc"
+    _, text = parsed(label_names=names)
     assert "<summary>80 labels</summary>" in text and r"`a'b\nc`" in text and "`class 79`" in text
 
 
 def test_data_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = DataSection(layout="datasets", path="user/cats", config="small", val_split="test")
-    assert data_facts(hub, 4) == DataFacts("user/cats", "user/cats", "small", "test", 4)
+    assert data_facts(asdict(hub), 4) == DataFacts("user/cats", "user/cats", "small", "test", 4)
     local = DataSection(path=str(tmp_path / "cats"))
-    assert data_facts(local, 4) == DataFacts("cats", None, None, "val2017", 4)
-    assert data_facts(DataSection(layout="shapes"), None).name == "generated shapes"
+    assert data_facts(asdict(local), 4) == DataFacts("cats", None, None, "val2017", 4)
+    assert data_facts(asdict(DataSection(layout="shapes")), None).name == "generated shapes"
     (tmp_path / "user" / "cats").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert data_facts(hub, 4).hub_id is None, "a folder of this name is one"
+    assert data_facts(asdict(hub), 4).hub_id is None, "a folder of this name is one"
 
 
 def test_secrets_and_folders_stay_here(tmp_path: Path) -> None:
     recipe = secretive_recipe(tmp_path)
-    known = {"recipe": recipe, "data": data_facts(recipe.data, 5), "name": f"model-{SECRET}"}
-    for text in (public_recipe(recipe), str(model_card(facts(**known)))):
+    public = public_recipe(recipe.to_dict())
+    known = {"recipe": public, "data": data_facts(asdict(recipe.data), 5), "name": f"model-{SECRET}"}
+    for text in (public, str(model_card(facts(**known)))):
         for secret in (str(tmp_path), "someone", "pw@", "signature", SECRET, "~/", "private"):
             assert secret not in text, secret
         assert "https://example.org/a/teacher.pth" in text and "path: cats" in text
     path = tmp_path / "recipe.yaml"
-    path.write_text(public_recipe(recipe))
+    path.write_text(public)
     assert load_recipe(path).teacher.checkpoint == "https://example.org/a/teacher.pth", "still a recipe"
 
 
@@ -168,14 +178,16 @@ def test_only_what_belongs_there_is_uploaded(tmp_path: Path) -> None:
     files = files_to_upload(tmp_path)
     assert set(files) == {*sent, "recipe.yaml"}
     assert SECRET.encode() not in files["recipe.yaml"]
+    for content in ("model: [1", "- servings", "model: 4\n", "\ud800"):  # what can't be made public stays here
+        (tmp_path / "recipe.yaml").write_bytes(content.encode("utf-8", "surrogatepass"))
+        assert set(files_to_upload(tmp_path)) == set(sent)
 
 
 def test_names_from_outside_are_no_markup() -> None:
     hostile = '<img src=x>"\n## Results | `x` [a](http://b)'
     data = DataFacts(hostile, None, None, "val", 5)
-    teacher = TeacherFacts(config(), hostile)
-    labels = config(id2label={0: hostile, 1: "dog"})
-    _, text = parsed(name=hostile, repo_id=None, data=data, teacher=teacher, config=labels)
+    teacher = TeacherFacts(GFL, hostile)
+    _, text = parsed(name=hostile, repo_id=None, data=data, teacher=teacher, label_names=[hostile, "dog"])
     outside_code = re.sub(r"(?s)```.*?```|`[^`\n]*`", "", text.replace(r"\`", ""))
     assert "<img" not in outside_code and "[a](" not in outside_code
     assert text.count("\n## Results") == 1

@@ -8,9 +8,8 @@ from tiny import tiny_batch, tiny_model
 
 from crosskd_hf.distillation.objective import distillation_losses, student_forward, teacher_forward
 from crosskd_hf.distillation.pairing import pair_up
-from crosskd_hf.distillation.settings import resolve_settings
+from crosskd_hf.distillation.settings import DistillationSection, resolve_settings
 from crosskd_hf.models.head import MAX_EXPONENT
-from crosskd_hf.recipe.sections import DistillationSection
 
 DETECTORS = ["gfl", "retinanet", "fcos", "atss"]
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

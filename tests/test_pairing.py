@@ -15,11 +15,10 @@ from transformers import AutoModelForObjectDetection
 from crosskd_hf.distillation.adapters import ADAPTERS_FILE, ATTRIBUTE, Adapters
 from crosskd_hf.distillation.objective import distillation_losses, student_forward, teacher_forward
 from crosskd_hf.distillation.pairing import STUDENT, TEACHER, Pairing, PixelChange, pair_up
-from crosskd_hf.distillation.settings import resolve_settings
+from crosskd_hf.distillation.settings import DistillationSection, resolve_settings
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.base import Predictions
 from crosskd_hf.models.image_processing import DenseDetectorImageProcessor, pixel_style
-from crosskd_hf.recipe.sections import DistillationSection
 from crosskd_hf.training.trainer import DetectionTrainer, DistillationTrainer
 from crosskd_hf.utils.label_names import COCO_CLASSES
 

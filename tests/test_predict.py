@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tiny import LABELS, tiny_model, tiny_processor, write_tiny_coco
 
+from crosskd_hf.commands.predict import add_arguments, run
 from crosskd_hf.inference import predict as module
 from crosskd_hf.inference import prediction_files
 from crosskd_hf.inference.image_files import (
@@ -27,7 +28,7 @@ from crosskd_hf.inference.image_files import (
     number_images,
     read_annotated,
 )
-from crosskd_hf.inference.predict import add_arguments, predict, run
+from crosskd_hf.inference.predict import predict
 from crosskd_hf.inference.prediction_files import Prediction, coco_results
 from crosskd_hf.utils.images import load_rgb
 from crosskd_hf.weights.mmdet import CheckpointError

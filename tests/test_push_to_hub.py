@@ -214,7 +214,7 @@ def recipe(tmp_path: Path) -> Path:
     content = {
         "model": {"backbone_weights": "random", **small},
         "teacher": {"checkpoint": "random", **small},
-        "distillation": {"tap_index": 3},
+        "distillation": {"crosskd": {"tap_index": 3}},
         "data": {**splits, **sides, "cache_dir": str(tmp_path / "cache")},
         "training": {
             "output_dir": str(tmp_path / "run"),

@@ -5,27 +5,22 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
+import crosskd_hf
+from crosskd_hf.data.settings import DataSection
+from crosskd_hf.distillation.methods import method_names
 from crosskd_hf.models import CONFIGS, MODELS
-from crosskd_hf.recipe.sections import (
-    DETECTORS,
-    DataSection,
-    DistillationSection,
-    ModelSection,
-    Recipe,
-    RecipeError,
-    TeacherSection,
-    carried_recipes,
-    describe_fields,
-    find_recipe,
-    load_recipe,
-    parse_recipe,
-)
-from crosskd_hf.recipe.sections import sections as recipe_module
+from crosskd_hf.models.architecture import DETECTORS
+from crosskd_hf.recipe.carried import carried_recipes, find_recipe
+from crosskd_hf.recipe.distillation import settings_class
+from crosskd_hf.recipe.load import describe_fields, load_recipe, parse_recipe
+from crosskd_hf.recipe.reading import RecipeError
+from crosskd_hf.recipe.sections import ModelSection, Recipe, TeacherSection
 from crosskd_hf.training.arguments import DetectionTrainingArguments
 
 # Nine lists of nine references to the one before: a billion values, whoever follows them.
@@ -122,9 +117,6 @@ def test_values_are_cast_by_the_field(section, key, value, expected):
         ("model", "drop_path_rate", 1.5, "must be at most 1"),
         ("model", "backbone_style", "tensorflow", "must be one of pytorch, caffe"),
         ("model", "fpn_extra_convs", "on_lateral", "must be one of on_output, on_input"),
-        ("distillation", "crosskd", -1, "must be at least 0"),
-        ("distillation", "tap", "soft", "must be one of rectified, raw"),
-        ("distillation", "tap_index", -1, "must be at least 0"),
         ("training", "learning_rate", "fast", "training.learning_rate: 'fast' is no number"),
         ("training", "learning_rate", "nan", "is not finite"),
         ("training", "learning_rate", -1, "training.learning_rate is -1.0; it must be from 0"),
@@ -204,14 +196,6 @@ def test_a_section_must_be_a_mapping(section):
         ({"distillation": {}}, "distillation needs a teacher"),
         ({"teacher": {"checkpoint": "random"}}, "there is a teacher but no distillation"),
         (distilled(teacher={}), "teacher.checkpoint is missing"),
-        (distilled(distillation={"crosskd": 0}), "distillation: crosskd, pkd and mimic are all 0"),
-        (distilled(distillation={"cls_weight": 0, "box_weight": 0}), "centerness_weight and pkd are all 0"),
-        (distilled(teacher={"checkpoint": "a/b"}, distillation={"tap_index": 5}), "is 5, but model.head_blocks 4"),
-        (distilled(model={"head_blocks": 2}, distillation={"tap_index": 3}), "but model.head_blocks 2"),
-        (
-            distilled(teacher={"checkpoint": "random", "head_blocks": 2}, distillation={"tap_index": 3}),
-            "but teacher.head_blocks 2",
-        ),
         ({"model": {"backbone": "swin_tiny_patch4_window7_224", "backbone_style": "caffe"}}, "caffe is for ResNets"),
         ({"data": {"multiscale": "range"}}, r"needs multiscale_short_sides [lowest, highest], not []"),
         ({"data": {"multiscale": "range", "multiscale_short_sides": [480]}}, "not [480]"),
@@ -239,18 +223,6 @@ def test_impossible_combinations(content, message):
     [
         {},
         distilled(),
-        distilled(distillation={"crosskd": 0, "pkd": 6}),
-        distilled(distillation={"cls_weight": 0, "box_weight": 0, "pkd": 1}),
-        distilled(distillation={"cls_weight": 0}),
-        # ATSS's published centerness term is left.
-        distilled(
-            teacher={"checkpoint": "random", "detector": "atss"}, distillation={"cls_weight": 0, "box_weight": 0}
-        ),
-        distilled(distillation={"tap_index": 0}),
-        distilled(distillation={"tap_index": 4}),
-        # Saved detectors carry their own number of blocks.
-        distilled(teacher={"checkpoint": "some/folder", "head_blocks": 1}, distillation={"tap_index": 3}),
-        distilled(model={"checkpoint": "some/folder", "head_blocks": 1}, distillation={"tap_index": 3}),
         {"model": {"backbone": "resnet101", "backbone_style": "caffe"}},
         {"data": {"multiscale": "range", "multiscale_short_sides": [480, 800]}},
         {"data": {"multiscale": "choice", "multiscale_short_sides": [640]}},
@@ -351,7 +323,6 @@ def test_a_saved_recipe_is_complete_and_reads_the_same(tmp_path):
     for name, section in (
         ("model", ModelSection),
         ("teacher", TeacherSection),
-        ("distillation", DistillationSection),
         ("data", DataSection),
     ):
         assert list(written[name]) == [f.name for f in dataclasses.fields(section)]
@@ -375,12 +346,11 @@ def test_a_saved_recipe_without_teacher_reads_the_same(tmp_path):
 def test_overrides():
     read = load_recipe(
         "gfl_r50_crosskd",
-        ["training.learning_rate=1e-3", "data.path=/my coco", "training.lr_milestones=[4, 6.5]", "distillation.pkd=6"],
+        ["training.learning_rate=1e-3", "data.path=/my coco", "training.lr_milestones=[4, 6.5]"],
     )
     assert read.training["learning_rate"] == 0.001
     assert read.training["lr_milestones"] == [4.0, 6.5]
     assert read.data.path == "/my coco"
-    assert read.distillation.pkd == 6.0
 
 
 def test_the_last_override_counts_and_a_value_may_have_an_equals_sign():
@@ -398,7 +368,7 @@ def test_an_override_of_text_needs_no_quotes(text: str) -> None:
 def test_sections_can_be_taken_out_and_put_in():
     plain = load_recipe("gfl_r50_crosskd", ["teacher=null", "distillation=null"])
     assert plain.teacher is plain.distillation is None
-    added = load_recipe("gfl_r50_1x", ["teacher.checkpoint=random", "distillation.crosskd=1"])
+    added = load_recipe("gfl_r50_1x", ["teacher.checkpoint=random", "distillation.crosskd.weight=1"])
     assert added.teacher.checkpoint == "random"
 
 
@@ -446,7 +416,7 @@ def test_detectors_are_those_of_the_models():
 
 def test_every_field_is_described():
     text = describe_fields()
-    for section in (ModelSection, TeacherSection, DistillationSection, DataSection):
+    for section in (ModelSection, TeacherSection, *map(settings_class, method_names()), DataSection):
         for f in dataclasses.fields(section):
             assert f.metadata["help"]
             assert re.search(rf"\.{f.name} \(.+\): \S", text)
@@ -462,24 +432,27 @@ def test_recipes_are_found_by_name():
 
 def test_recipes_are_found_in_an_installed_package(tmp_path):
     """As a wheel lays them out: in the package, in a folder without `__init__.py`."""
-    package = Path(recipe_module.__file__).parent
+    package = Path(crosskd_hf.__file__).parent
     shutil.copytree(package, tmp_path / "crosskd_hf", ignore=shutil.ignore_patterns("__pycache__", "recipes"))
     (tmp_path / "crosskd_hf" / "recipes").mkdir()
     write(tmp_path / "crosskd_hf" / "recipes", "model: {}\n", "installed.yaml")
-    code = "from crosskd_hf.recipe.sections import carried_recipes; print(*carried_recipes())"
+    code = "from crosskd_hf.recipe import carried_recipes; print(*carried_recipes())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
     )
     assert done.stdout.split() == ["installed"], done.stderr
 
 
-def test_a_wheel_carries_the_recipes():
-    text = (RECIPES.parent / "pyproject.toml").read_text(encoding="utf-8")
-    assert re.search(r'^packages = \[.*"crosskd_hf\.recipes"', text, re.MULTILINE)
+def test_a_wheel_carries_what_is_no_python_file():
+    settings = tomllib.loads((RECIPES.parent / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    package = Path(crosskd_hf.__file__).parent
+    folders = {path.parent.relative_to(package.parent) for path in package.rglob("__init__.py")}
+    assert set(settings["packages"]) == {"crosskd_hf.recipes", *(".".join(folder.parts) for folder in folders)}
     # A path, not a finder: the package is found before a folder of its name, such as a clone's in its parent.
-    assert re.search(r'^\[tool\.setuptools\.package-dir\]\n"" = "\."', text, re.MULTILINE)
-    assert (Path(recipe_module.__file__).parent / "recipes").resolve() == RECIPES.resolve()
-    assert re.search(r'^"crosskd_hf\.recipes" = \["\*\.yaml"\]', text, re.MULTILINE)
+    assert settings["package-dir"] == {"": "."}
+    assert (package / "recipes").resolve() == RECIPES.resolve()
+    data = {"crosskd_hf": ["py.typed"], "crosskd_hf.hub": ["*.md"], "crosskd_hf.recipes": ["*.yaml"]}
+    assert settings["package-data"] == data
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -519,9 +492,12 @@ def test_published_rows_write_every_setting_out(name):
     assert set(content["model"]) == architecture
     if "teacher" in content:
         assert set(content["teacher"]) == {f.name for f in dataclasses.fields(TeacherSection)}
-        # kd_centerness is ATSS's; GFL has none.
-        all_terms = {f.name for f in dataclasses.fields(DistillationSection)}
-        assert set(content["distillation"]) == all_terms - {"centerness_weight", "student_tap_index"}
+        methods = content["distillation"].pop("methods")
+        assert list(content["distillation"]) == methods
+        for method, section in content["distillation"].items():
+            # kd_centerness is ATSS's; GFL has none.
+            unset = {"centerness_weight", "student_tap_index"}
+            assert set(section) == {f.name for f in dataclasses.fields(settings_class(method))} - unset
     unset = {"max_train_images", "max_val_images", "cache_dir"}
     unset |= {f.name for f in dataclasses.fields(DataSection) if f.metadata["help"].startswith("layout ")}
     assert set(content["data"]) == {f.name for f in dataclasses.fields(DataSection)} - unset
@@ -590,7 +566,7 @@ def test_a_folder_is_no_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "model.head_channels=1000000",
         "model.fpn_channels=1000000",
         "model.head_blocks=100000",
-        "distillation.crosskd=1e30",
+        "distillation.crosskd.weight=1e30",
         "training.learning_rate=1e30",
         "training.num_train_epochs=1e15",
         "training.seed=-1",
@@ -669,6 +645,6 @@ def test_bytes_that_the_locale_cannot_read_are_told_as_such() -> None:
 
 
 def test_no_hint_names_a_package_that_no_index_has() -> None:
-    package = Path(recipe_module.__file__).parent
+    package = Path(crosskd_hf.__file__).parent
     found = [path.name for path in package.rglob("*.py") if "crosskd-hf[" in path.read_text(encoding="utf-8")]
     assert found == []

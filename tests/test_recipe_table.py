@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import pytest
 
-from crosskd_hf.recipe.sections import carried_recipes, load_recipe
+from crosskd_hf.recipe.carried import carried_recipes
+from crosskd_hf.recipe.load import load_recipe
 
 # Recipes of no published row. A new recipe must be named here or in TABLE.
 NOT_PUBLISHED = {"coco_mini", "gfl_r18_overfit", "shapes_crosskd", "shapes_teacher", "your_data"}
@@ -138,15 +139,17 @@ def test_a_row_is_the_references(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.teacher])
 def test_a_row_has_the_references_teacher_and_weights(name: str) -> None:
     row, recipe = TABLE[name], load_recipe(name)
-    teacher, terms = recipe.teacher, recipe.distillation
+    teacher, methods = recipe.teacher, recipe.distillation.methods
+    terms, pkd = methods["crosskd"], methods["pkd"].weight if "pkd" in methods else 0
     assert (teacher.backbone, teacher.checkpoint, teacher.detector) == (*row.teacher, row.detector)
     assert teacher.backbone_style == recipe.model.backbone_style
     assert teacher.fpn_extra_convs == ("on_input" if row.detector == "retinanet" else "on_output")
     assert teacher.fpn_relu_before_p7 == (row.detector == "fcos")
     assert (teacher.fpn_channels, teacher.head_channels, teacher.head_blocks) == (256, 256, 4)
-    weights = terms.tap_index, terms.cls_weight, terms.box_weight, terms.centerness_weight, terms.pkd
+    weights = terms.tap_index, terms.cls_weight, terms.box_weight, terms.centerness_weight, pkd
     assert weights == row.distilled
-    assert (terms.crosskd, terms.mimic, terms.tap, terms.student_tap_index) == (1, 0, "rectified", None)
+    assert set(methods) <= {"crosskd", "pkd"}
+    assert (terms.weight, terms.tap, terms.student_tap_index) == (1, "rectified", None)
 
 
 def test_rows_alone_have_no_teacher() -> None:

@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 from tiny import tiny_model
 
-from crosskd_hf.recipe.sections import RECIPE_FILE, Recipe, RecipeError, load_recipe, run_folder
+from crosskd_hf.hub.upload import RECIPE_FILE
+from crosskd_hf.recipe import run_folder
+from crosskd_hf.recipe.load import load_recipe
+from crosskd_hf.recipe.reading import RecipeError
+from crosskd_hf.recipe.sections import Recipe
 from crosskd_hf.training.checkpoints import MARKER, mark_complete
 
 
@@ -132,7 +136,7 @@ def test_changes_are_shown_and_refused_unless_accepted(tmp_path: Path, capsys: p
     recipe().save(tmp_path / RECIPE_FILE)
     free = ["training.logging_steps=7", "training.save_total_limit=9", "training.gradient_accumulation_steps=3"]
     assert not run_folder.check_output(recipe(*free), tmp_path)
-    changed = recipe("training.learning_rate=0.5", "data.flip_probability=0.25", "distillation.cls_weight=3")
+    changed = recipe("training.learning_rate=0.5", "data.flip_probability=0.25", "distillation.crosskd.cls_weight=3")
     with pytest.raises(RecipeError) as error:
         run_folder.check_output(changed, tmp_path)
     for part in (
@@ -156,7 +160,7 @@ def test_changes_are_shown_without_credentials() -> None:
 
 
 def test_a_default_that_is_written_out_is_no_change(tmp_path: Path) -> None:
-    defaults = ["training.momentum=0.9", "training.sync=false", "training.lr_milestones=[8, 11]"]
+    defaults = ["training.momentum=0.9", "training.lr_milestones=[8, 11]"]
     defaults += ["training.lr_scheduler_type=linear", "training.ema_decay=null"]
     for begun, now in ((recipe(), recipe(*defaults)), (recipe(*defaults), recipe())):
         begun.save(tmp_path / RECIPE_FILE)

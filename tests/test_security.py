@@ -15,7 +15,8 @@ from transformers import AutoModelForObjectDetection
 
 from crosskd_hf.commands.main import main
 from crosskd_hf.inference.pipeline import DenseDetectionPipeline
-from crosskd_hf.recipe.sections import RecipeError, load_recipe
+from crosskd_hf.recipe.load import load_recipe
+from crosskd_hf.recipe.reading import RecipeError
 from crosskd_hf.training.checkpoints import MARKER, mark_complete
 from crosskd_hf.training.trainer import DetectionTrainer
 from crosskd_hf.utils.images import ImageError, inspect_image, load_rgb, load_tensor

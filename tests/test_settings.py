@@ -2,9 +2,8 @@
 
 import pytest
 
-from crosskd_hf.distillation.settings import resolve_settings
+from crosskd_hf.distillation.settings import DistillationSection, resolve_settings
 from crosskd_hf.models import MODELS
-from crosskd_hf.recipe.sections import DistillationSection
 
 PUBLISHED = {  # tap index, weights of kd_cls, kd_box and kd_centerness
     "gfl": (3, 1.0, 4.0, 1.0),

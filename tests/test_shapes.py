@@ -6,9 +6,9 @@ import torch
 
 from crosskd_hf.data.dataset import DetectionDataset
 from crosskd_hf.data.load import load_datasets
+from crosskd_hf.data.settings import DataSection
 from crosskd_hf.data.shapes import CLASSES, draw_scene, load_shapes, shape_mask
 from crosskd_hf.data.split import keep_for_training
-from crosskd_hf.recipe.sections import DataSection
 
 
 def scene(index=0, split="train", side=96, difficulty=0.5, seed=0):

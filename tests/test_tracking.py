@@ -27,10 +27,9 @@ from crosskd_hf.training.trainer import DetectionTrainer
 root = Path(sys.argv[1])
 split = tiny_split(root / "data")
 args = tiny_args(root / "run", report_to=sys.argv[3], max_steps=2, evaluation_pictures=2, project="crosskd-test")
-(root / "run").mkdir()
-(root / "run" / "recipe.yaml").write_text("model: {}")
 model = tiny_model()
 trainer = DetectionTrainer(model, args, split, split, tiny_processor(model))
+trainer.recipe_text = "model: {}"
 trainer.train()
 trainer.evaluate()
 """
@@ -43,12 +42,9 @@ def test_tensorboard(tmp_path: Path) -> None:
 
     split = tiny_split(tmp_path / "data")
     args = tiny_args(tmp_path / "run", report_to="tensorboard", max_steps=2, evaluation_pictures=3)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "recipe.yaml").write_text(
-        "model:\n  detector: gfl\nteacher:\n  checkpoint: https://me:pw@a.org/b.pth?sig=secret\n"
-    )
     model = tiny_model()
     trainer = DistillationTrainer(model, tiny_model(seed=1), args, split, split, tiny_processor(model))
+    trainer.recipe_text = "model:\n  detector: gfl\nteacher:\n  checkpoint: https://me:pw@a.org/b.pth?sig=secret\n"
     trainer.train()
     trainer.evaluate()
     tags: dict[str, set] = {"scalars": set(), "images": set(), "tensors": set()}

@@ -16,8 +16,12 @@ from tiny import tiny_model, tiny_split, write_tiny_coco
 
 from crosskd_hf.commands import main as cli
 from crosskd_hf.commands import train
+from crosskd_hf.commands.errors import explain
 from crosskd_hf.data.errors import DataError
-from crosskd_hf.recipe.sections import carried_recipes, load_recipe, run_folder
+from crosskd_hf.recipe import build, run_folder
+from crosskd_hf.recipe.build import build_trainer
+from crosskd_hf.recipe.carried import carried_recipes
+from crosskd_hf.recipe.load import load_recipe
 from crosskd_hf.weights.mmdet import reference_keys, to_reference
 
 SMALL = {"backbone": "resnet18", "fpn_channels": 32, "head_channels": 32}
@@ -30,7 +34,7 @@ def recipe(tmp_path: Path) -> Path:
     content = {
         "model": {"detector": "gfl", "backbone_weights": "random", **SMALL},
         "teacher": {"checkpoint": "random", "detector": "gfl", **SMALL},
-        "distillation": {"tap_index": 3},
+        "distillation": {"crosskd": {"tap_index": 3}},
         "data": {
             "path": str(tmp_path / "data"),
             "train_split": "mini",
@@ -214,7 +218,7 @@ def test_every_recipe_takes_a_step_when_made_small(name: str, tmp_path: Path) ->
     if full.teacher:
         overrides += [*small("teacher"), "teacher.checkpoint=random"]
     recipe = load_recipe(name, overrides)
-    trainer = train.build_trainer(recipe)
+    trainer = build_trainer(recipe)
     trainer.model.train()
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     trainer.create_optimizer_and_scheduler(100)
@@ -322,7 +326,7 @@ def test_a_run_goes_on_when_its_output_is_closed(recipe: Path, monkeypatch: pyte
 
 
 def test_random_weights_are_not_frozen(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = train.build_trainer(load_recipe(recipe, ["teacher=null", "distillation=null"])).model
+    model = build_trainer(load_recipe(recipe, ["teacher=null", "distillation=null"])).model
     assert all(parameter.requires_grad for parameter in model.parameters()) and model.config.frozen_stages == 0
     assert "model.frozen_stages is 0 instead of 1" in caplog.text
 
@@ -331,7 +335,7 @@ def test_out_of_memory_while_a_run_is_built_is_one_message(recipe: Path, monkeyp
     def fail(*args, **kwargs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr(train, "build_model", fail)
+    monkeypatch.setattr(build, "build_model", fail)
     with pytest.raises(SystemExit, match=r"OutOfMemoryError: .*can't allocate memory"):
         train.main([str(recipe)])
 
@@ -434,14 +438,14 @@ def test_changes_are_written_down_once_the_checkpoint_fits(recipe: Path, monkeyp
 def test_a_message_from_a_data_worker_is_the_message_alone() -> None:
     text = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  ...\n"
     error = DataError(text + "crosskd_hf.data.errors.DataError: image 3 (3.png) does not exist")
-    assert train.explain(error) == "DataError: image 3 (3.png) does not exist"
-    assert train.explain(DataError("plain: text")) == "DataError: plain: text"
+    assert explain(error) == "DataError: image 3 (3.png) does not exist"
+    assert explain(DataError("plain: text")) == "DataError: plain: text"
 
 
 def test_the_same_seed_gives_the_same_new_weights(recipe: Path) -> None:
     def weights(seed: int) -> torch.Tensor:
         overrides = [f"training.seed={seed}", "teacher=null", "distillation=null"]
-        return train.build_trainer(load_recipe(recipe, overrides)).model.head.cls_tower[0].conv.weight.detach()
+        return build_trainer(load_recipe(recipe, overrides)).model.head.cls_tower[0].conv.weight.detach()
 
     assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
 
@@ -450,7 +454,7 @@ def test_a_detector_is_fine_tuned_to_other_classes(recipe: Path, caplog: pytest.
     trained = tiny_model(id2label={0: "ant", 1: "bee", 2: "cow"})
     trained.save_pretrained(recipe.parent / "trained")
     overrides = [f"model.checkpoint={recipe.parent / 'trained'}", "teacher=null", "distillation=null"]
-    model = train.build_trainer(load_recipe(recipe, overrides)).model
+    model = build_trainer(load_recipe(recipe, overrides)).model
     assert model.config.id2label == {0: "cat", 1: "dog"} and model.head.cls_predictor.out_channels == 2
     assert "knows 3 classes (ant, bee, cow, ...), the data has 2" in caplog.text
     old, new = trained.state_dict(), model.state_dict()

@@ -8,9 +8,9 @@ import datasets
 import pytest
 import torch
 
-from crosskd_hf.commands import train
 from crosskd_hf.data.split import DetectionSplit
-from crosskd_hf.recipe.sections import load_recipe
+from crosskd_hf.recipe.build import build_trainer
+from crosskd_hf.recipe.load import load_recipe
 from crosskd_hf.training.evaluation import CocoEvaluator
 
 NAMES = ["RBC", "WBC", "Platelets"]
@@ -102,7 +102,7 @@ def shifted_truth_metrics(split: DetectionSplit) -> dict[str, float]:
 def test_three_layouts_of_one_data_set_train_and_evaluate_alike(layouts, tmp_path):
     found = {}
     for name, overrides in layouts.items():
-        trainer = train.build_trainer(load_recipe("your_data", [*settings(tmp_path, name), *overrides]))
+        trainer = build_trainer(load_recipe("your_data", [*settings(tmp_path, name), *overrides]))
         with torch.no_grad():  # so that there is something to count in an untrained detector's predictions
             trainer.model.head.cls_predictor.bias.fill_(0.0)
         batch = next(iter(trainer.get_train_dataloader()))

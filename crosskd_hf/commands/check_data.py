@@ -1,61 +1,14 @@
-"""`crosskd check-data RECIPE`: what is in a recipe's data and what is wrong with it, before any training."""
+"""What is in a recipe's data and what is wrong with it, before any training."""
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from ..data.columns import images_without_row
-from ..data.duplicates import Entry, find_duplicates, find_shared, read_entries
-from ..data.errors import DataError, Kind, Problems
-from ..data.load import alike, check_same_classes, load_split
-from ..data.split import DetectionSplit, keep_for_training
-from ..recipe.run_folder import check_folder
-from ..recipe.sections import DataSection, load_recipe
-from ..utils.escaping import file_name, printable, printable_lines
-from ..utils.images import load_rgb, resized_size
-from ..utils.plots import bars, new_figure, save_figure
-from ..utils.progress import say
-from ..utils.visualization import contact_sheet, draw_boxes, label_color
-
-# Square roots of box areas, in pixels; 32 and 96 are COCO's limits of small and medium.
-SIZE_EDGES = (0, 8, 16, 32, 64, 96, 128, 256, 512, float("inf"))
-MANY_CLASSES, SAMPLES = 30, 6
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a split holds.
-
-    Attributes:
-        name: of the split.
-        lines: the report as text.
-        classes: class -> number of boxes that aren't crowds.
-        sizes: range of the box's side (square root of its area, in pixels as the model sees it) -> number.
-        split: the data itself.
-        entries: its rows with the hashes of their images.
-        stopped: whether training would refuse this data because of what on_error=skip leaves out.
-        empty: whether no image is left to train on.
-    """
-
-    name: str
-    lines: list[str]
-    classes: dict[str, int]
-    sizes: dict[str, int]
-    split: DetectionSplit
-    entries: list[Entry]
-    stopped: bool
-    empty: bool
+from .arguments import add_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `crosskd check-data`."""
-    parser.add_argument("recipe", help="a recipe's path, or the bare name of one that the package carries")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
+    add_recipe(parser)
     parser.add_argument("--output-dir", default="data_report", help="where report.txt and PNGs go")
 
 
@@ -66,166 +19,11 @@ def run(arguments: argparse.Namespace) -> None:
         RecipeError, FileNotFoundError, DataError: there is no data to report on.
         SystemExit: the data has problems that stop training.
     """
+    from ..recipe import load_recipe
+    from ..recipe.run_folder import check_folder
+    from ..studies.data_report import check_data
+
     data = load_recipe(arguments.recipe, arguments.overrides).data
     check_folder(arguments.output_dir, "--output-dir")
-    output = Path(arguments.output_dir)
-    reports = [report(data, data.train_split, training=True), report(data, data.val_split, training=False)]
-    refused, between = compare(*reports)
-    text = printable_lines("\n\n".join("\n".join(lines) for lines in (*(r.lines for r in reports), between)))
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "report.txt").write_text(text + "\n", encoding="utf-8")
-    print(text)
-    for r in reports:
-        draw_report(r, output / f"{file_name(r.name)}.png")
-        samples(r.split).save(output / f"{file_name(r.name)}_samples.png")
-    say(f"\nwritten to {output}: report.txt, and for each split a chart and sample pictures")
-    unusable = refused or any(r.empty for r in reports)
-    if unusable or any(r.stopped for r in reports):
-        skip = "" if unusable else ", or set data.on_error=skip to leave that out"
-        raise SystemExit(f"training would stop at this data: mend it{skip}.")
-
-
-def report(data: DataSection, name: str, *, training: bool) -> Report:
-    """Count and describe one split.
-
-    Args:
-        data: the recipe's data section. Whatever its `on_error` says, all problems are collected.
-        name: of the split.
-        training: whether it is trained on, which leaves some images out.
-    """
-    limit = data.max_train_images if training else data.max_val_images
-    split = load_split(replace(data, on_error="skip"), name, limit if data.layout == "shapes" else None)
-    table = split.dataset.with_format("arrow", columns=["width", "height", "objects"])[:].to_pydict()
-    widths, heights = np.array(table["width"]), np.array(table["height"])
-    crowds = [crowd for objects in table["objects"] for crowd in objects["iscrowd"]]
-    labels = np.array([label for objects in table["objects"] for label in objects["category"]], dtype=int)
-    classes = {n: int(((labels == i) & ~np.array(crowds, dtype=bool)).sum()) for i, n in enumerate(split.label_names)}
-    sizes = box_sizes(table, data.short_side, data.long_side)
-    stopping = split.problems.lines(stopping=True)
-    counts = [len(objects["id"]) for objects in table["objects"]]
-    lines = [
-        f"{printable(name)}: {len(split)} images, {sum(counts)} boxes ({sum(crowds)} of them crowds), "
-        f"{len(classes)} classes",
-        f"  images without any box: {counts.count(0)}; boxes an image: {np.mean(counts):.1f} on average, "
-        f"{max(counts)} at most",
-        f"  image sizes: {widths.min()} x {heights.min()} to {widths.max()} x {heights.max()} pixels; "
-        f"wide {int((widths > heights).sum())}, upright {int((widths < heights).sum())}, "
-        f"square {int((widths == heights).sum())}; longest side up to "
-        f"{(np.maximum(widths, heights) / np.minimum(widths, heights)).max():.1f} x the other",
-    ]
-    unusable = []
-    if training:
-        try:
-            kept = keep_for_training(split, filter_empty=data.filter_empty, min_image_side=data.min_image_side)
-            used = len(kept.first(data.max_train_images))
-        except ValueError as error:  # no image is left
-            unusable, used = [str(error)], 0
-        lines.append(f"  trained on: {used} images (filter_empty {data.filter_empty}, min_image_side "
-                     f"{data.min_image_side}, max_train_images {data.max_train_images})")  # fmt: skip
-    lines += ["  boxes a class:", *_table(classes)]
-    lines += [
-        f"  box side at the model's input (fit into {data.short_side} x {data.long_side}), pixels:",
-        *_table(sizes),
-    ]
-    entries = read_entries(split)
-    notes = [*split.problems.lines(stopping=False), *find_twice(data, name, entries).lines()]
-    lines.append("  problems:" if stopping or unusable or notes else "  problems: none")
-    lines += [f"  ! {line}" for line in (*stopping, *unusable)]
-    lines += [f"  - {line}" for line in notes]
-    if missing := [n for n, count in classes.items() if not count]:
-        lines.append(f"  - {len(missing)} classes have no box: {', '.join(map(printable, missing[:10]))}")
-    stopped = bool(stopping) and data.on_error == "stop"
-    return Report(name, lines, classes, sizes, split, entries, stopped, empty=bool(unusable))
-
-
-def compare(train: Report, evaluated: Report) -> tuple[bool, list[str]]:
-    """What is wrong with two splits together: whether training would refuse them, and the report as text."""
-    name = f"{train.name} and {evaluated.name}"
-    if train.name == evaluated.name:
-        return False, [f"{name} are one split: what is measured on it says nothing about other images"]
-    refused, found = False, []
-    try:
-        check_same_classes(train.split, evaluated.split, (train.name, evaluated.name))
-    except DataError as error:
-        refused, found = True, [f"  ! {error}"]
-    for one, other in ((train, evaluated), (evaluated, train)):
-        if only := [n for n, count in one.classes.items() if count and not other.classes.get(n)]:
-            found.append(f"  - {len(only)} classes have boxes in {one.name} only: {', '.join(map(repr, only[:10]))}")
-    ids = {n: i for r in (train, evaluated) for n, i in zip(r.split.label_names, r.split.category_ids, strict=True)}
-    boxes = {n: train.classes.get(n, 0) + evaluated.classes.get(n, 0) for n in ids}
-    if unused := [f"{n!r} (category id {ids[n]})" for n in ids if not boxes[n]]:
-        found.append(
-            f"  - {len(unused)} classes have no box in any split (Roboflow writes the project's name as category 0; "
-            f"remove it from both files): {', '.join(unused[:10])}"
-        )
-    for group in alike(ids):
-        found.append(f"  - class names that differ only by case or blanks: {', '.join(map(repr, group))}")
-    found += [f"  - {line}" for line in find_shared(train.entries, evaluated.entries).lines()]
-    return refused, [f"{name}:", *(found or ["  problems: none"])]
-
-
-def find_twice(data: DataSection, name: str, entries: list[Entry]) -> Problems:
-    """What only this command looks for in a split: duplicates, and image files without a row."""
-    problems = find_duplicates(entries)
-    if data.layout == "datasets":
-        for file in images_without_row(data.path, name):
-            problems.add(Kind.NO_ROW, file)
-    return problems
-
-
-def box_sizes(table: Mapping[str, list], short_side: int, long_side: int) -> dict[str, int]:
-    """Numbers of boxes by the side of a square of their area, in pixels of the resized image."""
-    sides = []
-    for width, height, objects in zip(table["width"], table["height"], table["objects"], strict=True):
-        new_height, new_width = resized_size(height, width, short_side, long_side)
-        scale = (new_height / height * new_width / width) ** 0.5
-        sides += [scale * max(0.0, w * h) ** 0.5 for _, _, w, h in objects["bbox"]]
-    counts, _ = np.histogram(sides, bins=SIZE_EDGES)
-    names = [f"{low}-{high}" if high != float("inf") else f"{low}-" for low, high in pairwise(SIZE_EDGES)]
-    return dict(zip(names, counts.tolist(), strict=True))
-
-
-def draw_report(report: Report, path: Path) -> None:
-    """Class balance, box sizes and orientation as a PNG."""
-    shown = dict(sorted(report.classes.items(), key=lambda item: -item[1])[:MANY_CLASSES])
-    rest = len(report.classes) - len(shown)
-    figure = new_figure(12, max(4.0, 0.22 * len(shown) + 1.5))
-    bars(figure, (1, 3, 1), f"{report.name}: boxes a class" + (f" (and {rest} more)" if rest else ""), shown)
-    bars(figure, (1, 3, 2), "box side at the input, pixels", report.sizes)
-    columns = report.split.dataset.with_format("numpy", columns=["width", "height"])[:]
-    axes = figure.add_subplot(1, 3, 3)
-    axes.scatter(columns["width"], columns["height"], s=6, alpha=0.5)
-    axes.axline((0, 0), slope=1, color="grey", linewidth=0.8)
-    axes.set(xlabel="width", ylabel="height", xlim=(0, None), ylim=(0, None))
-    axes.set_title("image sizes, pixels (above the line: upright)", fontsize="medium")
-    save_figure(figure, path)
-
-
-def samples(split: DetectionSplit) -> Image.Image:
-    """A few evenly spaced images with their boxes."""
-    count = min(SAMPLES, len(split))
-    tiles = []
-    for index in (i * len(split) // count for i in range(count)):
-        row = split.dataset.with_format("arrow")[index].to_pylist()[0]
-        stored = row["image"]
-        image = load_rgb(stored["path"] if stored["bytes"] is None else stored["bytes"])
-        labels = row["objects"]["category"]
-        corners = np.array([[x, y, x + w, y + h] for x, y, w, h in row["objects"]["bbox"]]).reshape(-1, 4)
-        names = [split.label_names[label] for label in labels]
-        tiles.append(draw_boxes(image, corners, names, None, [label_color(label) for label in labels]))
-    columns = min(3, len(tiles))
-    blank = Image.new("RGB", (8, 8), "white")
-    tiles += [blank] * (-len(tiles) % columns)
-    rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
-    return contact_sheet(rows, [""] * columns, tile=400)
-
-
-def _table(counts: Mapping[str, int]) -> list[str]:
-    total = max(1, sum(counts.values()))
-    rows = sorted(counts.items(), key=lambda item: -item[1]) if len(counts) > MANY_CLASSES else counts.items()
-    lines = [
-        f"    {printable(name):<24}{count:>8}{100 * count / total:>7.1f}%" for name, count in list(rows)[:MANY_CLASSES]
-    ]
-    if len(counts) > MANY_CLASSES:
-        lines.append(f"    ... and {len(counts) - MANY_CLASSES} more")
-    return lines
+    if problem := check_data(data, Path(arguments.output_dir)):
+        raise SystemExit(problem)

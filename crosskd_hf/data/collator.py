@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from ..data.transforms import resize
 from ..utils.labels import check_labels
 
-if TYPE_CHECKING:
-    from ..models.image_processing import DenseDetectorImageProcessor
-
-
 MIN_PADDED_BOXES = 8
+
+
+class PixelMaker(Protocol):
+    """What the collator needs of an image processor."""
+
+    def normalize_and_pad(self, images: list[torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """`pixel_values` (N, 3, H, W) float32 and `pixel_mask` (N, H, W) bool of resized (3, h, w) uint8 images."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class DetectionCollator:
             width): a sixth of the bytes for a worker to write and send.
     """
 
-    processor: DenseDetectorImageProcessor
+    processor: PixelMaker
     normalize: bool = True
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:

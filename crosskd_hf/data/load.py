@@ -1,15 +1,15 @@
-"""The data section of a recipe -> splits and data sets."""
+"""Settings of a data set -> splits and data sets."""
 
 from collections.abc import Iterable, Sequence
 
 import pyarrow.compute as pc
 
-from ..recipe.sections import DataSection
 from ..utils.label_names import loosely
 from .coco import load_coco
 from .columns import load_columns
 from .dataset import DetectionDataset
 from .errors import DataError
+from .settings import DataSection
 from .shapes import load_shapes
 from .split import DetectionSplit, keep_for_training, split_and_part
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..models.image_processing import DenseDetectorImageProcessor, pixel_style
-from ..utils.label_names import coco_spelling, listed, near_matches, spelling_problem
+from ..utils.label_names import coco_spelling, near_matches, spelling_problem
+from ..utils.text import listed
 
 PARTLY = "learnt without the teacher"  # what a user may not have meant
 

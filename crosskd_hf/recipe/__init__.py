@@ -1,1 +1,18 @@
-"""Recipes, and the run folders they are run in."""
+"""Recipes, what they build, and the run folders they are run in."""
+
+from .carried import carried_recipes
+from .distillation import DistillationSection
+from .load import load_recipe, parse_recipe
+from .reading import RecipeError
+from .sections import ModelSection, Recipe, TeacherSection
+
+__all__ = [
+    "DistillationSection",
+    "ModelSection",
+    "Recipe",
+    "RecipeError",
+    "TeacherSection",
+    "carried_recipes",
+    "load_recipe",
+    "parse_recipe",
+]

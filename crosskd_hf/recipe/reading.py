@@ -1,16 +1,27 @@
 """Strict reading: YAML without surprises, and values as the types that dataclass fields declare."""
 
-import difflib
 import math
 import types
 import typing
 from collections.abc import Hashable, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..training.arguments import FIXED
+from ..utils.settings import settings_of
+from ..utils.text import nearest
+
 MOST_VALUES = 10_000  # of a YAML file; recipes have about a hundred
+
+# Keys of earlier versions -> what is instead.
+REMOVED = {
+    "training.sync": "Normalisers and statistics are those of each process, as published.",
+    "training.skip_nonfinite_steps": "A run with a loss or gradient that isn't finite ends, and names the term, the "
+    "step and the last good checkpoint.",
+}
 
 
 class RecipeError(ValueError):
@@ -37,6 +48,24 @@ def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
 
 
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML file as plain Python values.
+
+    Raises:
+        RecipeError: it can't be read, is no UTF-8, or no valid YAML; naming file, line and column.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(f"{path} can't be read ({error.strerror}).") from error
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"{path}, line {line}: no UTF-8 text ({error.reason}); save it as UTF-8.") from error
+    return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -177,18 +206,45 @@ def check_range(value: Any, metadata: typing.Mapping[str, Any]) -> None:
             raise ValueError(f"must be at most {high}")
 
 
-MOST_NAMES = 40  # of valid ones in a message: those of any section
-
-
-def nearest(name: str, valid: Sequence[str]) -> str:
-    """A sentence with the valid names that are like a wrong one, or with the first of all."""
-    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
-    if close:
-        return f"Did you mean {', '.join(close)}?"
-    shown = ", ".join(list(valid)[:MOST_NAMES])
-    return f"Valid: {shown}{', ...' if len(valid) > MOST_NAMES else ''}." if valid else "None are installed."
-
-
 def type_name(hint: Any) -> str:
     """A type as a person would write it."""
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def cast_section(
+    name: str, values: Any, section_class: type, problems: list[str], refused: set[str]
+) -> dict[str, Any]:
+    """The values of a section as the types that its fields declare.
+
+    Args:
+        name: of the section, for messages.
+        values: key -> value; None is an empty section.
+        section_class: a dataclass.
+        problems: what is wrong is added to it, such as keys that the section doesn't have.
+        refused: the names of keys whose values can't be used are added to it.
+    """
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        problems.append(f"section {name} must hold keys and values, not {values!r}.")
+        refused.add(name)
+        return {}
+    fields, hints = {f.name: f for f in settings_of(section_class)}, typing.get_type_hints(section_class)
+    values_cast = {}
+    for key, value in values.items():
+        if reason := REMOVED.get(f"{name}.{key}"):
+            problems.append(f"{name}.{key} is no key any more: leave it out. {reason}")
+            continue
+        if key not in fields:
+            problems.append(f"unknown key {name}.{key} (value {value!r}). {nearest(str(key), list(fields))}")
+            continue
+        try:
+            # Of what can't be changed, the reason says more than the type.
+            checked = value if name == "training" and key in FIXED else cast(value, hints[key])
+            # transformers' fields may have choices of their own, in the same place.
+            check_range(checked, fields[key].metadata)
+            values_cast[key] = checked
+        except ValueError as error:
+            problems.append(f"{name}.{key}: {value!r} {error}.")
+            refused.add(f"{name}.{key}")
+    return values_cast

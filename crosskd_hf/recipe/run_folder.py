@@ -6,15 +6,17 @@ from pathlib import Path
 
 from transformers import TrainerState
 
-from ..hub.upload import UPLOADED
+from ..hub.upload import RECIPE_FILE, UPLOADED
 from ..models.base import DenseDetector
+from ..recipe.load import load_recipe
+from ..recipe.reading import RecipeError
+from ..recipe.sections import Recipe
 from ..training.checkpoints import LOCK, MARKER, NAME, checkpoint_folders, last_complete_checkpoint
 from ..utils.escaping import printable
 from ..utils.files import flush_to_disk, folder_problem, write_atomically
 from ..utils.progress import say
 from ..utils.redact import without_credentials
 from ..weights.loading import weights_digest
-from .sections import RECIPE_FILE, Recipe, RecipeError, load_recipe
 
 TEACHER_FILE = "teacher.json"  # of which weights a run learns
 WEIGHTS = "model.safetensors"
@@ -25,7 +27,7 @@ MAY_CHANGE = (
     *("logging_steps", "logging_strategy", "eval_steps", "eval_strategy", "save_steps", "save_strategy"),
     *("save_total_limit", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
     *("per_device_eval_batch_size", "load_best_model_at_end", "dataloader_persistent_workers"),
-    *("evaluation_pictures", "project", "skip_nonfinite_steps"),
+    *("evaluation_pictures", "project"),
 )
 # Those that make up the global batch with the number of processes: `check_batch` compares the product.
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -117,11 +119,14 @@ def recipe_changes(before: Recipe, now: Recipe) -> dict[str, str]:
             {key: value for key, value in settings.items() if key == "teacher.checkpoint" or key[:8] != "teacher."}
             for settings in (old, new)
         )
+    # A method that only one of them has is told by `distillation.methods`.
+    methods = [set(recipe.distillation.methods) if recipe.distillation else set() for recipe in (before, now)]
+    added = tuple(f"distillation.{name}." for name in methods[0] ^ methods[1])
     ignored = {"data.cache_dir", *(f"training.{name}" for name in (*MAY_CHANGE, *BATCH))}
     return {
         key: _change(key, old.get(key), new.get(key))
         for key in sorted({*old, *new} - ignored)
-        if old.get(key) != new.get(key)
+        if old.get(key) != new.get(key) and not key.startswith(added)
     }
 
 
@@ -135,8 +140,10 @@ def _change(key: str, old: object, new: object) -> str:
 def flat_settings(recipe: Recipe) -> dict[str, object]:
     """`section.key` -> value, of `training` too those that weren't given: a default may be written out."""
     content = {**recipe.to_dict(), "training": recipe.training_values()}
-    sections = ((name, values or {}) for name, values in content.items())
-    settings = {f"{name}.{key}": value for name, values in sections for key, value in values.items()}
+    distillation = content.pop("distillation") or {}
+    content |= {f"distillation.{name}": distillation.pop(name) for name in distillation.get("methods", [])}
+    content["distillation"] = distillation
+    settings = {f"{name}.{key}": value for name, values in content.items() for key, value in (values or {}).items()}
     for key in ("teacher.checkpoint", "model.checkpoint", "data.path"):  # one folder has several names
         if settings.get(key) and Path(settings[key]).exists():
             settings[key] = str(Path(settings[key]).resolve())

@@ -12,7 +12,6 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from ..recipe.sections import RECIPE_FILE
 from ..utils.redact import without_credentials
 from ..utils.visualization import contact_sheet
 from .contact_sheet import THRESHOLD, Boxes, drawn, evenly_spaced, example
@@ -35,9 +34,8 @@ class TrackingCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """After the trackers' own, which open the run."""
-        path = self.trainer.run_folder / RECIPE_FILE
-        if state.is_world_process_zero and path.is_file():
-            log_text(self.trainer, "recipe", without_credentials(path.read_text(encoding="utf-8")))
+        if state.is_world_process_zero and self.trainer.recipe_text is not None:
+            log_text(self.trainer, "recipe", without_credentials(self.trainer.recipe_text))
 
     def on_evaluate(self, args, state, control, **kwargs) -> None:
         """After the metrics."""

@@ -25,18 +25,19 @@ from ..data.collator import DetectionCollator
 from ..data.dataset import DetectionDataset
 from ..data.sampler import OrientationBatchSampler
 from ..data.split import DetectionSplit
-from ..hub.upload import HubUpload
 from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
 from ..utils.distributed import check_same
-from ..utils.label_names import coco_spelling, listed, near_matches, spelling_problem
+from ..utils.label_names import coco_spelling, near_matches, spelling_problem
 from ..utils.memory import out_of_memory_explained
 from ..utils.redact import public
+from ..utils.text import listed
 from ..weights.loading import load_detector
 from .arguments import DetectionTrainingArguments
 from .evaluation import CocoEvaluator
 from .monitoring import TERMS, NonFiniteLossError, StepMonitor
 from .optimization import build_optimizer, multistep_scheduler, parameter_groups
+from .publishing import HubUpload
 from .saving import SafeSaving
 from .termination import TerminationSignal, obey_parent_only
 from .tracking import TrackingCallback, evaluation_sheet, trackers
@@ -110,6 +111,7 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         self._skipped_at_log = 0
         self.termination = TerminationSignal()
         self.evaluation_sheet: Image.Image | None = None  # of the last evaluation, for the trackers
+        self.recipe_text: str | None = None  # of the run, for the trackers
         self._batch_shape: tuple[int, ...] | None = None  # of the last batch of images
         self.add_callback(_TrainingHooks(self))
         self.add_callback(TrackingCallback(self))

@@ -31,6 +31,8 @@ READ_ERRORS = (
 ImageSource = str | os.PathLike[str] | bytes
 # Kinds of raster images. Of the others that Pillow knows, some are read by programs that it starts (EPS).
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+# What is looked for in folders and by patterns. A file that is named itself may have any name.
+IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LARGEST_FILE = 1 << 30  # bytes; twice what the largest image that Pillow thinks safe takes unpacked
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 JPEG_SCAN = 0xDA  # marker of the segment before compressed pixels

@@ -35,11 +35,6 @@ def near_matches(mine: Sequence[str], theirs: Sequence[str]) -> list[tuple[str, 
     return [(name, left[loosely(name)]) for name in mine if name not in theirs and loosely(name) in left]
 
 
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first names, with "..." if there are more."""
-    return ", ".join([*names[:most], "..."] if len(names) > most else names)
-
-
 def spelling_problem(near: Sequence[tuple[str, str]], mine: str, theirs: str) -> str:
     """What is wrong with near matches, and what to do.
 

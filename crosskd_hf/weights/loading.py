@@ -1,8 +1,7 @@
-"""Recipe sections -> models and image processors."""
+"""Detectors and their image processors from folders, the Hub, and MMDetection checkpoints."""
 
 import contextlib
 import copy
-import dataclasses
 import hashlib
 import logging
 import os
@@ -10,21 +9,21 @@ import pickle
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTrainedConfig
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 
 from ..models import CONFIGS, MODELS
+from ..models.architecture import ArchitectureSection, build_config
 from ..models.base import DenseDetector
-from ..models.configuration import DenseDetectorConfig
 from ..models.image_processing import DenseDetectorImageProcessor
-from ..recipe.sections import ArchitectureSection, DataSection, ModelSection, TeacherSection
 from ..utils.files import cache_explained, sha256
 from ..utils.label_names import COCO_CLASSES, coco_spelling, loosely, near_matches, spelling_problem
 from ..utils.redact import public_url, without_credentials
@@ -36,69 +35,6 @@ CACHE = Path(HF_HOME) / "crosskd_hf"
 PICKLES = (".pth", ".pt", ".pkl", ".bin", ".ckpt")
 # What a run itself writes beside a model.
 RUN_FILES = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler)\.pt|rng_state.*\.pth")
-
-
-@contextlib.contextmanager
-def _names_section(name: str) -> Iterator[None]:
-    """Put the recipe's section before the key that an error begins with."""
-    try:
-        yield
-    except ValueError as error:
-        if str(error).partition(" ")[0] in {field.name for field in dataclasses.fields(ArchitectureSection)}:
-            raise ValueError(f"{name}.{error}") from error
-        raise
-
-
-def build_config(section: ArchitectureSection, label_names: Sequence[str]) -> DenseDetectorConfig:
-    """A detector's configuration from a recipe's architecture fields and the data's labels."""
-    return CONFIGS[section.detector](
-        backbone=section.backbone,
-        backbone_style=section.backbone_style,
-        drop_path_rate=section.drop_path_rate,
-        frozen_stages=section.frozen_stages,
-        train_batchnorm=section.train_batchnorm,
-        freeze_batchnorm_statistics=section.freeze_batchnorm_statistics,
-        fpn_channels=section.fpn_channels,
-        fpn_extra_convs=section.fpn_extra_convs,
-        fpn_relu_before_p7=section.fpn_relu_before_p7,
-        head_channels=section.head_channels,
-        head_blocks=section.head_blocks,
-        id2label=dict(enumerate(label_names)),
-        label2id={name: i for i, name in enumerate(label_names)},
-    )
-
-
-@_names_section("model")
-def build_model(section: ModelSection, label_names: Sequence[str]) -> DenseDetector:
-    """The model a recipe trains: from a checkpoint, or new on a pretrained or random backbone.
-
-    Raises:
-        ValueError: if the backbone or its weights can't be used.
-        CheckpointError: if the checkpoint can't be used.
-    """
-    if section.checkpoint:
-        return for_labels(load_detector(section.checkpoint, section, label_names), label_names)
-    config = build_config(section, label_names)
-    if section.backbone_weights == "random" and config.frozen_stages:
-        logger.warning(
-            "model.backbone_weights is random: model.frozen_stages is 0 instead of %d, since stages without training "
-            "would keep random weights",
-            config.frozen_stages,
-        )
-        config.frozen_stages = 0
-    pretrained = section.backbone_weights == "pretrained"
-    try:
-        model = MODELS[section.detector](config, pretrained_backbone=pretrained)
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
-        raise ValueError(
-            f"the ImageNet weights of {section.backbone} can't be fetched ({first_line(error)}). Without "
-            "network, give a file as model.backbone_weights, or model.backbone_weights=random to start from scratch."
-        ) from error
-    if section.backbone_weights not in ("pretrained", "random"):
-        load_backbone_weights(model, section.backbone_weights)
-    return model
 
 
 def for_labels(model: DenseDetector, label_names: Sequence[str]) -> DenseDetector:
@@ -169,45 +105,71 @@ def load_backbone_weights(model: DenseDetector, path: str) -> None:
     body.load_state_dict(state, strict=False)
 
 
-@_names_section("teacher")
-def load_teacher(section: TeacherSection, label_names: Sequence[str]) -> DenseDetector:
-    """The teacher of a recipe.
+def load_detector(source: str, section: ArchitectureSection | None, label_names: Sequence[str]) -> DenseDetector:
+    """A detector from a folder, a Hub id, or an MMDetection `.pth` by path or URL (converted once and cached).
 
     Args:
-        section: its checkpoint is a folder, a Hub id, an MMDetection `.pth` by path or URL, or "random" (for trials of
-            the machinery only). The architecture fields count for the last two.
-        label_names: the data's labels, which a `.pth` without names is taken to have.
-
-    Raises:
-        CheckpointError: if the checkpoint can't be used.
-    """
-    if section.checkpoint == "random":
-        logger.warning("the teacher has random weights: nothing can be learnt from it")
-        return MODELS[section.detector](build_config(section, label_names))
-    return load_detector(section.checkpoint, section, label_names)
-
-
-def load_detector(source: str, section: ArchitectureSection | None, label_names: Sequence[str]) -> DenseDetector:
-    """A whole detector from a folder, a Hub id, or an MMDetection `.pth` by path or URL (converted once and cached).
+        source: where it is.
+        section: the architecture that a `.pth` has; a saved model has its own.
+        label_names: the classes of a `.pth` that doesn't name them.
 
     Raises:
         CheckpointError: if it can't be read, isn't one of this package's detectors, lacks weights, has some that
             aren't finite, or its configuration holds what no detector can be built with.
     """
-    shown = public_url(source) if "://" in source else source
     if source.endswith(".pth"):
-        if section is None:
-            raise CheckpointError(f"{shown!r} doesn't say which detector it holds: name it in a recipe instead.")
-        # One process of each machine downloads and converts, the others then find the result.
-        with PartialState().local_main_process_first():
-            path = fetch(source, CACHE / "downloads") if "://" in source else Path(source)
-            if path.is_file():
-                check_hash(path)
-            folder = converted(path, section, label_names)
-        model = AutoModelForObjectDetection.from_pretrained(folder, trust_remote_code=False)
-        check_finite(model.state_dict(), repr(shown))  # an earlier version may have converted it
-        return model
-    folder = Path(source).expanduser()
+        return _load_reference(source, section, label_names)
+    shown = public_url(source) if "://" in source else source
+    hint = _check_folder(Path(source).expanduser(), shown)
+    _check_config(source, shown)
+    model, info = _load_saved(source, shown, hint)
+    if not isinstance(model, DenseDetector):
+        raise CheckpointError(
+            f"{shown!r} is a {type(model).__name__}; only the dense detectors of this package can be used."
+        )
+    if mismatched := sorted(info["mismatched_keys"]):
+        key, given, expected = mismatched[0]
+        raise CheckpointError(
+            f"{shown!r} can't be loaded as a detector: its config.json doesn't fit {len(mismatched)} of its weights, "
+            f"such as {key}, which is {tuple(given)} and would have to be {tuple(expected)}."
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"{shown!r} lacks {len(missing)} weights of its model, such as {', '.join(missing[:3])}: save it again."
+        )
+    check_finite(model.state_dict(), repr(shown))
+    return model
+
+
+def _load_reference(source: str, section: ArchitectureSection | None, label_names: Sequence[str]) -> DenseDetector:
+    shown = public_url(source) if "://" in source else source
+    if section is None:
+        raise CheckpointError(f"{shown!r} doesn't say which detector it holds: name it in a recipe instead.")
+    # One process of each machine downloads and converts, the others then find the result.
+    with PartialState().local_main_process_first():
+        folder = converted(_local_file(source), section, label_names)
+    model = AutoModelForObjectDetection.from_pretrained(folder, trust_remote_code=False)
+    check_finite(model.state_dict(), repr(shown))  # an earlier version may have converted it
+    return model
+
+
+def _local_file(source: str) -> Path:
+    """The file of a path or URL, downloaded if need be, compared with the hash in its name if there is one."""
+    path = fetch(source, CACHE / "downloads") if "://" in source else Path(source)
+    if path.is_file():
+        check_hash(path)
+    return path
+
+
+def _check_folder(folder: Path, shown: str) -> str:
+    """Refuse what is no folder of a saved model, if it isn't a Hub id.
+
+    Returns:
+        what to do with a pickle that lies in the folder, for a message; else nothing.
+
+    Raises:
+        CheckpointError: it is a file, isn't there, or holds no config.json.
+    """
     if folder.is_file():
         raise CheckpointError(
             f"{shown!r} is a file, but a detector is a folder with config.json and model.safetensors. "
@@ -224,13 +186,17 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
                 f"{shown!r} can't be loaded as a detector: that folder holds no config.json."
                 + (hint or " If a run writes to it, it isn't finished.")
             )
-    _check_config(source, shown)
+    return hint
+
+
+def _load_saved(source: str, shown: str, hint: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """transformers' model of a folder or Hub id, and what it says of the weights' names and shapes."""
     try:
-        model, info = AutoModelForObjectDetection.from_pretrained(
+        return AutoModelForObjectDetection.from_pretrained(
             source,
             dtype=torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, with the shapes
+            ignore_mismatched_sizes=True,  # `load_detector` tells them, with the shapes
             trust_remote_code=False,
         )
     except pickle.UnpicklingError as error:
@@ -243,28 +209,13 @@ def load_detector(source: str, section: ArchitectureSection | None, label_names:
             raise CheckpointError(f"{shown!r} can't be loaded as a detector: {problem}") from error
         reason = without_credentials(first_line(error))
         absent = "" if os.path.exists(source) else "there is no such folder here, and as a Hub id: "
-        if folder.is_dir() and "no file named" in reason:
+        without_weights = "no file named" in reason
+        if without_weights and Path(source).expanduser().is_dir():
             absent = "its weights are missing: "
         raise CheckpointError(
             f"{shown!r} can't be loaded as a detector ({absent}{reason}). Give the folder of a saved model, a Hub id, "
-            f"or an MMDetection .pth file.{hint if 'no file named' in reason else ''}"
+            f"or an MMDetection .pth file.{hint if without_weights else ''}"
         ) from error
-    if not isinstance(model, DenseDetector):
-        raise CheckpointError(
-            f"{shown!r} is a {type(model).__name__}; only the dense detectors of this package can be used."
-        )
-    if mismatched := sorted(info["mismatched_keys"]):
-        key, given, own = mismatched[0]
-        raise CheckpointError(
-            f"{shown!r} can't be loaded as a detector: its config.json doesn't fit {len(mismatched)} of its weights, "
-            f"such as {key}, which is {tuple(given)} and would have to be {tuple(own)}."
-        )
-    if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(
-            f"{shown!r} lacks {len(missing)} weights of its model, such as {', '.join(missing[:3])}: save it again."
-        )
-    check_finite(model.state_dict(), repr(shown))
-    return model
 
 
 def _to_model(path: Path) -> str:
@@ -360,7 +311,7 @@ def converted(path: Path, section: ArchitectureSection, label_names: Sequence[st
 
 
 def convert_checkpoint(
-    checkpoint: str, folder: Path, section: ArchitectureSection, data: DataSection
+    checkpoint: str, folder: Path, section: ArchitectureSection, short_side: int, long_side: int
 ) -> DenseDetector:
     """Save an MMDetection checkpoint as a model and image processor of this package.
 
@@ -368,22 +319,20 @@ def convert_checkpoint(
         checkpoint: path or URL of a `.pth` file.
         folder: where to; must not hold a model.
         section: the detector's architecture.
-        data: sizes of its images.
+        short_side, long_side: pixels that its images are resized to.
 
     Raises:
         CheckpointError: if the file can't be used, doesn't hold the section's model, or the folder is taken.
     """
     if (folder / "config.json").exists():
         raise CheckpointError(f"{folder} holds a model already: name another folder.")
-    path = fetch(checkpoint, CACHE / "downloads") if "://" in checkpoint else Path(checkpoint)
-    if path.is_file():
-        check_hash(path)
+    path = _local_file(checkpoint)
     state, names = read_checkpoint(path)
     config = build_config(section, names or COCO_CLASSES)
     model = MODELS[section.detector](config)
     load_reference_state(model, state, source=str(path))
     model.save_pretrained(folder)
-    DenseDetectorImageProcessor.for_model(config, data.short_side, data.long_side).save_pretrained(folder)
+    DenseDetectorImageProcessor.for_model(config, short_side, long_side).save_pretrained(folder)
     return model
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..models.base import DenseDetector
 from ..models.swin import merge_order
-from ..utils.label_names import coco_spelling, listed
+from ..utils.label_names import coco_spelling
+from ..utils.text import listed
 
 PREDICTORS = {
     "crosskd_gfl": {"cls_predictor": "gfl_cls", "box_predictor": "gfl_reg"},

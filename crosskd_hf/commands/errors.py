@@ -1,0 +1,59 @@
+"""Errors as one message instead of a traceback, where the user can do something about them."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from accelerate import PartialState
+
+from ..data.errors import DataError
+from ..recipe import RecipeError
+from ..training.checkpoints import FolderInUseError
+from ..training.monitoring import NonFiniteLossError
+from ..utils.escaping import printable_lines
+from ..utils.memory import OutOfMemoryError
+from ..weights.mmdet import CheckpointError
+
+# What ends in one message while a run is built, and while it trains. Other errors there keep their tracebacks.
+USER_ERRORS = (RecipeError, CheckpointError, OSError, OutOfMemoryError, ValueError)
+RUN_ERRORS = (
+    CheckpointError,
+    DataError,
+    FolderInUseError,
+    NonFiniteLossError,
+    OSError,
+    OutOfMemoryError,
+    RecipeError,
+    UnicodeEncodeError,
+)
+
+
+@contextlib.contextmanager
+def interruptible(hint: str = "") -> Iterator[None]:
+    """End the program at Ctrl-C with a line instead of a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\ninterrupted{f': {hint}' if hint else ''}", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None  # 128 + SIGINT, as shells have it
+
+
+@contextlib.contextmanager
+def explained(kinds: tuple[type[Exception], ...]) -> Iterator[None]:
+    """End the program with one message instead of a traceback at errors of these kinds."""
+    try:
+        yield
+    except kinds as error:
+        raise SystemExit(explain(error)) from error
+
+
+def explain(error: Exception) -> str:
+    """An error as one message, with the rank that saw it where there are several."""
+    state = PartialState()
+    rank = f"[process {state.process_index}] " if state.num_processes > 1 else ""
+    name = type(error).__name__
+    # torch puts a data worker's traceback before the message.
+    text = str(error).rpartition(f"{name}: ")[2] if str(error).startswith("Caught") else str(error)
+    if isinstance(error, UnicodeEncodeError):
+        text += f" (the locale has the encoding {error.encoding}: set PYTHONUTF8=1 or LC_ALL=C.UTF-8)"
+    return printable_lines(f"{rank}{name}: {text}")

@@ -1,0 +1,105 @@
+"""Settings of a data set: where it lies, how its boxes are written, and how its images are resized."""
+
+import string
+from dataclasses import dataclass
+
+from ..utils.settings import MOST_PIXELS, Problem, default_of, setting, settings_of
+
+
+@dataclass
+class DataSection:
+    """A data set, and how its images are resized."""
+
+    layout: str = setting(
+        "coco",
+        "coco: annotation files and image folders; datasets: a Hub id, or a folder of Parquet files, of save_to_disk "
+        "or of images with metadata.jsonl; shapes: generated images",
+        ("coco", "datasets", "shapes"),
+    )
+    path: str = setting("data/coco", "folder of the data set, or its Hub id")
+    train_split: str = setting("train2017", "split to train on")
+    val_split: str = setting("val2017", "split to evaluate on")
+    annotations: str = setting("annotations/instances_{split}.json", "annotation file inside the folder")
+    images: str = setting("{split}", "image folder inside the folder")
+    config: str | None = setting(None, "layout datasets: configuration of a Hub data set that has several")
+    box_format: str = setting("xywh", "layout datasets: order of a box's numbers", ("xywh", "xyxy", "cxcywh"))
+    box_unit: str = setting("pixel", "layout datasets: pixel, or relative to the image (0..1)", ("pixel", "relative"))
+    # setting() copies a list.
+    label_names: list[str] = setting([], "layout datasets: class names by label, where the data has none")  # noqa: RUF009
+    category_ids: list[int] = setting([], "layout datasets: the data's number of each of label_names")  # noqa: RUF009
+    on_error: str = setting(
+        "stop", "an unreadable image or impossible box: stop, or skip and report", ("stop", "skip")
+    )
+    shapes_side: int = setting(
+        128, "layout shapes: longer side of a generated image, in pixels", minimum=32, maximum=MOST_PIXELS
+    )
+    shapes_difficulty: float = setting(0.5, "layout shapes: 0 is easy, 1 hard", minimum=0, maximum=1)
+    shapes_seed: int = setting(0, "layout shapes: seed of the generated images", minimum=0)
+    short_side: int = setting(800, "pixels that an image's short side is resized to", minimum=1, maximum=MOST_PIXELS)
+    long_side: int = setting(1333, "pixels that its long side doesn't exceed", minimum=1, maximum=MOST_PIXELS)
+    multiscale: str = setting("none", "training short side: fixed, of a range, of a list", ("none", "range", "choice"))
+    # setting() copies a list.
+    multiscale_short_sides: list[int] = setting(  # noqa: RUF009
+        [], "pixels: the range's two ends, or the list", minimum=1, maximum=MOST_PIXELS
+    )
+    flip_probability: float = setting(0.5, "probability of a horizontal flip", minimum=0, maximum=1)
+    filter_empty: bool = setting(True, "leave training images without any annotation out")
+    min_image_side: int = setting(32, "pixels; training images with a shorter side are left out", minimum=0)
+    max_train_images: int | None = setting(None, "train on the first images only", minimum=1)
+    max_val_images: int | None = setting(None, "evaluate on the first images only", minimum=1)
+    cache_dir: str | None = setting(None, "folder of the Arrow cache; null: that of datasets")
+
+
+def data_problems(data: DataSection) -> list[Problem]:
+    """Combinations of settings that can't be."""
+    problems: list[Problem] = _layout_problems(data)
+    sides = data.multiscale_short_sides
+    names = ("data.multiscale", "data.multiscale_short_sides")
+    if data.multiscale == "range" and not (len(sides) == 2 and sides[0] < sides[1]):
+        problems.append((names, f"data.multiscale range needs multiscale_short_sides [lowest, highest], not {sides}."))
+    if data.multiscale == "choice" and not sides:
+        problems.append((names, "data.multiscale choice needs values in multiscale_short_sides."))
+    if data.multiscale == "none" and sides:
+        text = f"data.multiscale is none, but multiscale_short_sides is {sides}: set range or choice."
+        problems.append((names, text))
+    if data.long_side < data.short_side:
+        text = f"data.long_side {data.long_side} is below data.short_side {data.short_side}."
+        problems.append((("data.long_side", "data.short_side"), text))
+    if sides and max(sides) > data.long_side:
+        text = f"data.multiscale_short_sides goes up to {max(sides)}, above data.long_side {data.long_side}."
+        problems.append((("data.multiscale_short_sides", "data.long_side"), text))
+    for name in ("annotations", "images"):
+        try:
+            placeholders = {field for _, field, _, _ in string.Formatter().parse(getattr(data, name))} - {None}
+        except ValueError:
+            placeholders = {"?"}
+        if not placeholders <= {"split"}:
+            text = f"data.{name} {getattr(data, name)!r} may only have the placeholder {{split}}."
+            problems.append(((f"data.{name}",), text))
+    return problems
+
+
+def _layout_problems(data: DataSection) -> list[Problem]:
+    problems: list[Problem] = []
+    if data.layout == "shapes":
+        for name in ("max_train_images", "max_val_images"):
+            if getattr(data, name) is None:
+                problems.append(
+                    ((f"data.{name}",), f"data.{name} is missing: layout shapes generates that many images.")
+                )
+    if data.layout != "datasets":
+        for f in settings_of(DataSection):
+            only = f.metadata["help"].startswith("layout datasets") and getattr(data, f.name) != default_of(f)
+            if only:
+                text = f"data.{f.name} is for layout datasets, but data.layout is {data.layout}."
+                problems.append(((f"data.{f.name}", "data.layout"), text))
+    if data.category_ids and len(data.category_ids) != len(data.label_names):
+        text = (
+            f"data.category_ids has {len(data.category_ids)} numbers, but label_names {len(data.label_names)} names."
+        )
+        problems.append((("data.category_ids", "data.label_names"), text))
+    for name in ("category_ids", "label_names"):
+        values = getattr(data, name)
+        if len(set(values)) != len(values):
+            problems.append(((f"data.{name}",), f"data.{name} has a value twice: {values}."))
+    return problems

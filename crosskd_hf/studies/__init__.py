@@ -1,0 +1,1 @@
+"""What models, data and runs are like: reports and comparisons."""

@@ -1,0 +1,143 @@
+"""`crosskd demo`: see a student get better because of its teacher, offline, on generated images.
+
+Three ordinary runs of two recipes that the package carries: a teacher, a student alone, and the same student with the
+same seed and schedule and CrossKD. The same command goes on from the last checkpoint of an interrupted demo.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ..data.dataset import DetectionDataset
+from ..data.load import load_split
+from ..models.base import DenseDetector
+from ..models.image_processing import DenseDetectorImageProcessor
+from ..recipe.load import load_recipe
+from ..recipe.run_folder import STATE_FILE, final_metrics
+from ..recipe.sections import Recipe
+from ..training.contact_sheet import THRESHOLD, Boxes, drawn, evenly_spaced, example
+from ..training.evaluation import SUMMARY_NAMES
+from ..utils.plots import learning_curves
+from ..utils.progress import say
+from ..utils.visualization import contact_sheet
+from ..weights.loading import load_detector, load_processor
+
+TEACHER_RECIPE, STUDENT_RECIPE = "shapes_teacher", "shapes_crosskd"
+TEACHER, ALONE, DISTILLED = "teacher", "student alone", "student + CrossKD"
+SHEET_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of the three runs: its name, its recipe and what it was before (`load_recipe`'s arguments)."""
+
+    name: str
+    recipe_name: str
+    overrides: tuple[str, ...]
+    output: Path
+
+    def recipe(self) -> Recipe:
+        """The recipe as it runs."""
+        return load_recipe(self.recipe_name, [*self.overrides, f"training.output_dir={self.output}"])
+
+    def command(self) -> str:
+        """The same run without the demo."""
+        words = [f"crosskd train {self.recipe_name}", *self.overrides, f"training.output_dir={self.output}"]
+        return " ".join(words)
+
+
+def stages(output: Path, seed: int, overrides: list[str]) -> list[Stage]:
+    """The demo's three runs."""
+    both = (*overrides, f"training.seed={seed}")
+    teacher = Stage(TEACHER, TEACHER_RECIPE, both, output / "teacher")
+    alone = Stage(ALONE, STUDENT_RECIPE, (*both, "teacher=null", "distillation=null"), output / "alone")
+    with_teacher = (*both, f"teacher.checkpoint={teacher.output}")
+    return [teacher, alone, Stage(DISTILLED, STUDENT_RECIPE, with_teacher, output / "crosskd")]
+
+
+def run_demo(
+    output: Path, seed: int, overrides: list[str], train: Callable[[Recipe], None]
+) -> dict[str, dict[str, float]]:
+    """Train what is not trained yet, print the table, and draw curves and contact sheet.
+
+    Args:
+        output: folder of the three runs and the pictures.
+        seed: of weights, order and augmentation.
+        overrides: `section.key=value`, of both recipes.
+        train: runs a recipe, unless it is finished.
+
+    Returns:
+        the metrics of each stage.
+
+    Raises:
+        RecipeError, ValueError: if a value can't be used, or the output folder holds another run.
+    """
+    runs = stages(output, seed, overrides)
+    started = time.perf_counter()
+    for number, stage in enumerate(runs, start=1):
+        say(f"\n[{number}/{len(runs)}] {stage.name}: {stage.command()}")
+        train(stage.recipe())
+    metrics = {stage.name: read_metrics(stage.output) for stage in runs}
+    learning_curves({stage.name: read_curve(stage.output) for stage in runs}, "epoch", output / "learning_curves.png")
+    draw_contact_sheet(runs, output / "contact_sheet.png")
+    table = format_table(runs, metrics)
+    (output / "results.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{table}\n\nwritten to {output}: results.json, learning_curves.png, contact_sheet.png")
+    print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
+    return metrics
+
+
+def read_metrics(folder: Path) -> dict[str, float]:
+    """The final metrics of a run."""
+    return {name.removeprefix("eval_"): value for name, value in final_metrics(folder).items()}
+
+
+def read_curve(folder: Path) -> list[tuple[float, float]]:
+    """(epoch, AP) of every evaluation of a finished run."""
+    history = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["log_history"]
+    return [(entry["epoch"], entry["eval_AP"]) for entry in history if "eval_AP" in entry]
+
+
+def format_table(runs: list[Stage], metrics: dict[str, dict[str, float]]) -> str:
+    """AP of the three runs in percent, and what CrossKD gave."""
+    names = [name for name in SUMMARY_NAMES[:6] if any(metrics[stage.name][name] >= 0 for stage in runs)]
+    lines = [f"{'':<20}{'model':<22}" + "".join(f"{name:>8}" for name in names)]
+    for stage in runs:
+        section = stage.recipe().model
+        values = "".join(f"{100 * metrics[stage.name][name]:>8.1f}" for name in names)
+        lines.append(f"{stage.name:<20}{section.detector + ' ' + section.backbone:<22}{values}")
+    gains = "".join(f"{100 * (metrics[DISTILLED][n] - metrics[ALONE][n]):>+8.1f}" for n in names)
+    lines.append(f"{'gain of CrossKD':<42}{gains}")
+    return "\n".join(lines)
+
+
+def draw_contact_sheet(runs: list[Stage], path: Path) -> None:
+    """Ground truth, student alone and distilled student on evenly spaced validation images (not chosen by result)."""
+    data = runs[-1].recipe().data
+    split = load_split(data, data.val_split, data.max_val_images)
+    dataset = DetectionDataset(split, train=False, short_side=data.short_side, long_side=data.long_side)
+    students = [stage for stage in runs if stage.name != TEACHER]
+    models = [load_detector(str(stage.output), None, ()).eval() for stage in students]
+    processor = load_processor(str(students[0].output))
+    rows = []
+    for index in evenly_spaced(SHEET_IMAGES, len(split)):
+        _, image, truth, _ = example(dataset, index)
+        columns = [truth, *(detect(model, processor, image) for model in models)]
+        rows.append([drawn(image, boxes) for boxes in columns])
+    contact_sheet(rows, ["ground truth", *(stage.name for stage in students)]).save(path)
+
+
+@torch.no_grad()
+def detect(model: DenseDetector, processor: DenseDetectorImageProcessor, image: Image.Image) -> Boxes:
+    """What a model finds, above the sheet's threshold."""
+    outputs = model(**processor(image, return_tensors="pt"))
+    sizes = [(image.height, image.width)]
+    found = processor.post_process_object_detection(outputs, THRESHOLD, sizes)[0]
+    labels = found["labels"].tolist()
+    names = [model.config.id2label[label] for label in labels]
+    return Boxes(found["boxes"], labels, names, found["scores"].tolist())
