@@ -17,11 +17,10 @@ import datasets
 import pyarrow.compute as pc
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from ..inference.image_files import IMAGE_EXTENSIONS
-from ..recipe.reading import nearest
 from ..utils.escaping import printable
 from ..utils.files import CacheError, sha256
-from ..utils.images import ImageSource
+from ..utils.images import IMAGE_EXTENSIONS, ImageSource
+from ..utils.text import nearest
 from .cache import CheckedBuilder, open_cache
 from .checks import ImageRecord, ObjectRecord, arrow_row, cache_note, check_records, read_cache_note
 from .coco import LARGEST_INTEGER, files_hash, leaves_folder, unique_keys

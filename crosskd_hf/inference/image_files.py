@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from ..utils.escaping import file_name, printable
+from ..utils.images import IMAGE_EXTENSIONS
 from ..utils.label_names import coco_spelling
-
-# What is looked for in folders and by patterns. A file that is named itself may have any name.
-IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
 
 PICTURE_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 
