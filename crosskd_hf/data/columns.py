@@ -113,8 +113,8 @@ def load_columns(
     _refuse_foreign_paths(source, where, [path, cache or datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE])
     splits = {where: source}
     if not (label_names or isinstance(category_feature(source, where), datasets.ClassLabel)):
-        others = dict.fromkeys(other for other in other_splits if other != split)
-        splits |= {f"{path}, split {other!r}": _open(path, other, config, cache) for other in others}
+        for other in {*other_splits} - {split}:
+            splits[f"{path}, split {other!r}"] = _open(path, other, config, cache)
     vocabulary = build_vocabulary(splits, label_names, category_ids, where)
     fingerprint = source._fingerprint + (_folder_hash(path, split) if on_error == "skip" else "")
 
@@ -133,9 +133,10 @@ def load_columns(
         builder.source, builder.vocabulary = source, vocabulary
         return builder
 
-    annotations = open_cache(make, cache).as_dataset(split=SPLIT_NAME)
-    ids, problems = read_cache_note(annotations.info, where)
-    return DetectionSplit(_with_images(annotations, source), vocabulary.names, ids, problems, split, path)
+    rows = open_cache(make, cache).as_dataset(split=SPLIT_NAME)
+    return DetectionSplit(
+        _with_images(rows, source), vocabulary.names, *read_cache_note(rows.info, where), split, path
+    )
 
 
 def _folder_hash(path: str, split: str) -> str:

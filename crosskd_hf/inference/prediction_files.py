@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -96,12 +95,10 @@ class ResultsFile:
                 self._file.write(self._separator + json.dumps(item))
                 self._separator = ",\n"
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
+    def __exit__(self, *raised: Any) -> None:
+        if raised[0] is not None:
             with contextlib.suppress(OSError):  # a full disk fails again here
-                self._stack.__exit__(kind, error, trace)
+                self._stack.__exit__(*raised)
             return
         with _writing(self._path), self._stack:
             self._file.write("[]\n" if self._separator == "[\n" else "\n]\n")
@@ -132,12 +129,10 @@ class PredictionWriter:
         self.results.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.results.__exit__(kind, error, trace)
-        if error is None and self.pictures:
-            (self.pictures / PICTURES_MARKER).unlink(missing_ok=True)  # the results say it from now on
+    def __exit__(self, *raised: Any) -> None:
+        self.results.__exit__(*raised)
+        if raised[0] is None and self.pictures:
+            (self.pictures / PICTURES_MARKER).unlink(missing_ok=True)  # from now on the results show it
 
     def write(self, prediction: Prediction) -> int:
         """Write the results and the picture of an image: the number of results.
