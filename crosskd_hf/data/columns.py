@@ -108,12 +108,10 @@ def load_columns(
     where = f"{path}, split {split!r}"
     cache = None if cache_dir is None else str(cache_dir)
     source = _open(path, split, config, cache)
-    if not len(source):
-        raise DataError(f"{where} is empty: it has no image")
     _refuse_foreign_paths(source, where, [path, cache or datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE])
     splits = {where: source}
     if not (label_names or isinstance(category_feature(source, where), datasets.ClassLabel)):
-        for other in {*other_splits} - {split}:
+        for other in sorted({*other_splits} - {split}):
             splits[f"{path}, split {other!r}"] = _open(path, other, config, cache)
     vocabulary = build_vocabulary(splits, label_names, category_ids, where)
     fingerprint = source._fingerprint + (_folder_hash(path, split) if on_error == "skip" else "")
@@ -210,6 +208,8 @@ def _with_image_column(source: datasets.Dataset, where: str) -> datasets.Dataset
                 f"{where} has no column {name!r}, but {', '.join(source.column_names)}. A detection data set has "
                 "`image` and `objects` with bbox and category: rename the columns."
             )
+    if not len(source):
+        raise DataError(f"{where} is empty: it has no image")
     feature = source.features["image"]
     if isinstance(feature, datasets.Value) and feature.dtype not in ("binary", "large_binary"):
         raise DataError(f"{where}: the column image holds {feature.dtype}; cast it with cast_column('image', Image())")
