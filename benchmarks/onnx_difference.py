@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from crosskd_hf.inference.export import Runner, compare, detections, export_detector, load_exported
+from crosskd_hf.inference.export import export_detector
+from crosskd_hf.inference.export_check import Runner, compare, detections, load_exported
 from crosskd_hf.inference.image_files import find_images
 from crosskd_hf.models import CONFIGS, MODELS, DenseDetector
 from crosskd_hf.models.image_processing import DenseDetectorImageProcessor

@@ -11,11 +11,9 @@ class FileServer:
     def __init__(self):
         self.files: dict[str, bytes] = {}
         self.promised: dict[str, int] = {}
-        self.versions: dict[str, str] = {}
         self.moved: dict[str, str] = {}  # path -> where to
         self.delay = 0.0  # seconds after which no answer comes
         self.requests: list[str] = []
-        self.ranges: list[int] = []
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -33,21 +31,9 @@ class FileServer:
                 if self.path not in outer.files:
                     self.send_error(404)
                     return
-                content, version = outer.files[self.path], outer.versions.get(self.path)
-                promised, start = outer.promised.get(self.path, len(content)), 0
-                if self.headers.get("Range") and self.headers.get("If-Range") == version:
-                    start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-                    outer.ranges.append(start)
-                    if start >= promised:
-                        self.send_error(416)
-                        return
-                self.send_response(206 if start else 200)
-                if start:
-                    self.send_header("Content-Range", f"bytes {start}-{promised - 1}/{promised}")
-                if version:
-                    self.send_header("ETag", version)
-                content, promised = content[start:], promised - start
-                self.send_header("Content-Length", str(promised))
+                content = outer.files[self.path]
+                self.send_response(200)
+                self.send_header("Content-Length", str(outer.promised.get(self.path, len(content))))
                 self.end_headers()
                 self.wfile.write(content)
 

@@ -13,7 +13,7 @@ import pytest
 from tiny import write_tiny_coco
 
 from crosskd_hf.data import cache
-from crosskd_hf.data.coco import CocoDetection, load_coco
+from crosskd_hf.data.coco import load_coco
 from crosskd_hf.data.columns import load_columns
 from crosskd_hf.data.shapes import load_shapes
 from crosskd_hf.data.split import DetectionSplit
@@ -106,23 +106,6 @@ def test_files_of_other_programs_are_no_damage(load, tmp_path, caplog):
     foreign = next((tmp_path / "cache").rglob("*.arrow")).with_name("cache-user.arrow")
     foreign.write_bytes(b"")
     assert rows(load()) == before and foreign.exists() and not caplog.text
-
-
-def test_a_damaged_cache_is_kept_until_it_is_built_again(load, tmp_path, monkeypatch):
-    before = rows(load())
-    damage(tmp_path / "cache", *DAMAGES["truncated"])
-    (folder,) = (file.parent for file in (tmp_path / "cache").rglob("*.arrow"))
-    names = {file.name for file in folder.iterdir()}
-
-    def fail(*_: object) -> None:
-        raise RuntimeError("no source")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CocoDetection, "_split_generators", fail)
-        with pytest.raises(RuntimeError, match="no source"):
-            load()
-    assert {file.name for file in folder.iterdir()} == names
-    assert rows(load()) == before and not list(folder.parent.glob(".*damaged"))
 
 
 def test_an_error_of_the_check_is_no_damage(load, tmp_path, monkeypatch, caplog):

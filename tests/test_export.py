@@ -1,6 +1,7 @@
 """Exported files give what PyTorch gives: four detectors, two formats, with and without suppression, other sizes."""
 
 import argparse
+import importlib.util
 import json
 import signal
 from pathlib import Path
@@ -13,17 +14,9 @@ from torchvision.ops import batched_nms
 
 from crosskd_hf.commands import export as command
 from crosskd_hf.inference import export
-from crosskd_hf.inference.export import (
-    Difference,
-    ExportableDetector,
-    ExportError,
-    Selection,
-    batched_nms_mask,
-    compare,
-    detections,
-    export_detector,
-    load_exported,
-)
+from crosskd_hf.inference.export import ExportError, export_detector
+from crosskd_hf.inference.export_check import Difference, compare, detections, load_exported
+from crosskd_hf.inference.export_graph import ExportableDetector, Selection, batched_nms_mask, trace
 from crosskd_hf.models import MODELS, DenseDetector
 from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
 
@@ -73,8 +66,8 @@ def test_files_give_the_detections_of_pytorch(
     """One test of all that a file must do, since writing it is what takes time."""
     model = small_model(detector)
     processor = processor_of(model, max_candidates=300)
-    program = export._trace(model, processor, nms)
-    monkeypatch.setattr(export, "_trace", lambda *options: program)  # both formats write the same one
+    program = trace(model, processor, nms)
+    monkeypatch.setattr(export, "trace", lambda *options: program)  # both formats write the same one
 
     for format, suffix in export.SUFFIXES.items():
         if format == "onnx" and not HAS_ONNX:
@@ -211,7 +204,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> 
         if error:
             raise error
 
-    monkeypatch.setattr(export, "_trace", lambda *options: None)
+    monkeypatch.setattr(export, "trace", lambda *options: None)
     monkeypatch.setattr(export, "_save", save)
 
 
@@ -235,7 +228,7 @@ def test_a_full_disk_is_told_by_the_exporters_themselves(monkeypatch, tmp_path: 
         pytest.skip("onnx isn't installed")
     batch = {0: torch.export.Dim("batch")}
     program = torch.export.export(torch.nn.Linear(100, 100), (torch.zeros(2, 100),), dynamic_shapes=(batch,))
-    monkeypatch.setattr(export, "_trace", lambda *options: program)
+    monkeypatch.setattr(export, "trace", lambda *options: program)
     monkeypatch.setattr(export, "AXES", {"input": {0: "batch"}})
     monkeypatch.setattr(export, "OUTPUTS", ("output",))
     path, model = tmp_path / f"m{export.SUFFIXES[format]}", small_model()
@@ -290,9 +283,9 @@ def test_models_that_cannot_be_exported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing, check", [("onnxscript", False), ("onnxruntime", True)])
 def test_a_missing_extra_is_named(monkeypatch, tmp_path: Path, missing: str, check: bool) -> None:
-    find = export.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr(
-        export.importlib.util, "find_spec", lambda name, *more: None if name == missing else find(name, *more)
+        importlib.util, "find_spec", lambda name, *more: None if name == missing else find(name, *more)
     )
     model = small_model()
     with pytest.raises(ExportError, match=r'pip install -e "\.\[onnx\]"') as raised:

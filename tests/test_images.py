@@ -2,11 +2,12 @@
 
 import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from crosskd_hf.utils.images import LARGEST_FILE, ImageError, inspect_image, load_rgb, load_tensor, to_rgb
@@ -19,10 +20,15 @@ def picture(mode="RGB"):
     return Image.fromarray(pixels).convert(mode)
 
 
-def turned():
+def turned(orientation=6):
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
     return exif
+
+
+# How some photo editors turn an image: Pillow knows it, `torchvision.io` does not.
+XMP_TURNED = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>"""
 
 
 @pytest.mark.parametrize(
@@ -34,7 +40,8 @@ def turned():
         ("comment.jpg", "RGB", {"comment": b"x" * 300}),
         ("grey.jpg", "L", {}),
         ("cmyk.jpg", "CMYK", {}),
-        ("turned.jpg", "RGB", {"exif": turned()}),
+        *((f"exif{orientation}.jpg", "RGB", {"exif": turned(orientation)}) for orientation in range(1, 9)),
+        ("xmp6.jpg", "RGB", {"xmp": XMP_TURNED}),
         ("plain.png", "RGB", {}),
         ("palette.png", "P", {}),
         ("alpha.png", "RGBA", {}),
@@ -44,9 +51,27 @@ def test_tensors_hold_the_pixels_that_pillow_reads(tmp_path, name, mode, options
     file = tmp_path / name
     picture(mode).save(file, **options)
     expected = pil_to_tensor(load_rgb(file))
-    assert expected.shape == ((3, 53, 37) if name == "turned.jpg" else (3, 37, 53))
+    assert expected.shape == ((3, 53, 37) if name[-5] in "5678" else (3, 37, 53))
     for source in (file, str(file), file.read_bytes()):
         assert torch.equal(load_tensor(source), expected)
+    assert inspect_image(file) == expected.shape[:0:-1]
+
+
+@pytest.mark.skipif("CROSSKD_DATA" not in os.environ, reason="needs real photographs")
+def test_tensors_of_photographs_hold_the_pixels_that_pillow_reads():
+    files = sorted(Path(os.environ["CROSSKD_DATA"]).rglob("*.jpg"))
+    files = files[:: max(1, len(files) // 40)]
+    if len(files) < 20:
+        pytest.skip("fewer than 20 photographs")
+    for file in files:
+        with Image.open(file) as image:
+            expected = pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+        assert torch.equal(load_tensor(file), expected), file
+
+
+def test_a_wrong_extension_does_no_harm(tmp_path):
+    picture().save(tmp_path / "photo.jpg", format="PNG")
+    assert torch.equal(load_tensor(tmp_path / "photo.jpg"), pil_to_tensor(picture()))
 
 
 @pytest.mark.parametrize("keep", [0, 1, 30, -40, -2])

@@ -1,4 +1,4 @@
-"""Box formats, and whether the boxes of a data set are in the one that is claimed."""
+"""Box formats, and whether the boxes of a data set are in the declared one."""
 
 import itertools
 from typing import Any
@@ -52,7 +52,7 @@ def check_format(boxes: np.ndarray, sizes: np.ndarray, box_format: str, unit: st
     Args:
         boxes: (G, 4) finite numbers as they were given.
         sizes: (G, 2) width and height of each box's image, in pixels.
-        box_format, unit: what they are said to be.
+        box_format, unit: what the user declared.
         source: what the message calls the data.
     """
     if not len(boxes):
@@ -60,15 +60,15 @@ def check_format(boxes: np.ndarray, sizes: np.ndarray, box_format: str, unit: st
     wrong = {
         (f, u): int(misfits(to_xywh(boxes, sizes, f, u), sizes).sum()) for f, u in itertools.product(FORMATS, UNITS)
     }
-    claimed = wrong[box_format, unit]
+    misfitting = wrong[box_format, unit]
     best = min(wrong, key=lambda candidate: wrong[candidate])
-    many = claimed >= 2 and claimed > SUSPICIOUS_SHARE * len(boxes) and wrong[best] <= claimed / 2
+    many = misfitting >= 2 and misfitting > SUSPICIOUS_SHARE * len(boxes) and wrong[best] <= misfitting / 2
     # Small boxes in a wrong format seldom leave their images: then nearly all of those that do must fit in another.
-    telling = claimed >= 10 and wrong[best] <= claimed / 20
+    telling = misfitting >= 10 and wrong[best] <= misfitting / 20
     if not (many or telling):
         return
     raise DataError(
-        f"{source}: {claimed} of {len(boxes)} boxes don't fit into their images as {box_format} ({unit}); as "
+        f"{source}: {misfitting} of {len(boxes)} boxes don't fit into their images as {box_format} ({unit}); as "
         f"{best[0]} ({best[1]}) {wrong[best]} don't. The first is {np.asarray(boxes[0]).tolist()} in an image of "
         f"{int(sizes[0, 0])} x {int(sizes[0, 1])}. Layout coco has [x, y, width, height] in pixels; for layout "
         f"datasets set data.box_format={best[0]} data.box_unit={best[1]}."
@@ -95,7 +95,7 @@ def note_box(box_xywh: list[float], width: int, height: int, where: str, problem
         box_xywh: four finite numbers, pixels.
         width, height: of its image.
         where: names the record.
-        problems: takes what is found.
+        problems: takes what is wrong.
 
     Returns:
         False if the box can't be used.

@@ -33,7 +33,7 @@ class CheckedBuilder(datasets.GeneratorBasedBuilder):
 
 
 def open_cache(make: Callable[[], Builder], cache_dir: str | os.PathLike[str] | None) -> Builder:
-    """A builder whose cache is complete: from earlier, or made now. A damaged cache is moved aside and built again.
+    """A builder whose cache is complete: from earlier, or made now. A damaged cache is removed and built again.
 
     Processes may call this at once: all find the same damage, and the first of them repairs it.
 
@@ -58,8 +58,7 @@ def open_cache(make: Callable[[], Builder], cache_dir: str | os.PathLike[str] | 
             folder = _cache_of(error)
             if folder is None:
                 raise
-            # Not damaged, another process has mended it since, or the same error comes again.
-            return prepare() if _damage(folder) is None else _build_again(folder, prepare)
+            return _build_again(folder, prepare)
         builder.download_and_prepare()
         folder = Path(builder.cache_dir)
         return builder if _damage(folder) is None else _build_again(folder, prepare)
@@ -75,26 +74,12 @@ def _cache_of(error: BaseException) -> Path | None:
 
 
 def _build_again(folder: Path, prepare: Callable[[], Builder]) -> Builder:
-    """Build a damaged cache again. It is kept until that has succeeded, and put back if it fails."""
-    aside = folder.with_name(f".{folder.name}.damaged")  # hidden: `datasets` looks for caches in all other folders
-    lock = f"{folder}_builder.lock"  # the one that `datasets` holds while it builds this cache
-    with FileLock(lock):
-        damage = _damage(folder) if folder.is_dir() else None  # another process may have been faster
-        if damage is not None:
+    """Build a cache again; it is removed first, unless another process has done so."""
+    with FileLock(f"{folder}_builder.lock"):  # the one that `datasets` holds while it builds this cache
+        if folder.is_dir() and (damage := _damage(folder)):
             logger.warning("the data cache %s is damaged (%s): it is built again", folder, damage)
-            if aside.exists():  # of a process that was killed
-                shutil.rmtree(aside)
-            folder.rename(aside)
-    try:
-        builder = prepare()
-    except BaseException:
-        with FileLock(lock):
-            if damage is not None and not folder.exists():
-                aside.rename(folder)
-        raise
-    if damage is not None:
-        shutil.rmtree(aside)
-    return builder
+            shutil.rmtree(folder)
+    return prepare()
 
 
 def _damage(folder: Path) -> str | None:
@@ -109,8 +94,8 @@ def _damage(folder: Path) -> str | None:
         info = datasets.DatasetInfo.from_directory(str(folder))
         checksums = info.download_checksums or {}
         rows = 0
-        own = [name for split in info.splits.values() for name in _files(folder, info.dataset_name, split)]
-        for file in map(Path, own):
+        written = [name for split in info.splits.values() for name in _files(folder, info.dataset_name, split)]
+        for file in map(Path, written):
             with pa.memory_map(str(file)) as source:
                 rows += sum(batch.num_rows for batch in pa.ipc.open_stream(source))
             if file.name in checksums and sha256(file) != checksums[file.name]["checksum"]:

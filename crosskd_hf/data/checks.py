@@ -37,7 +37,7 @@ class ObjectRecord:
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image: `width` and `height` are the source's claim, None if it makes none."""
+    """One image: `width` and `height` are what the source says, None if it doesn't."""
 
     id: int
     file_name: str
@@ -83,19 +83,19 @@ def _sized(
     records: list[ImageRecord], sources: Iterable[ImageSource], problems: Problems
 ) -> Iterator[tuple[int, ImageRecord]]:
     """The records whose image can be read and is of the size that the source claims, with that size."""
-    for position, (record, found) in enumerate(zip(records, _inspect(sources, len(records)), strict=True)):
+    for position, (record, size) in enumerate(zip(records, _inspect(sources, len(records)), strict=True)):
         name = f"{record.file_name} (image id {record.id})"
-        if isinstance(found, str):
-            problems.add(Kind.IMAGE, f"{name} {found}")
-        elif None not in (record.width, record.height) and found != (record.width, record.height):
-            turned = found == (record.height, record.width)
+        if isinstance(size, str):
+            problems.add(Kind.IMAGE, f"{name} {size}")
+        elif None not in (record.width, record.height) and size != (record.width, record.height):
+            turned = size == (record.height, record.width)
             hint = ", a quarter turn: boxes belong to the image as people see it (EXIF orientation)" if turned else ""
             problems.add(
                 Kind.IMAGE_SIZE,
-                f"{name} is {found[0]} x {found[1]} pixels, annotated as {record.width} x {record.height}{hint}",
+                f"{name} is {size[0]} x {size[1]} pixels, annotated as {record.width} x {record.height}{hint}",
             )
         else:
-            yield position, replace(record, width=found[0], height=found[1])
+            yield position, replace(record, width=size[0], height=size[1])
 
 
 def _inspect(sources: Iterable[ImageSource], total: int) -> Iterator[tuple[int, int] | str]:
@@ -144,10 +144,11 @@ def _check_objects(record: ImageRecord, box_format: str, unit: str, problems: Pr
         xywh = to_xywh([obj.bbox], size, box_format, unit)[0].tolist()
         if note_box(xywh, record.width or 0, record.height or 0, name, problems):
             # An area in parts of the image isn't told apart from pixels: the box's stands.
-            own = area is not None and unit == "pixel"
-            if own and area <= 0 < xywh[2] * xywh[3]:
+            if area is None or unit != "pixel":
+                area = xywh[2] * xywh[3]
+            elif area <= 0 < xywh[2] * xywh[3]:
                 problems.add(Kind.AREA, name)
-            area = float(area if own else xywh[2] * xywh[3])
+            area = float(area)
             objects.append(replace(obj, bbox=xywh, area=area, iscrowd=bool(obj.iscrowd)))
     return replace(record, objects=objects)
 

@@ -98,21 +98,9 @@ def load_coco(
     """
     split, part = split_and_part(split)
     root = Path(path).expanduser().resolve()
-    annotation_file = root / annotations.format(split=split)
-    image_dir = root / images.format(split=split)
-    hint = (
-        "data.path should be the folder that holds annotations/ and the image folders; Parquet files, save_to_disk "
-        "and folders with metadata.jsonl are data.layout=datasets"
-    )
-    if not root.is_dir():
-        raise FileNotFoundError(f"data set folder {root} does not exist; {hint}")
-    if not annotation_file.is_file():
-        there = _splits_there(root, annotations)
-        hint = no_such_split(root, split, there) if there else hint
-        raise FileNotFoundError(f"annotation file {annotation_file} does not exist; {hint}")
-    if not image_dir.is_dir():
-        raise FileNotFoundError(f"image folder {image_dir} does not exist; {hint}")
-
+    annotation_file, image_dir = root / annotations.format(split=split), root / images.format(split=split)
+    if not (root.is_dir() and annotation_file.is_file() and image_dir.is_dir()):
+        raise FileNotFoundError(_what_is_missing(root, annotation_file, image_dir, split, annotations))
     fingerprint = sha256(annotation_file)
     if on_error == "skip":  # images that were left out may be put right later
         fingerprint += f"-{files_hash(image_dir)}"
@@ -133,13 +121,27 @@ def load_coco(
     return DetectionSplit(dataset, names, category_ids, problems, split, str(root)).part(part)
 
 
+def _what_is_missing(root: Path, annotation_file: Path, image_dir: Path, split: str, annotations: str) -> str:
+    hint = (
+        "data.path should be the folder that holds annotations/ and the image folders; Parquet files, save_to_disk "
+        "and folders with metadata.jsonl are data.layout=datasets"
+    )
+    if not root.is_dir():
+        return f"data set folder {root} does not exist; {hint}"
+    if not annotation_file.is_file():
+        splits = _splits_there(root, annotations)
+        hint = no_such_split(root, split, splits) if splits else hint
+        return f"annotation file {annotation_file} does not exist; {hint}"
+    return f"image folder {image_dir} does not exist; {hint}"
+
+
 def _splits_there(root: Path, annotations: str) -> list[str]:
     """The names that have an annotation file."""
     before, *after = str(root / annotations).split("{split}")
     if len(after) != 1:
         return []
-    found = glob.glob(f"{glob.escape(before)}*{glob.escape(after[0])}")
-    return sorted(name.removeprefix(before).removesuffix(after[0]) for name in found)
+    files = glob.glob(f"{glob.escape(before)}*{glob.escape(after[0])}")
+    return sorted(name.removeprefix(before).removesuffix(after[0]) for name in files)
 
 
 def files_hash(folder: Path) -> str:
@@ -164,11 +166,14 @@ def read_annotations(path: Path, problems: Problems) -> tuple[list[ImageRecord],
         the images in the file's order, and the category names by increasing id.
 
     Raises:
-        DataError: no JSON, a missing list or key, no image or category, a duplicate image or category id.
+        DataError: no JSON, a missing list or key, a key twice in an object, no image or category, a duplicate image or
+            category id.
     """
     try:
         with path.open("rb") as file:
             content = json.load(file, object_pairs_hook=_without_segmentation)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not a JSON file: {error}") from error
     missing = [
@@ -178,9 +183,6 @@ def read_annotations(path: Path, problems: Problems) -> tuple[list[ImageRecord],
     ]
     if missing:
         raise DataError(f"{path} has no list {', '.join(missing)}: it is not a COCO instances file")
-    for record in (content, *content["categories"], *content["images"], *content["annotations"]):
-        if isinstance(record, _Repeated):
-            raise DataError(f"{path}: {record.fault}") from record.fault
     categories = _check_categories(content["categories"], path)
     images, listed = _check_images(content["images"], path, problems)
     labels = {category_id: label for label, category_id in enumerate(categories)}
@@ -197,41 +199,23 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) != len(pairs):
         key = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise DataError(f"an object has the key {_shown(key)} twice; join the two values, or remove one")
+        raise DataError(f"an object has the key {ascii(key)[:200]} twice; join the two values, or remove one")
     return record
 
 
-class _Repeated(dict):
-    """A JSON object with a key that is there twice. Only where it is read does that matter, not in `info`."""
-
-    fault: DataError
-
-
 def _without_segmentation(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    try:
-        record = unique_keys(pairs)
-    except DataError as error:
-        record = _Repeated(pairs)
-        record.fault = error
-    # The polygons are most of COCO's 450 MB, and no detector here reads them.
-    record.pop("segmentation", None)
+    record = unique_keys(pairs)
+    record.pop("segmentation", None)  # the polygons are most of COCO's 450 MB, and no detector here reads them
     return record
 
 
 def _integer(record: Any, key: str, where: str) -> int:
     value = record.get(key) if isinstance(record, dict) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
-        raise DataError(f"{where}: {key} must be an integer, got {_shown(value)}")
+        raise DataError(f"{where}: {key} must be an integer, got {ascii(value)[:200]}")
     if abs(value) > LARGEST_INTEGER:
-        raise DataError(f"{where}: {key} must have at most 64 bits, got {_shown(value)}")
+        raise DataError(f"{where}: {key} must have at most 64 bits, got {ascii(value)[:200]}")
     return int(value)
-
-
-def _shown(value: Any) -> str:
-    """A value for a message. Python refuses to print integers of more than some thousand digits."""
-    if isinstance(value, int) and value.bit_length() > 200:
-        return f"an integer of {value.bit_length()} bits"
-    return ascii(value)[:200]
 
 
 def is_text(value: Any) -> bool:
@@ -271,7 +255,7 @@ def _check_images(records: list[Any], path: Path, problems: Problems) -> tuple[l
         file_name = record.get("file_name")
         if not is_text(file_name) or not file_name:
             raise DataError(
-                f"{where}: file_name must be the image's path in the image folder, got {_shown(file_name)}"
+                f"{where}: file_name must be the image's path in the image folder, got {ascii(file_name)[:200]}"
             )
         if leaves_folder(file_name):
             problems.add(Kind.FILE_NAME, f"{file_name} (image id {image_id})")

@@ -75,7 +75,7 @@ def find_shared(train: Sequence[Entry], evaluated: Sequence[Entry]) -> Problems:
 
 
 def _pairs(one: Sequence[Entry], other: Sequence[Entry]) -> Iterator[tuple[Entry, Entry]]:
-    """(First entry of `one` with an image, each different entry of `other` with the same)."""
+    """(First entry of `one` with an image, each other entry of `other` with the same image)."""
     first: dict[str, Entry] = {}
     for entry in one:
         first.setdefault(entry.digest, entry)

@@ -84,11 +84,11 @@ def take_part(dataset: datasets.Dataset, part: str) -> datasets.Dataset:
     if not part:
         return dataset
     try:
-        (found,) = datasets.ReadInstruction.from_spec(f"rows{part}").to_absolute({"rows": len(dataset)})
+        (part_rows,) = datasets.ReadInstruction.from_spec(f"rows{part}").to_absolute({"rows": len(dataset)})
     except (ValueError, AssertionError) as error:
         text = f"{part} is no slice of {len(dataset)} images ({error}); write it as [:80%] or [100:200]"
         raise DataError(text) from error
-    rows = range(found.from_, found.to)
+    rows = range(part_rows.from_, part_rows.to)
     if not rows:
         raise DataError(f"the slice {part} of {len(dataset)} images is empty: it has no image")
     return dataset.select(rows)

@@ -38,14 +38,14 @@ def detect_images(
     groups: dict[torch.Size, list[int]] = defaultdict(list)
     for index, image in enumerate(inputs):
         groups[image["pixel_values"].shape].append(index)
-    found: dict[int, dict[str, Tensor]] = {}
+    detections: dict[int, dict[str, Tensor]] = {}
     for indices in groups.values():
         batch = {
             name: torch.cat([inputs[index][name] for index in indices]).to(model.device)
             for name in ("pixel_values", "pixel_mask")
         }
         sizes = [target_sizes[index] for index in indices]
-        detections = processor.post_process_object_detection(model(**batch), threshold, sizes)
-        for index, detected in zip(indices, detections, strict=True):
-            found[index] = {name: value.cpu() for name, value in detected.items()}
-    return [found[index] for index in range(len(inputs))]
+        detected = processor.post_process_object_detection(model(**batch), threshold, sizes)
+        for index, one in zip(indices, detected, strict=True):
+            detections[index] = {name: value.cpu() for name, value in one.items()}
+    return [detections[index] for index in range(len(inputs))]

@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -47,11 +48,11 @@ def find_images(sources: Sequence[str], recursive: bool = False) -> list[Path]:
     Raises:
         PredictionError: a source that matches no image, or a folder that can't be listed.
     """
-    found: dict[str, Path] = {}
+    images: dict[str, Path] = {}
     for source in sources:
         for path in _matches(source, recursive):
-            found.setdefault(os.path.abspath(path), path)
-    return sorted(found.values())
+            images.setdefault(os.path.abspath(path), path)
+    return sorted(images.values())
 
 
 def number_images(names: Sequence[str]) -> list[ImageEntry]:
@@ -94,7 +95,8 @@ def read_annotated(path: str | os.PathLike[str]) -> Annotated:
         ("file_name", [image.file_name for image in images]),
         ("category", [name for name, _ in categories]),
     ):
-        if twice := _first_repeated(names):
+        if len(set(names)) < len(names):
+            twice = Counter(names).most_common(1)[0][0]
             raise PredictionError(f"{path} lists the {what} {twice!r} twice, so that its id is open.")
     return Annotated({image.file_name: image for image in images}, dict(categories))
 
@@ -200,15 +202,6 @@ def picture_names(names: Sequence[str]) -> list[str]:
         taken.add(picture)
         pictures.append(picture)
     return pictures
-
-
-def _first_repeated(names: Sequence[str]) -> str | None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
 
 
 def words(error: Exception) -> str:

@@ -57,9 +57,9 @@ class DenseDetectionPipeline(ObjectDetectionPipeline):
 
     def postprocess(self, model_outputs: dict[str, Any], threshold: float = 0.5) -> list[dict[str, Any]]:
         """The detections of one image with a score above `threshold`."""
-        found = model_outputs["detections"]
-        found = found[0] if isinstance(found, list) else found
-        rows = zip(found["scores"].tolist(), found["labels"].tolist(), found["boxes"], strict=True)
+        detected = model_outputs["detections"]
+        detected = detected[0] if isinstance(detected, list) else detected
+        rows = zip(detected["scores"].tolist(), detected["labels"].tolist(), detected["boxes"], strict=True)
         return [
             {"score": score, "label": self.model.config.id2label[label], "box": self._get_bounding_box(box)}
             for score, label, box in rows

@@ -51,7 +51,7 @@ def predict(
         paths: image files.
         threshold: detections with a score up to this are left out.
         batch_size: images a batch.
-        workers: threads that read and prepare images; 0 reads them in between.
+        workers: threads that read and prepare images; with 0 none is read before it is needed.
         on_error: called with the path and the error of an image that can't be read, which is then left out. Without
             it, the first such image ends the predictions.
 
@@ -90,7 +90,7 @@ def _predict(
 
     model.eval()
     batch: list[_Sample] = []
-    samples = _read_ahead(map(Path, paths), read, workers, max(batch_size, workers))
+    samples = _read_ahead(map(Path, paths), read, workers, max(batch_size, workers) if workers else 0)
     with contextlib.closing(samples):  # its threads end when the caller stops asking
         for path, sample in samples:
             if isinstance(sample, _Sample):
@@ -110,12 +110,8 @@ def _read_ahead(
     paths: Iterator[Path], read: Callable[[Path], _Sample | ImageError], workers: int, ahead: int
 ) -> Iterator[tuple[Path, _Sample | ImageError]]:
     """What `read` gives for each path, in their order; up to `ahead` are read before they are asked for."""
-    if workers == 0:
-        for path in paths:
-            yield path, read(path)
-        return
     pending: deque[tuple[Path, Future[_Sample | ImageError]]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="crosskd-read")
+    pool = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="crosskd-read")
     try:
         for path in paths:
             pending.append((path, pool.submit(read, path)))
@@ -139,10 +135,10 @@ def _detect(
     images = ", ".join(f"{height} x {width}" for height, width in shapes[:5])
     advice = "lower --batch-size (batch_size)" if len(batch) > 1 else "lower the size in preprocessor_config.json"
     with out_of_memory_explained(lambda: f"a batch of {len(batch)} images of {images} pixels: {advice}"):
-        found = detect_images(model, processor, inputs, sizes, threshold)
+        detections = detect_images(model, processor, inputs, sizes, threshold)
     return [
         Prediction(sample.path, sample.image, detected["scores"], detected["labels"], detected["boxes"])
-        for sample, detected in zip(batch, found, strict=True)
+        for sample, detected in zip(batch, detections, strict=True)
     ]
 
 

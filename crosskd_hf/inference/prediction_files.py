@@ -2,23 +2,25 @@
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..utils.files import folder_problem
+from ..utils.files import folder_problem, replacing
 from ..utils.images import ImageError
 from ..utils.progress import say
 from ..utils.visualization import draw_boxes, label_color
 from .image_files import PICTURE_FORMATS, ImageEntry, PredictionError, words
+
+RESULTS_FILE = "predictions.json"
+PICTURES_FOLDER = "pictures"
+PICTURES_MARKER = ".crosskd_predict"  # beside the pictures of a call that was interrupted, which left no results
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,6 @@ class Prediction:
     scores: Tensor
     labels: Tensor
     boxes: Tensor
-
-
-RESULTS_FILE = "predictions.json"
-
-
-PICTURES_FOLDER = "pictures"
-PICTURES_MARKER = ".crosskd_predict"  # beside the pictures of a call that was interrupted, which left no results
 
 
 def coco_results(
@@ -75,14 +70,8 @@ def coco_results(
 
 def _save(picture: Image.Image, path: Path) -> None:
     """Write a picture; a file is there complete or not at all."""
-    temporary = _temporary(path)
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            picture.save(temporary, format=PICTURE_FORMATS[path.suffix.lower()])
-            os.replace(temporary, path)  # also takes the place of a link, instead of writing to what it points to
-        finally:
-            temporary.unlink(missing_ok=True)  # there only if one of these failed
+    with _writing(path), replacing(path, flush=False) as temporary:
+        picture.save(temporary, format=PICTURE_FORMATS[path.suffix.lower()])
 
 
 class ResultsFile:
@@ -90,13 +79,13 @@ class ResultsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._temporary = _temporary(path)
         self._separator = "[\n"
 
     def __enter__(self) -> "ResultsFile":
-        with _writing(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._temporary.open("w", encoding="utf-8")
+        with _writing(self._path), contextlib.ExitStack() as stack:
+            temporary = stack.enter_context(replacing(self._path))
+            self._file = stack.enter_context(temporary.open("w", encoding="utf-8"))
+            self._stack = stack.pop_all()
         return self
 
     def add(self, items: Sequence[Mapping[str, Any]]) -> None:
@@ -106,21 +95,13 @@ class ResultsFile:
                 self._file.write(self._separator + json.dumps(item))
                 self._separator = ",\n"
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is None:
-                with _writing(self._path):
-                    self._file.write("[]\n" if self._separator == "[\n" else "\n]\n")
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
-                    self._file.close()
-                    os.replace(self._temporary, self._path)
-        finally:
+    def __exit__(self, *raised: Any) -> None:
+        if raised[0] is not None:
             with contextlib.suppress(OSError):  # a full disk fails again here
-                self._file.close()
-            self._temporary.unlink(missing_ok=True)
+                self._stack.__exit__(*raised)
+            return
+        with _writing(self._path), self._stack:
+            self._file.write("[]\n" if self._separator == "[\n" else "\n]\n")
 
 
 @dataclass(frozen=True)
@@ -148,12 +129,10 @@ class PredictionWriter:
         self.results.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.results.__exit__(kind, error, trace)
-        if error is None and self.pictures:
-            (self.pictures / PICTURES_MARKER).unlink(missing_ok=True)  # the results say it from now on
+    def __exit__(self, *raised: Any) -> None:
+        self.results.__exit__(*raised)
+        if raised[0] is None and self.pictures:
+            (self.pictures / PICTURES_MARKER).unlink(missing_ok=True)  # from now on the results show it
 
     def write(self, prediction: Prediction) -> int:
         """Write the results and the picture of an image: the number of results.
@@ -186,10 +165,6 @@ class PredictionWriter:
             prediction.scores[keep].tolist(),
             [label_color(label) for label in labels],
         )
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 @contextlib.contextmanager
@@ -233,13 +208,13 @@ def check_output(output: Path, pictures: Path | None, paths: Sequence[Path], nam
                 f"the image {path} lies where pictures are written, and could be overwritten: name another folder "
                 "with --output-dir, or use --no-pictures."
             )
-    found = {p.relative_to(pictures).as_posix() for p in pictures.rglob("*") if p.is_file() and not p.is_symlink()}
-    found.discard(PICTURES_MARKER)
-    mine = earlier or (pictures / PICTURES_MARKER).exists()
-    if not mine and (lost := sorted(found.intersection(names))):
+    there = {p.relative_to(pictures).as_posix() for p in pictures.rglob("*") if p.is_file() and not p.is_symlink()}
+    there.discard(PICTURES_MARKER)
+    of_earlier_call = earlier or (pictures / PICTURES_MARKER).exists()
+    if not of_earlier_call and (lost := sorted(there.intersection(names))):
         raise PredictionError(
             f"{pictures} isn't of an earlier call, and holds pictures that would be written over, such as {lost[0]}: "
             "name another folder with --output-dir, or use --no-pictures."
         )
-    if other := sorted(found.difference(names)):
+    if other := sorted(there.difference(names)):
         say(f"{pictures} holds {len(other)} other pictures, such as {other[0]}: they stay beside the new ones")

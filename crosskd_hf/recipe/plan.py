@@ -7,7 +7,8 @@ import torch
 
 from ..training.arguments import LIMITS
 from ..training.checkpoints import check_disk_space, checkpoint_bytes, checkpoints_at_once
-from ..training.trainer import DetectionTrainer, DistillationTrainer
+from ..training.distillation_trainer import DistillationTrainer
+from ..training.trainer import DetectionTrainer
 from ..weights.loading import count_parameters
 from .reading import RecipeError
 from .sections import Recipe

@@ -9,8 +9,9 @@ from transformers import TrainerCallback
 
 from ..hub.upload import RECIPE_FILE
 from ..training.checkpoints import claimed, full_disk_explained, last_complete_checkpoint
+from ..training.distillation_trainer import DistillationTrainer
 from ..training.evaluation import format_metrics
-from ..training.trainer import DetectionTrainer, DistillationTrainer
+from ..training.trainer import DetectionTrainer
 from ..utils.distributed import check_shared
 from ..utils.escaping import printable_lines
 from ..utils.memory import out_of_memory_explained

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..data.columns import images_without_row
 from ..data.duplicates import Entry, find_duplicates, find_shared, read_entries
 from ..data.errors import DataError, Kind, Problems
+from ..data.image_folder import images_without_row
 from ..data.load import alike, check_same_classes, load_split
 from ..data.settings import DataSection
 from ..data.split import DetectionSplit, keep_for_training

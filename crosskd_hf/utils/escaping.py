@@ -46,7 +46,7 @@ def markdown_code(text: object) -> str:
 
 def markdown_block(text: str, language: str) -> str:
     """Lines as a block of code, between fences that they don't hold."""
-    fence = "`" * max(3, *(len(found) + 1 for found in FENCES.findall(text)), 3)
+    fence = "`" * max(3, 1 + max(map(len, FENCES.findall(text)), default=0))
     return f"{fence}{language}\n{printable_lines(text)}{fence}"
 
 

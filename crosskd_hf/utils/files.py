@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and stay; and folders that can't be written."""
+"""Files that are there complete or not at all, and stay; and folders that can't be written."""
 
 import contextlib
 import errno
@@ -71,23 +71,17 @@ def folder_problem(path: str) -> str | None:
     if not path.strip():
         return f"{path!r} names no folder: name one"
     folder = Path(path).expanduser()
-    for place in (folder, *folder.parents):
-        if place.is_symlink() and not place.exists():
-            return f"{place} is a link to {os.readlink(place)}, which isn't there: name another folder"
-        if place.exists():
-            if not place.is_dir():
-                return f"{place} is a file: name a folder"
-            return None if place == folder else _making_problem(folder, place)
+    place = next(place for place in (folder, *folder.parents) if place.exists() or place.is_symlink())
+    if not place.exists():
+        return f"{place} is a link to {os.readlink(place)}, which isn't there: name another folder"
+    if not place.is_dir():
+        return f"{place} is a file: name a folder"
+    if place != folder:
+        try:
+            tempfile.TemporaryDirectory(dir=place).cleanup()  # tried out: permissions don't tell it, such as of /proc
+        except OSError as error:
+            return f"{folder} can't be made in {place} ({error.strerror}): name another folder"
     return None
-
-
-def _making_problem(folder: Path, parent: Path) -> str | None:
-    try:
-        # Tried out: permissions don't tell it, such as of /proc. Under a name that no other process has.
-        with tempfile.TemporaryDirectory(dir=parent):
-            return None
-    except OSError as error:
-        return f"{folder} can't be made in {parent} ({error.strerror}): name another folder"
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -110,25 +104,41 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+@contextlib.contextmanager
+def replacing(path: Path, flush: bool = True) -> Iterator[Path]:
+    """A place to write a file or a folder to, which becomes `path` when the block ends without an error.
+
+    Until then `path` is what it was. If this process is killed, a hidden folder `.writing-...` may stay beside it.
+
+    Args:
+        path: an earlier file, or link to one, is replaced; an earlier folder is an error. The folder above it is made.
+        flush: wait until the content would outlast a power cut.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A folder, so that the name is the same: some writers go by it.
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent, ignore_cleanup_errors=True) as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        if flush:
+            for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
+                flush_to_disk(file)
+        os.replace(temporary, path)
+    if flush and os.name == "posix":  # elsewhere folders can't be opened
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file that appears complete or not at all; an earlier one stays until then.
 
     Raises:
         OSError: it can't be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:  # a disk that is full shouldn't keep half of it
-        temporary.unlink(missing_ok=True)
-        raise
-    os.replace(temporary, path)
-    if os.name == "posix":  # elsewhere folders can't be opened
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")

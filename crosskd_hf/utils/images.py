@@ -1,20 +1,16 @@
 """Image files -> 8-bit RGB as people see them; and what is wrong with a file, found before training."""
 
 import contextlib
-import functools
 import io
 import os
 import stat
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 try:
@@ -22,20 +18,13 @@ try:
 except ImportError:  # deprecated since torchvision 0.29: Pillow reads everything then
     decode_jpeg = None
 
-# What Pillow raises for a file that is no image, is cut off, or unpacks to more pixels than it thinks safe.
-# Its plugins let most of these through from damaged headers.
-READ_ERRORS = (
-    *(OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError),
-    *(struct.error, zlib.error, Image.DecompressionBombError, MemoryError, AssertionError, RuntimeError),
-)
 ImageSource = str | os.PathLike[str] | bytes
 # Kinds of raster images. Of the others that Pillow knows, some are read by programs that it starts (EPS).
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 # What is looked for in folders and by patterns. A file that is named itself may have any name.
 IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LARGEST_FILE = 1 << 30  # bytes; twice what the largest image that Pillow thinks safe takes unpacked
-JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
-JPEG_SCAN = 0xDA  # marker of the segment before compressed pixels
+JPEG_END = b"\xff\xd9"
 # TIFF's tags, see https://www.itu.int/itudoc/itu-t/com16/tiff-fx/docs/tiff6.pdf
 BITS_PER_SAMPLE, PHOTOMETRIC, S_MIN_SAMPLE_VALUE, S_MAX_SAMPLE_VALUE = 258, 262, 340, 341
 WHITE_IS_ZERO = 0
@@ -67,69 +56,34 @@ def load_tensor(source: ImageSource) -> torch.Tensor:
     Raises:
         ImageError: see `load_rgb`.
     """
-    _check_file(source)
-    pixels = _decode_plain_jpeg(source)
-    return pil_to_tensor(load_rgb(source)) if pixels is None else pixels
+    with _reading(source) as image:
+        # Of most photographs torchvision makes the same pixels with the same library in three quarters of the time, as
+        # Pillow copies them. What has to be turned is Pillow's: torchvision misses an orientation that XMP gives.
+        if decode_jpeg is not None and (image.format, image.mode, _orientation(image)) == ("JPEG", "RGB", 1):
+            image.fp.seek(0)
+            content = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
+            with contextlib.suppress(RuntimeError):  # stricter than Pillow since 0.29, or built without libjpeg
+                return decode_jpeg(content, ImageReadMode.RGB)
+        return pil_to_tensor(upright(to_rgb(image)))
 
 
-def _decode_plain_jpeg(source: ImageSource) -> torch.Tensor | None:
-    """A plain JPEG, decoded without Pillow's copies of its pixels; None for everything else, and whatever is wrong.
-
-    Both decode with libjpeg-turbo. It fills up files that are cut off, which Pillow refuses: those are left to it.
-    """
-    if decode_jpeg is None:
-        return None
-    try:
-        # Not bytes, of which `torch.frombuffer` warns that they can't be written to.
-        content = bytearray(source) if isinstance(source, bytes) else np.fromfile(source, np.uint8)
-        view = memoryview(content)
-        if view[-2:] == JPEG_END and _is_plain_jpeg(view):
-            return decode_jpeg(torch.frombuffer(content, dtype=torch.uint8), ImageReadMode.RGB)
-    # The last two: a name that no file can have; built without libjpeg.
-    except (OSError, LookupError, struct.error, RuntimeError, ValueError, AttributeError):
-        pass
-    return None
-
-
-def _is_plain_jpeg(content: memoryview) -> bool:
-    """Whether it is a JPEG of three components that nothing may turn, of a size that Pillow does not warn of."""
-    for marker, position in _jpeg_segments(content):
-        if marker in (0xC0, 0xC1, 0xC2):  # the frame: baseline, extended or progressive
-            bits, height, width, components = struct.unpack_from(">BHHB", content, position + 4)
-            return (bits, components) == (8, 3) and height * width <= (Image.MAX_IMAGE_PIXELS or 0)
-        if marker == 0xE1:  # EXIF or XMP
-            return False
-    return False
-
-
-def _jpeg_segments(content: memoryview | bytes) -> Iterator[tuple[int, int]]:
-    """Marker and position of each segment up to the first scan. Raises IndexError or struct.error where it is cut."""
-    position = 2 if content[:2] == JPEG_START else len(content)
-    marker = None
-    while marker != JPEG_SCAN and content[position] == 0xFF:
-        if content[position + 1] == 0xFF:  # fills up
-            position += 1
-            continue
-        marker, length = struct.unpack_from(">xBH", content, position)
-        yield marker, position
-        position += 2 + length
-
-
-def _check_jpeg_end(file: IO[bytes]) -> None:
+def _check_jpeg_end(image: Image.Image) -> None:
     """Raise OSError for a JPEG whose pixels have no end. Zeros are valid pixels: no decoder complains of a file whose
     rest is filled up with them, as an interrupted download or a damaged disk leaves it. Bytes behind the end are fine.
     """
-    position = file.tell()
-    file.seek(-len(JPEG_END), os.SEEK_END)
-    complete = file.read() == JPEG_END
-    file.seek(0)
-    content = JPEG_END if complete else file.read()
-    file.seek(position)
-    if complete:
-        return
-    start = next((position for marker, position in _jpeg_segments(content) if marker == JPEG_SCAN), 0)
-    if content.find(JPEG_END, start) < 0:  # not before: a preview in the EXIF data has an end of its own
-        raise OSError("the JPEG has no end: it is cut off, or its rest was filled up with zeros")
+    image.fp.seek(-len(JPEG_END), os.SEEK_END)
+    if image.fp.read() != JPEG_END:
+        image.fp.seek(0)
+        content = image.fp.read()
+        # Pillow has read its headers, up to the pixels: a preview in the EXIF data has an end of its own.
+        pixels = JpegImagePlugin.JpegImageFile(io.BytesIO(content)).fp.tell()
+        if content.find(JPEG_END, pixels) < 0:
+            raise OSError("the JPEG has no end: it is cut off, or its rest was filled up with zeros")
+
+
+def _orientation(image: Image.Image) -> int:
+    """1..8 as EXIF numbers them, from EXIF or XMP; 1 is upright, from 5 on the sides are swapped."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -180,17 +134,17 @@ def _scaled(image: Image.Image) -> Image.Image:
     """An image of mode I, I;16 or F as 8-bit grey."""
     values = np.asarray(image)
     lowest, highest = values.min(), values.max()  # NaN, if there is any
-    found = value_range(image)
-    if found is None and image.mode == "F" and 0 <= lowest <= highest <= 1:
-        found = 0, 1  # what floating point images hold by custom
-    elif found is None and S_MAX_SAMPLE_VALUE not in _tags(image) and 0 <= lowest and 1 < highest <= 255:
-        found = 0, 255  # the values of 8 bits
+    limits = value_range(image)
+    if limits is None and image.mode == "F" and 0 <= lowest <= highest <= 1:
+        limits = 0, 1  # what floating point images hold by custom
+    elif limits is None and S_MAX_SAMPLE_VALUE not in _tags(image) and 0 <= lowest and 1 < highest <= 255:
+        limits = 0, 255  # the values of 8 bits
     kind = "floating point values" if image.mode == "F" else "integers"
-    if found is None:
+    if limits is None:
         raise ImageError(
             f"holds {kind} from {lowest:g} to {highest:g}, and doesn't tell which of them is white: {SAVE_AGAIN}"
         )
-    low, high = found
+    low, high = limits
     if not low <= lowest <= highest <= high:
         raise ImageError(f"holds {kind} from {lowest:g} to {highest:g}, but says that they are {low:g} to {high:g}")
     if high == FULL_16_BITS and S_MAX_SAMPLE_VALUE not in _tags(image) and highest > 0:
@@ -245,70 +199,50 @@ def inspect_image(source: ImageSource) -> tuple[int, int]:
         image.draft(None, (1, 1))
         to_rgb(image)
         # After loading: Pillow turns TIFFs itself, and then takes the orientation out.
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # the orientations that swap the sides
-        return (height, width) if turned else (width, height)
+        return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 
 
 @contextlib.contextmanager
 def _reading(source: ImageSource) -> Iterator[Image.Image]:
     """An image that isn't decoded yet. What goes wrong with it then is an ImageError, too."""
-    _check_file(source)
     try:
-        with _open(source) as image:
+        _check_file(source)
+        Image.init()
+        with warnings.catch_warnings():
+            # Pillow warns from 89 million pixels on, where large photographs are, and refuses from twice that on.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])  # old Pillows lack AVIF
+        with image:
             if image.format in ("JPEG", "MPO"):
-                _check_jpeg_end(image.fp)
+                _check_jpeg_end(image)
             yield image
     except ImageError:
         raise
-    except READ_ERRORS as error:
-        raise ImageError(_reason(source, error)) from error
-
-
-def _open(source: ImageSource) -> Image.Image:
-    file: ImageSource | IO[bytes] = io.BytesIO(source) if isinstance(source, bytes) else source
-    with warnings.catch_warnings():
-        # Pillow warns from 89 million pixels on, where large photographs are, and refuses from twice that on.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(file, formats=_known_formats())
-
-
-@functools.cache
-def _known_formats() -> list[str]:
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]  # some builds lack one
+    except FileNotFoundError as error:
+        raise ImageError("does not exist") from error
+    except Image.DecompressionBombError as error:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise ImageError(f"has more than {limit:,} pixels, which could be a decompression bomb") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"cannot be read (it is no image: {', '.join(FORMATS)})") from error
+    except Exception as error:  # damaged headers make Pillow's plugins raise nearly everything
+        raise ImageError(f"cannot be read ({str(error).replace(repr(source), 'it')[:200]})") from error
 
 
 def _check_file(source: ImageSource) -> None:
     """Raise ImageError for what it would be a mistake to open: reading from a pipe waits for ever."""
     if isinstance(source, bytes):
-        return
-    try:
+        size = len(source)
+    else:
         status = os.stat(source)
-    except (OSError, ValueError):  # told when it is opened
-        return
-    if not stat.S_ISREG(status.st_mode):
-        raise ImageError("is a folder" if stat.S_ISDIR(status.st_mode) else "is no ordinary file")
-    if status.st_size > LARGEST_FILE:
-        raise ImageError(f"has {status.st_size:,} bytes; no image that is read has more than {LARGEST_FILE:,}")
-
-
-def _reason(source: ImageSource, error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "does not exist"
-    if (len(source) if isinstance(source, bytes) else _file_size(Path(source))) == 0:
-        return "is an empty file"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, which could be a decompression bomb"
-    if isinstance(error, UnidentifiedImageError):
-        return f"cannot be read (it is no image: {', '.join(FORMATS)})"
-    return f"cannot be read ({str(error).replace(repr(source), 'it')[:200]})"
-
-
-def _file_size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except (OSError, ValueError):  # the latter: a name that no file can have
-        return -1
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError("is a folder" if stat.S_ISDIR(status.st_mode) else "is no ordinary file")
+    if size == 0:
+        raise ImageError("is an empty file")
+    if size > LARGEST_FILE:
+        raise ImageError(f"has {size:,} bytes; no image that is read has more than {LARGEST_FILE:,}")
 
 
 def resized_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:

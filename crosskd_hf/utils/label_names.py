@@ -29,20 +29,20 @@ def loosely(name: str) -> str:
     return re.sub(r"[\s_-]", "", unicodedata.normalize("NFKC", name)).casefold()
 
 
-def near_matches(mine: Sequence[str], theirs: Sequence[str]) -> list[tuple[str, str]]:
-    """Names of both lists that only one of them has, and that are loosely the same: (mine, theirs) each."""
-    left = {loosely(name): name for name in theirs if name not in mine}
-    return [(name, left[loosely(name)]) for name in mine if name not in theirs and loosely(name) in left]
+def near_matches(first: Sequence[str], second: Sequence[str]) -> list[tuple[str, str]]:
+    """Names that only one of two lists has, and that are loosely the same: (of the first, of the second) each."""
+    only_second = {loosely(name): name for name in second if name not in first}
+    return [(n, only_second[loosely(n)]) for n in first if n not in second and loosely(n) in only_second]
 
 
-def spelling_problem(near: Sequence[tuple[str, str]], mine: str, theirs: str) -> str:
+def spelling_problem(near: Sequence[tuple[str, str]], first: str, second: str) -> str:
     """What is wrong with near matches, and what to do.
 
     Args:
         near: see `near_matches`; not empty.
-        mine, theirs: what has the first and the second name of each.
+        first, second: what has the first and the second name of each.
     """
-    pairs = "; ".join(f"{mine} {first!r}, {theirs} {second!r}" for first, second in near[:5])
+    pairs = "; ".join(f"{first} {name!r}, {second} {other!r}" for name, other in near[:5])
     return (
         f"{len(near)} class names that differ in spelling only ({pairs}{'; ...' if len(near) > 5 else ''}): spell "
         "them alike, in the data (its categories, or data.label_names), or in id2label of the model's config.json"

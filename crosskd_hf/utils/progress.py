@@ -4,7 +4,6 @@ import datetime
 import os
 import sys
 import time
-from types import TracebackType
 
 import datasets
 import huggingface_hub
@@ -95,9 +94,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
 

@@ -1,15 +1,14 @@
-"""Fetching published checkpoints: once, whole, checked, and from where a broken connection left off."""
+"""Fetching published checkpoints: once, checked, and complete or not at all."""
 
-import contextlib
 import hashlib
 import http.client
 import re
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
-from ..utils.files import cache_explained, sha256, write_atomically
+from huggingface_hub.utils import WeakFileLock
+
+from ..utils.files import cache_explained, replacing, sha256
 from ..utils.progress import Progress
 from ..utils.redact import public_url, without_credentials
 from .mmdet import CheckpointError
@@ -47,8 +46,7 @@ def check_hash(path: str | Path) -> None:
 def fetch(url: str, folder: str | Path) -> Path:
     """Download a checkpoint once into `folder`, checking the hash in its name; returns its path.
 
-    A connection that breaks leaves what has come, and the next call goes on there if the server still has the same
-    file (by its ETag or date). Processes that want the same file wait for the first.
+    Processes that want the same file wait for the first.
 
     Raises:
         CheckpointError: if the address can't be reached or the content doesn't match the hash.
@@ -61,97 +59,36 @@ def fetch(url: str, folder: str | Path) -> Path:
     if not target.is_file():
         with cache_explained(target.parent, "HF_HOME"):
             target.parent.mkdir(parents=True, exist_ok=True)
-            _fetch_once(url, target)
+            with WeakFileLock(target.with_name(f".{name}.lock")):
+                if not target.is_file():
+                    _fetch_to(url, target)
     check_hash(target)
     return target
 
 
-def _fetch_once(url: str, target: Path) -> None:
+def _fetch_to(url: str, target: Path) -> None:
+    advice = "Without network, download it elsewhere and give its path instead."
     try:
-        with _one_at_a_time(target):
-            if not target.is_file():
-                _fetch_to(url, target)
+        _download(url, target)
     except CheckpointError:
         raise
     except (http.client.InvalidURL, ValueError):  # they quote the URL, with its password: not even as the cause
-        raise _unfetchable(url, "the address, or what its server says, isn't valid") from None
+        reason = "the address, or what its server says, isn't valid"
+        raise CheckpointError(f"{public_url(url)} can't be fetched ({reason}). {advice}") from None
     except (OSError, http.client.HTTPException) as error:
-        raise _unfetchable(url, without_credentials(str(error))) from error
+        reason = without_credentials(str(error))
+        raise CheckpointError(f"{public_url(url)} can't be fetched ({reason}). {advice}") from error
 
 
-def _unfetchable(url: str, reason: str) -> CheckpointError:
-    return CheckpointError(
-        f"{public_url(url)} can't be fetched ({reason}). Without network, download it elsewhere and give its path "
-        "instead."
-    )
-
-
-def _fetch_to(url: str, target: Path) -> None:
-    partial, note = (target.with_name(f"partial-{target.name}{end}") for end in ("", ".etag"))
-    try:
-        _download(url, partial, note)
-        check_hash(partial)
-        partial.replace(target)
-    except CheckpointError:  # of the wrong content nothing is of use
-        partial.unlink()
-        raise
-    finally:
-        if not (partial.is_file() and partial.stat().st_size and note.is_file()):
-            partial.unlink(missing_ok=True)
-            note.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _one_at_a_time(target: Path) -> Iterator[None]:
-    """Keep other processes from downloading the same file. Without `fcntl` (Windows) nothing is locked."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    # It stays: who removes a lock may remove that of the next who came.
-    with open(target.with_name(f".{target.name}.lock"), "w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
-
-
-def _download(url: str, partial: Path, note: Path) -> None:
-    """Fetch what `partial` lacks of a file, or all of it. `note` holds which version of the file it is of."""
-    done = partial.stat().st_size if partial.is_file() and note.is_file() else 0
-    headers = {"User-Agent": "crosskd_hf"}
-    if done:
-        # The server sends all of the file, with another status, if it has another version by now.
-        headers |= {"Range": f"bytes={done}-", "If-Range": note.read_text(encoding="utf-8")}
-    try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=DOWNLOAD_TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-            raise
-        partial.unlink()
-        _download(url, partial, note)
-        return
-    with response:
-        if response.status == http.client.PARTIAL_CONTENT:
-            given = response.headers.get("Content-Range") or ""
-            if not given.startswith(f"bytes {done}-"):
-                raise OSError(f"the server sends {given!r} instead of byte {done} and what follows")
-        else:
-            done = 0
-        version = response.headers.get("ETag") or ""
-        version = response.headers.get("Last-Modified") if not version or version.startswith("W/") else version
-        note.unlink(missing_ok=True)
-        if version:
-            write_atomically(note, version)
+def _download(url: str, target: Path) -> None:
+    request = urllib.request.Request(url, headers={"User-Agent": "crosskd_hf"})
+    with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response, replacing(target) as temporary:
         length = response.headers.get("Content-Length")
-        total = done + int(length) if length else None
-        name = partial.name.split("-", 1)[-1]
-        bar = Progress(f"download {name}", total, "B", initial=done)
-        with open(partial, "ab" if done else "wb") as file, bar as progress:
+        total = int(length) if length else None
+        with open(temporary, "wb") as file, Progress(f"download {target.name}", total, "B") as progress:
             while chunk := response.read(CHUNK):
                 file.write(chunk)
                 progress.update(len(chunk))
-    size = partial.stat().st_size
-    if total is not None and size != total:
-        again = ", the next try goes on from there" if version else ""
-        raise OSError(f"the connection broke after {size} of {total} bytes{again}")
+        if total is not None and progress.done != total:
+            raise OSError(f"the connection broke after {progress.done} of {total} bytes")
+        check_hash(temporary)

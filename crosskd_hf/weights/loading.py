@@ -1,13 +1,11 @@
 """Detectors and their image processors from folders, the Hub, and MMDetection checkpoints."""
 
-import contextlib
 import copy
 import hashlib
 import logging
 import os
 import pickle
 import re
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +22,7 @@ from ..models import CONFIGS, MODELS
 from ..models.architecture import ArchitectureSection, build_config
 from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
-from ..utils.files import cache_explained, sha256
+from ..utils.files import CacheError, cache_explained, replacing, sha256
 from ..utils.label_names import COCO_CLASSES, coco_spelling, loosely, near_matches, spelling_problem
 from ..utils.redact import public_url, without_credentials
 from .download import check_hash, fetch
@@ -298,15 +296,13 @@ def converted(path: Path, section: ArchitectureSection, label_names: Sequence[st
         return folder
     model = MODELS[section.detector](config)
     load_reference_state(model, state, source=str(path))
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
-        with cache_explained(CACHE, "HF_HOME"):
-            model.save_pretrained(partial)
-            DenseDetectorImageProcessor.for_model(config).save_pretrained(partial)
-        with contextlib.suppress(OSError):  # another process was faster
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with cache_explained(CACHE, "HF_HOME"), replacing(folder) as unfinished:
+            model.save_pretrained(unfinished)
+            DenseDetectorImageProcessor.for_model(config).save_pretrained(unfinished)
+    except CacheError:
+        if not (folder / "config.json").is_file():  # else another process was faster
+            raise
     return folder
 
 

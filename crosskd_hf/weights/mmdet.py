@@ -110,14 +110,14 @@ def load_reference_state(model: DenseDetector, state: dict[str, Tensor], source:
         CheckpointError: listing missing, unexpected and mis-shaped keys, or those that hold NaN or infinity.
     """
     names = reference_keys(model)
-    own = model.state_dict()
+    model_state = model.state_dict()
     state = {LEGACY_FCOS.sub(r"bbox_head.conv_\1.", key): value for key, value in state.items()}
     missing = sorted(set(names.values()) - set(state))
     unexpected = sorted(key for key in set(state) - set(names.values()) if not IGNORED_KEYS.fullmatch(key))
     misshaped = [
-        f"{name}: {tuple(state[name].shape)}, the model has {tuple(own[key].shape)}"
+        f"{name}: {tuple(state[name].shape)}, the model has {tuple(model_state[key].shape)}"
         for key, name in names.items()
-        if name in state and state[name].shape != own[key].shape
+        if name in state and state[name].shape != model_state[key].shape
     ]
     problems = [
         f"{len(keys)} {title} keys:\n    " + "\n    ".join(keys[:10] + ["..."] * (len(keys) > 10))
@@ -130,7 +130,7 @@ def load_reference_state(model: DenseDetector, state: dict[str, Tensor], source:
             f"{model.config.num_labels} labels); check the recipe's architecture fields.\n  " + "\n  ".join(problems)
         )
     check_finite({name: state[name] for name in names.values()}, source)
-    values = {key: from_reference(key, state[name]).to(own[key].dtype) for key, name in names.items()}
+    values = {key: from_reference(key, state[name]).to(model_state[key].dtype) for key, name in names.items()}
     model.load_state_dict(values, strict=False)
 
 

@@ -1,0 +1,166 @@
+"""The part of an exported file that computes: a detector and the selection of its detections as one traced graph."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.fx.experimental._config as symbolic_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import nms as nms_of_one_class
+
+from ..models.base import DenseDetector, Priors, unpadded_sizes
+from ..models.head import HeadOutput, flatten_levels
+from ..models.image_processing import DenseDetectorImageProcessor
+
+OUTPUTS = ("scores", "labels", "boxes")
+AXES = {"pixel_values": {0: "batch", 2: "height", 3: "width"}, "pixel_mask": {0: "batch", 1: "height", 2: "width"}}
+
+
+class ExportError(ValueError):
+    """An export that can't be made, and what to do about it."""
+
+
+@torch.library.custom_op("crosskd_hf::batched_nms_mask", mutates_args=())
+def batched_nms_mask(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, num_labels: int) -> Tensor:
+    """Which candidates non-maximum suppression keeps, class by class.
+
+    Classes are kept apart by running one after another, not by moving their boxes apart: that would round coordinates.
+
+    Args:
+        boxes: (N, C, 4) xyxy.
+        scores: (N, C). Candidates with score 0 aren't any.
+        labels: (N, C) int64.
+        iou_threshold: IoU above which the worse of two boxes of a class goes.
+        num_labels: labels are below this.
+
+    Returns:
+        (N, C) bool.
+    """
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    for image in range(len(scores)):
+        candidate = scores[image] > 0
+        for label in labels[image][candidate].unique():
+            index = (candidate & (labels[image] == label)).nonzero().squeeze(1)
+            keep[image, index[nms_of_one_class(boxes[image, index], scores[image, index], iou_threshold)]] = True
+    return keep
+
+
+@batched_nms_mask.register_fake
+def _(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, num_labels: int) -> Tensor:
+    return torch.empty_like(scores, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How predictions are cut down: the image processor's numbers, and whether by non-maximum suppression too."""
+
+    score_threshold: float
+    nms_threshold: float
+    max_candidates: int
+    max_detections: int
+    nms: bool
+
+    @classmethod
+    def of(cls, processor: DenseDetectorImageProcessor, nms: bool) -> "Selection":
+        """The numbers of an image processor."""
+        # Rounded as the IoUs are, see `select_detections`.
+        iou = torch.tensor(processor.nms_threshold, dtype=torch.float32).item()
+        return cls(processor.score_threshold, iou, processor.max_candidates, processor.max_detections, nms)
+
+
+class ExportableDetector(nn.Module):
+    """A detector and the selection of its detections, for batches of any size, in operations that can be traced.
+
+    Nothing in it depends on the data but inside the suppression: candidates that drop out get score 0.
+    """
+
+    def __init__(self, model: DenseDetector, selection: Selection):
+        super().__init__()
+        self.model = model
+        self.selection = selection
+
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, 3, H, W) and (N, H, W) -> scores (N, K), labels (N, K), boxes (N, K, 4), as the module describes."""
+        model, selection = self.model, self.selection
+        head = model.head(model.fpn(model.backbone(pixel_values)))
+        score, label, boxes = self._candidates(head, unpadded_sizes(pixel_values, pixel_mask))
+        count = score.shape[1]
+        if selection.nms:
+            keep = batched_nms_mask(boxes, score, label, selection.nms_threshold, model.config.num_labels)
+            score = score * keep
+            missing = max(selection.max_detections - count, 0)
+            count = selection.max_detections
+            score, label = F.pad(score, (0, missing)), F.pad(label, (0, missing))
+            boxes = F.pad(boxes, (0, 0, 0, missing))
+        score, order = score.topk(count)
+        detected = score > 0
+        label = torch.where(detected, label.gather(1, order), -1)
+        return score, label, _rows(boxes, order) * detected.unsqueeze(-1)
+
+    def _candidates(self, head: HeadOutput, image_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores (N, C), labels (N, C) and clipped boxes (N, C, 4), C = levels * max_candidates; see
+        `select_detections`, which leaves out what has score 0 here."""
+        predictions = self.model.flatten(head)
+        score, pair = self._best_pairs(head)
+        num_labels = self.model.head.spec.num_labels
+        prior, label = pair // num_labels, pair % num_labels
+        if predictions.centerness is not None:
+            score = score * predictions.centerness.sigmoid().gather(1, prior)
+        boxes = _rows(self.model.decode(predictions.boxes, self._priors(head)), prior)
+        height, width = image_sizes[:, None, :1], image_sizes[:, None, 1:]
+        boxes = torch.minimum(boxes.clamp(min=0), torch.cat([width, height, width, height], dim=-1))
+        has_area = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
+        return score * has_area, label, boxes
+
+    def _best_pairs(self, head: HeadOutput) -> tuple[Tensor, Tensor]:
+        """Class scores and (prior, class) numbers, both (N, levels * max_candidates), of each level's best pairs."""
+        spec, most = self.model.head.spec, self.selection.max_candidates
+        scores, pairs, start = [], [], 0
+        for level in head.logits:
+            flat = flatten_levels([level], spec.num_labels).float().sigmoid().flatten(1)
+            best, index = F.pad(flat, (0, most), value=-1.0).topk(most)  # padded, since levels may have fewer
+            keep = best > self.selection.score_threshold
+            scores.append(best * keep)
+            pairs.append(torch.where(keep, index, 0) + start)
+            start = start + flat.shape[1]
+        return torch.cat(scores, dim=1), torch.cat(pairs, dim=1)
+
+    def _priors(self, head: HeadOutput) -> Priors:
+        # The model's own method keeps them by size, which is a symbol here.
+        sizes = [(level.shape[2], level.shape[3]) for level in head.logits]
+        return self.model.build_priors(sizes, head.logits[0].device)
+
+
+def _rows(boxes: Tensor, index: Tensor) -> Tensor:
+    """Boxes (N, P, 4) and numbers (N, C) -> boxes (N, C, 4)."""
+    return boxes.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
+
+
+def trace(model: DenseDetector, processor: DenseDetectorImageProcessor, nms: bool) -> torch.export.ExportedProgram:
+    """The graph, for any number and size of images."""
+    exportable = ExportableDetector(portable(model), Selection.of(processor, nms)).eval()
+    # No map of this batch has a side of 1, and no two sizes are the same: both would be taken for rules.
+    multiple, stride = processor.size_divisor, model.config.strides[-1]
+    cells = -(-2 * stride // multiple)
+    pixel_values = torch.zeros(2, 3, cells * multiple, (cells + -(-stride // multiple)) * multiple)
+    inputs = {"pixel_values": pixel_values, "pixel_mask": torch.ones_like(pixel_values[:, 0], dtype=torch.bool)}
+    # Some backbones (ResNet-D's pooling) have maps of other sizes where a side isn't a multiple of 32.
+    sizes = {
+        "batch": torch.export.Dim("batch"),
+        "height": multiple * torch.export.Dim("rows"),
+        "width": multiple * torch.export.Dim("columns"),
+    }
+    shapes = {name: {axis: sizes[size] for axis, size in axes.items()} for name, axes in AXES.items()}
+    # The patch: maps may have sides of 1, as P7 of a small image has.
+    with torch.no_grad(), symbolic_config.patch(backed_size_oblivious=True):
+        program = torch.export.export(exportable, (), inputs, dynamic_shapes=shapes, strict=False)
+    # With an example, a loaded program refuses sizes for which PyTorch would lay out memory otherwise than for it
+    # (1 x 1 maps, 16 images), although it computes them.
+    program.example_inputs = None
+    return program
+
+
+def portable(model: DenseDetector) -> DenseDetector:
+    """A copy in evaluation mode, that doesn't touch the user's."""
+    return copy.deepcopy(model).to("cpu", torch.float32).eval()
