@@ -98,100 +98,81 @@ def test_every_term_and_clock_is_logged(tmp_path: Path) -> None:
         assert entry["data_time"] > 0 and entry["step_time"] > 0 and entry["memory_gb"] > 0
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adamw_torch_fused", "adamw_torch", "rmsprop"])
-def test_a_step_that_is_not_finite_changes_nothing_and_stops_the_run(tmp_path: Path, optim: str) -> None:
-    trainer = distiller(tmp_path, tiny_model(seed=2), max_steps=6, logging_steps=5, optim=optim)
-    states: list[dict] = []
+def poison(trainer: DetectionTrainer, name: str, value: float, at: int) -> None:
+    """Have a loss term be a constant in one step."""
     original = trainer.loss_terms
 
     def poisoned(model, inputs):
         terms, outputs = original(model, inputs)
-        states.append({name: value.clone() for name, value in model.state_dict().items()})
-        if len(states) == 3:
-            terms["kd_box"] = terms["kd_box"] * float("inf")
+        if trainer.state.global_step + 1 == at:
+            terms = terms | {name: terms.get(name, torch.zeros(())) * 0.0 + value}
         return terms, outputs
 
     trainer.loss_terms = poisoned
-    trainer.args.save_total_limit = 1
-    earlier = trainer.run_folder / "checkpoint-2"
-    earlier.mkdir(parents=True)
-    (earlier / "weights").write_text("healthy")
-    mark_complete(earlier)
-    with pytest.raises(NonFiniteLossError, match=r"kd_box.* was not finite at step 3\b.*checkpoint-5"):
+
+
+def healthy_checkpoint(run: Path, step: int) -> Path:
+    folder = run / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text("healthy")
+    mark_complete(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("logging", "saving"), [(5, 99), (99, 5), (99, 99)], ids=["at a log", "at a save", "at the end"]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(
+    tmp_path: Path, value: float, logging: int, saving: int
+) -> None:
+    options = {"logging_steps": logging, "save_strategy": "steps" if saving == 5 else "no", "save_steps": saving}
+    trainer = distiller(tmp_path, tiny_model(seed=2), max_steps=6, save_total_limit=1, **options)
+    poison(trainer, "kd_box", value, at=3)
+    earlier = healthy_checkpoint(trainer.run_folder, 2)
+    with pytest.raises(NonFiniteLossError, match=r"kd_box was not finite at step 3\b.*checkpoint-2,"):
         trainer.train()
-    assert earlier.is_dir(), "it may be the last healthy one"
-    assert len(states) == 5, "stopped at the next logging step"
-    same = {name: torch.equal(states[2][name], states[3][name]) for name in states[2]}
-    assert all(same.values()), "step 3 was masked out"
-    assert any(not torch.equal(states[3][name], states[4][name]) for name in states[3]), "step 4 was not"
-    saved = load_file(tmp_path / "run" / "checkpoint-5" / "model.safetensors")
-    assert all(value.isfinite().all() for value in saved.values())
+    assert trainer.state.global_step == (6 if logging == saving else 5)
+    assert [path.name for path in trainer.run_folder.glob("checkpoint-*")] == [earlier.name]
 
 
-def test_finite_gradients_of_an_infinite_loss_are_masked_too(tmp_path: Path) -> None:
-    trainer = distiller(tmp_path, tiny_model(seed=2), max_steps=1)
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+def test_an_infinite_loss_of_finite_gradients_stops_the_run(tmp_path: Path) -> None:
+    trainer = distiller(tmp_path, tiny_model(seed=2), max_steps=3, logging_steps=99, save_strategy="steps")
     original = trainer.loss_terms
-    trainer.loss_terms = lambda model, inputs: (
-        (terms := original(model, inputs))[0] | {"loss_extra": torch.tensor(float("inf"))},
-        terms[1],
-    )
-    with pytest.raises(NonFiniteLossError, match="loss_extra"):
+    infinite = {"loss_extra": torch.tensor(float("inf"))}
+    trainer.loss_terms = lambda model, inputs: (original(model, inputs)[0] | infinite, None)
+    with pytest.raises(NonFiniteLossError, match=r"loss_extra was not finite at step 1\b.*no checkpoint was saved"):
         trainer.train()
-    assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in before.items())
-
-
-def test_steps_that_are_not_finite_may_be_skipped(tmp_path: Path) -> None:
-    def run(name: str, **options) -> DistillationTrainer:
-        options |= {"distillation": DistillationSection(mimic=1.0)}
-        trainer = distiller(tmp_path / name, tiny_model(seed=2), max_steps=6, skip_nonfinite_steps=2, **options)
-        original = trainer.loss_terms
-
-        def poisoned(model, inputs):
-            terms, outputs = original(model, inputs)
-            factor = float("nan") if trainer.state.global_step in (1, 3) else 1.0
-            return {**terms, "kd_box": terms["kd_box"] * factor}, outputs
-
-        trainer.loss_terms = poisoned
-        return trainer
-
-    trainer = run("whole", logging_steps=2, save_strategy="steps", save_steps=2)
-    trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert [entry.get("skipped_steps", 0) for entry in logs] == [1, 2, 2]
-    for entry in logs:
-        terms = sum(value for name, value in entry.items() if name.startswith(("loss_", "kd_", "mimic_")))
-        assert "mimic_cls" in entry
-        assert entry["loss"] == pytest.approx(terms, rel=1e-5)
     assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
-    again = run("whole", logging_steps=2)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "run" / "checkpoint-4"))
-    assert [entry.get("skipped_steps") for entry in again.state.log_history if "loss" in entry] == [1, 2, 2]
-    assert again.monitor.skipped == 2
+    assert not list(trainer.run_folder.glob("checkpoint-*"))
 
 
-def test_a_step_that_was_not_finite_stops_a_run_that_was_ended_before_it_told(tmp_path: Path) -> None:
-    def run(poison: bool) -> DistillationTrainer:
-        trainer = distiller(
-            tmp_path, tiny_model(seed=2), max_steps=6, logging_steps=6, save_strategy="steps", save_steps=4
-        )
-        original = trainer.loss_terms
+class Plant(TrainerCallback):
+    """Puts NaN into one element of a tensor after a step."""
 
-        def poisoned(model, inputs):
-            terms, outputs = original(model, inputs)
-            if trainer.state.global_step == 4:
-                raise KeyboardInterrupt
-            factor = float("nan") if trainer.state.global_step == 1 else 1.0
-            return {**terms, "kd_box": terms["kd_box"] * factor}, outputs
+    def __init__(self, find, step: int):
+        self.find, self.step = find, step
 
-        if poison:
-            trainer.loss_terms = poisoned
-        return trainer
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.find().data.view(-1)[-1] = float("nan")
 
-    with pytest.raises(KeyboardInterrupt):
-        run(True).train()
-    with pytest.raises(NonFiniteLossError, match=r"kd_box.* was not finite at step 2\b"):
-        run(False).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+
+@pytest.mark.parametrize("logging", [2, 99], ids=["at a log", "at a save"])
+@pytest.mark.parametrize("where", ["parameter", "buffer", "average"])
+def test_a_tensor_that_is_not_finite_is_not_saved(tmp_path: Path, where: str, logging: int) -> None:
+    options = {"logging_steps": logging, "save_strategy": "steps", "save_steps": 1, "ema_decay": 0.5}
+    trainer = distiller(tmp_path, tiny_model(seed=2), max_steps=3, **options)
+    name = "backbone.body.bn1.running_var" if where == "buffer" else "head.cls_predictor.weight"
+    trainer.add_callback(
+        Plant(lambda: (trainer.average.model if where == "average" else trainer.model).state_dict()[name], 2)
+    )
+    told = f"the average of {name}" if where == "average" else name
+    with pytest.raises(NonFiniteLossError, match=rf"^{told} is not finite .*after step 2.*checkpoint-1,"):
+        trainer.train()
+    assert [path.name for path in trainer.run_folder.glob("checkpoint-*")] == ["checkpoint-1"]
+    saved = load_file(trainer.run_folder / "checkpoint-1" / "model.safetensors")
+    assert all(value.isfinite().all() for value in saved.values())
 
 
 def test_evaluation_writes_results_and_finds_the_best_checkpoint(tmp_path: Path) -> None:
@@ -459,9 +440,6 @@ def test_a_short_run_of_fp16_that_took_no_step_is_told(tmp_path: Path, caplog: p
 
 def test_fp16_that_finds_its_scale_goes_on(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(trainer_module, "MAX_OVERFLOWS", 4)
-    trainer = overflowing(tmp_path, bad_steps=3, max_steps=6, skip_nonfinite_steps=1)
+    trainer = overflowing(tmp_path, bad_steps=3, max_steps=6)
     trainer.train()
     assert trainer.state.global_step == 6 and trainer.accelerator.scaler.get_scale() == 2.0**13
-    assert (
-        "skipped_steps" not in trainer.state.log_history[-1]
-    )  # of losses that aren't finite; GradScaler's are its own

@@ -8,7 +8,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .arguments import DetectionTrainingArguments
 
-# Where fused SGD was seen to leave parameters and momentum alone on `found_inf`. The trainer masks other steps itself.
 FUSED_DEVICES = ("cpu", "cuda")
 
 
@@ -116,8 +115,7 @@ def parameter_groups(
 def build_optimizer(model: nn.Module, args: DetectionTrainingArguments) -> torch.optim.SGD:
     """SGD with momentum, fused where that is known to work.
 
-    Fused, because only fused optimizers can skip a step without the host knowing: with `optimizer.found_inf` 1 (a
-    float tensor, 0 otherwise) the kernel changes neither parameters nor momentum. Others refuse the attribute.
+    A fused optimizer is one kernel, and lets GradScaler skip a step without the host waiting to know.
 
     Args:
         model: on the device it is trained on.
@@ -142,7 +140,7 @@ def build_optimizer(model: nn.Module, args: DetectionTrainingArguments) -> torch
     fused = all(p.is_floating_point() and p.device.type in FUSED_DEVICES for p in parameters)
     optimizer = torch.optim.SGD(groups, lr=args.scaled_learning_rate, momentum=args.momentum, fused=fused)
     if args.momentum > 0:
-        # torch makes the buffers in the first step, uninitialised, and leaves them so if found_inf skips that step:
+        # torch makes the buffers in the first step, uninitialised, and leaves them so if GradScaler skips that step:
         # the second would then add whatever the memory held. From zero, the first step comes out as it does without.
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -166,11 +166,13 @@ class SafeSaving:
         One of this step that is whole only learns what is new: to write it again would put it at risk.
 
         Raises:
+            NonFiniteLossError: what would be saved isn't finite; nothing is written or removed.
             OSError: the disk is full; the partial folder is removed, older checkpoints are as they were.
         """
         if self._saved_at == self.state.global_step:
             self._update_saved_state()
             return
+        self.check_finite()
         folder = self._latest_checkpoint(trial)
         if self.args.should_save:
             remove_checkpoint(folder)  # what an interrupted run left of it

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,8 +39,9 @@ from ..utils.memory import out_of_memory_explained
 from ..utils.redact import public
 from ..weights.loading import load_detector, weights_digest
 from .arguments import DetectionTrainingArguments
+from .checkpoints import newest_complete
 from .evaluation import CocoEvaluator
-from .monitoring import TERMS, NonFiniteLossError, StepMonitor
+from .monitoring import NonFiniteLossError, StepMonitor
 from .optimization import build_optimizer, multistep_scheduler, parameter_groups
 from .saving import SafeSaving
 from .termination import TerminationSignal, obey_parent_only
@@ -54,7 +54,6 @@ TRACKERS = {
     "wandb": (is_wandb_available, "wandb"),
     "trackio": (is_trackio_available, "trackio"),
 }
-MONITOR = "StepMonitor"  # its part of a checkpoint's state
 MODEL_LABELS = ("boxes", "class_labels", "mask")  # what a model reads of the labels
 MAX_OVERFLOWS = 20  # steps in a row: GradScaler halves its scale in each, from 65536 to below 0.1
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -109,12 +108,10 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         # The losses of a step's batches are normalised alike (see `measure_normalizers`), so the step's is their mean.
         self.loss_is_scaled_for_ga = False
         self._detector.normalizers.sync = args.sync
-        self.monitor = StepMonitor(self.args.device, args.skip_nonfinite_steps)
+        self.monitor = StepMonitor(self.args.device)
         self.train_sampler: OrientationBatchSampler | None = None
-        self._before_step: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None = None
         self.last_evaluation: tuple[int, dict[str, float]] = (-1, {})
         self._unmeasured: list[dict] = []  # batches of the step that begins, if they are several
-        self._skipped_at_log = 0
         self.termination = TerminationSignal()
         self.evaluation_sheet: Image.Image | None = None  # of the last evaluation, for the trackers
         self._batch_shape: tuple[int, ...] | None = None  # of the last batch of images
@@ -323,14 +320,13 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:  # the step's last batch: callbacks may ask the model for losses now
             self._forget_normalizers()
-        # transformers sums the losses up to the next log, where one that isn't finite would stay for good.
-        return loss.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) if self.monitor.may_skip else loss
+        return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Sum of all loss terms, each kept for the log."""
         terms, outputs = self.loss_terms(model, inputs)
-        factor = self.monitor.record(terms, self._step)
-        loss = torch.stack(list(terms.values())).sum() * factor
+        self.monitor.record(terms, self.state.global_step + 1)
+        loss = torch.stack(list(terms.values())).sum()
         return (loss, outputs) if return_outputs else loss
 
     def loss_terms(self, model: nn.Module, inputs: dict) -> tuple[dict[str, Tensor], object]:
@@ -345,45 +341,11 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
             for name in ("boxes", "class_labels", "mask"):
                 torch._dynamo.maybe_mark_dynamic(inputs["labels"][name], 1)
 
-    @property
-    def _step(self) -> int:
-        return self.state.global_step + 1
-
-    def mask_non_finite_step(self) -> None:
-        """Have the optimizer leave everything as it is if a gradient isn't finite, without the host knowing.
-
-        Fused optimizers read `found_inf` (it is how GradScaler talks to them) and then change neither parameters nor
-        their own state. For others a copy of both is kept over the step, and put back in `restore_masked_step`, where
-        the host waits once a step for those that count steps on the CPU.
-        """
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        bad = ~torch.nn.utils.get_total_norm(gradients).isfinite()
-        if self.accelerator.scaler is not None:  # it skips steps by itself, for ever if need be
-            self.monitor.record_overflow(bad)
-            self.monitor.end_step()
-            return
-        self.monitor.record_gradient(bad, self._step)
-        self.monitor.end_step()
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if all(group.get("fused") for group in optimizer.param_groups):
-            optimizer.found_inf = bad.float()
-            return
-        for gradient in gradients:
-            gradient.copy_(torch.where(bad, 0.0, gradient))
-        kept = [p for group in optimizer.param_groups for p in group["params"]]
-        kept += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-        self._before_step = bad, [(tensor, tensor.detach().clone()) for tensor in kept]
-
-    @torch.no_grad()
-    def restore_masked_step(self) -> None:
-        """Undo the step of an optimizer that isn't fused, if its gradients weren't finite."""
-        if self._before_step is None:
-            return
-        bad, tensors = self._before_step
-        where = {device: bad.to(device) for device in {tensor.device for tensor, _ in tensors}}
-        for tensor, before in tensors:
-            tensor.copy_(torch.where(where[tensor.device], before, tensor))
-        self._before_step = None
+    def note_overflow(self) -> None:
+        """Note whether GradScaler, if there is one, is going to skip the step."""
+        if self.accelerator.scaler is not None:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            self.monitor.record_overflow(~torch.nn.utils.get_total_norm(gradients).isfinite())
 
     # Log --------------------------------------------------------------------------------------------------------
 
@@ -391,41 +353,52 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         """Add every loss term, the times and the memory to a training log.
 
         Raises:
-            NonFiniteLossError: if a term or gradient was not finite since the last log, more often than
-                `skip_nonfinite_steps` allows, or fp16 overflowed in each of the last `MAX_OVERFLOWS` steps. The
-                updates of such steps were masked out; the model as it is then is saved first.
+            NonFiniteLossError: see `check_finite`; or fp16 overflowed in each of the last `MAX_OVERFLOWS` steps.
         """
-        if not ({"loss", "train_loss"} & set(logs)):
-            super().log(logs, start_time)
-            return
-        try:
-            averages = self.monitor.averages(self.accelerator.gather)
+        if {"loss", "train_loss"} & set(logs):
+            with self._last_checkpoint_named():
+                logs = logs | self.monitor.averages(self._tensors(), self.accelerator.gather)
             self._refuse_overflows()
+        super().log(logs, start_time)
+
+    def check_finite(self) -> None:
+        """Look at all that training computes, before it is saved.
+
+        Raises:
+            NonFiniteLossError: a loss term since the last log, a parameter, a buffer or the average isn't finite.
+        """
+        with self._last_checkpoint_named():
+            self.monitor.check(self._tensors(), self.accelerator.gather)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers of what is trained, and of the average, by name."""
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        average = self.average.model.state_dict() if self.average is not None else {}
+        return tensors | {f"the average of {name}": tensor for name, tensor in average.items()}
+
+    @contextlib.contextmanager
+    def _last_checkpoint_named(self) -> Iterator[None]:
+        """Tell where a run that isn't finite any more can start again."""
+        try:
+            yield
         except NonFiniteLossError as error:
-            # Without the removal of others: what is healthy may be an earlier one.
-            self._save_checkpoint(self.model_wrapped, trial=None)
+            good = newest_complete(self.run_folder)
+            saved = f"the last checkpoint, {good}, is from before" if good else "no checkpoint was saved before"
             raise NonFiniteLossError(
-                f"{error}. That step's update was masked out, training is stopped, and the state is saved in "
-                f"{self._latest_checkpoint()}; no earlier checkpoint was removed for it. Usual causes: a learning "
-                "rate too high for this batch size, no warm-up, half precision, or broken boxes in the data. If the "
-                "weights had diverged before, remove this checkpoint and those after the last good one, and start the "
-                "same command again, with other values and --accept-changes."
+                f"{error} (found after step {self.state.global_step}): training is stopped, and {saved}. Usual "
+                "causes: a learning rate too high for this batch size, no warm-up, half precision, or broken boxes in "
+                "the data. Start the same command again with other values and --accept-changes."
             ) from None
-        if averages.get("skipped_steps", 0) > self._skipped_at_log:
-            self._skipped_at_log = averages["skipped_steps"]
-            # The loss is a mean over skipped steps too, the norm is the last step's.
-            terms = [value for name, value in averages.items() if name.startswith(TERMS)]
-            logs["loss"] = sum(terms) if terms else math.nan
-            logs = {name: value for name, value in logs.items() if math.isfinite(value)}
-        super().log({**logs, **averages}, start_time)
 
     def _refuse_overflows(self) -> None:
-        """Raise NonFiniteLossError if GradScaler has skipped all of the last steps. With fp16, reads the device."""
+        """Save, and raise NonFiniteLossError, if GradScaler has skipped all of the last steps. With fp16, reads the
+        device."""
         scaler = self.accelerator.scaler
         if scaler is None:
             return
         overflows = self.monitor.overflows_in_a_row()
         if overflows >= MAX_OVERFLOWS:
+            self._save_checkpoint(self.model_wrapped, trial=None)
             raise NonFiniteLossError(
                 f"the gradients overflowed fp16 in each of {overflows} steps, up to step {self.state.global_step}: "
                 f"GradScaler skipped them all, and its scale is {scaler.get_scale():g} now. Set training.bf16=true, "
@@ -435,18 +408,6 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
             logger.warning("GradScaler skipped all %d steps of this run: the weights are as they were", overflows)
 
     # Checkpoints: see `SafeSaving` ------------------------------------------------------------------------------
-
-    def begin_monitoring(self) -> None:
-        """Start the count of skipped steps, or go on with the checkpoint's, and with what no log has told yet."""
-        saved = self.state.stateful_callbacks.get(MONITOR, {}) if self._resumed_from is not None else {}
-        saved = saved.get("attributes", {})
-        self.monitor.skipped = self._skipped_at_log = saved.get("skipped", 0)
-        self.monitor.untold = saved.get("untold", {})
-
-    def _export_callbacks(self) -> None:
-        super()._export_callbacks()
-        attributes = {"skipped": self.monitor.skipped_so_far(), "untold": self.monitor.not_finite()}
-        self.state.stateful_callbacks[MONITOR] = {"args": {}, "attributes": attributes}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # A checkpoint holds the trained weights, and the average beside them; the run's folder is for users.
@@ -642,7 +603,6 @@ class _TrainingHooks(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.begin_monitoring()
         self.trainer.begin_averaging()
         self.trainer.catch_up_evaluation()
 
@@ -652,10 +612,9 @@ class _TrainingHooks(TrainerCallback):
             self.trainer.train_sampler.set_epoch(int(state.epoch or 0))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.mask_non_finite_step()
+        self.trainer.note_overflow()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.restore_masked_step()
         self.trainer.average_step()
         self.trainer.monitor.clock.switch(None)
 
