@@ -26,7 +26,7 @@ from transformers import AutoModelForObjectDetection
 
 import crosskd_hf  # noqa: F401 - registers the detectors
 from crosskd_hf.distillation.adapters import ADAPTERS_FILE, ATTRIBUTE
-from crosskd_hf.recipe.sections.run_folder import STATE_FILE
+from crosskd_hf.recipe.run_folder import STATE_FILE
 from crosskd_hf.training.checkpoints import MARKER
 
 WARMUP_STEPS = 10

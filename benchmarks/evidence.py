@@ -33,8 +33,8 @@ from pathlib import Path
 import torch
 import yaml
 
+from crosskd_hf.recipe.run_folder import STATE_FILE, check_output, is_finished
 from crosskd_hf.recipe.sections import SECTIONS, Recipe, RecipeError, load_recipe
-from crosskd_hf.recipe.sections.run_folder import STATE_FILE, check_output, is_finished
 from crosskd_hf.utils.files import write_atomically
 from crosskd_hf.utils.plots import new_figure, save_figure
 

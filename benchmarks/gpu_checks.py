@@ -34,7 +34,7 @@ from crosskd_hf.distillation.objective import prepare_teacher
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.backbone import batchnorms
 from crosskd_hf.models.base import DenseDetector
-from crosskd_hf.recipe.sections.run_folder import STATE_FILE, is_finished
+from crosskd_hf.recipe.run_folder import STATE_FILE, is_finished
 from crosskd_hf.training.arguments import DetectionTrainingArguments
 from crosskd_hf.training.trainer import DistillationTrainer
 

@@ -46,8 +46,8 @@ from PIL import Image
 from reporting import commit
 from safetensors.torch import load_file
 
+from crosskd_hf.recipe.run_folder import is_finished
 from crosskd_hf.recipe.sections import load_recipe
-from crosskd_hf.recipe.sections.run_folder import is_finished
 from crosskd_hf.training.checkpoints import MARKER, checkpoint_folders
 from crosskd_hf.utils.files import write_atomically
 

@@ -17,7 +17,8 @@ from tiny import tiny_model, tiny_split, write_tiny_coco
 from crosskd_hf.commands import main as cli
 from crosskd_hf.commands import train
 from crosskd_hf.data.errors import DataError
-from crosskd_hf.recipe.sections import carried_recipes, load_recipe, run_folder
+from crosskd_hf.recipe import run_folder
+from crosskd_hf.recipe.sections import carried_recipes, load_recipe
 from crosskd_hf.weights.mmdet import reference_keys, to_reference
 
 SMALL = {"backbone": "resnet18", "fpn_channels": 32, "head_channels": 32}

@@ -115,13 +115,6 @@ class DetectionTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(
         default=1, metadata={"help": "Images a device in evaluation; 1 pads as the reference does."}
     )
-    sync: bool = field(
-        default=False,
-        metadata={
-            "help": "Statistics and normalisers that are a process' own as published (all of the distillation, and "
-            "RetinaNet's) are those of all processes."
-        },
-    )
     metric_for_best_model: str | None = field(default="AP", metadata={"help": "Metric of the best checkpoint."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether that metric should be high."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep; null: all."})

@@ -13,7 +13,6 @@ from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_tensorboard_available, is_trackio_available, is_wandb_available
@@ -105,13 +104,9 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
             optimizers=optimizers,
             **datasets,
         )
-        # The losses of a step's batches are normalised alike (see `measure_normalizers`), so the step's is their mean.
-        self.loss_is_scaled_for_ga = False
-        self._detector.normalizers.sync = args.sync
         self.monitor = StepMonitor(self.args.device)
         self.train_sampler: OrientationBatchSampler | None = None
         self.last_evaluation: tuple[int, dict[str, float]] = (-1, {})
-        self._unmeasured: list[dict] = []  # batches of the step that begins, if they are several
         self.termination = TerminationSignal()
         self.evaluation_sheet: Image.Image | None = None  # of the last evaluation, for the trackers
         self._batch_shape: tuple[int, ...] | None = None  # of the last batch of images
@@ -201,58 +196,14 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
         self.monitor.clock.switch("data_time")
         batches, count = super().get_batch_samples(*args, **kwargs)
         self.monitor.clock.switch("step_time")
-        self._forget_normalizers()
-        self._unmeasured = batches if len(batches) > 1 else []
         return batches, count
-
-    @property
-    def _detector(self) -> DenseDetector:
-        return self.accelerator.unwrap_model(self.model)
-
-    @torch.no_grad()
-    def measure_normalizers(self, batches: list[dict]) -> None:
-        """Have all batches of a step divide their losses by the same: see `Normalizers`.
-
-        RetinaNet, FCOS and ATSS only assign boxes for it. GFL has to run forward, since its boxes count as much as it
-        believes in them: a third to two fifths of the student's forward and backward more.
-        """
-        model = self._detector
-        looking_ahead = self._looking_ahead(model) if model.normalizers_need_predictions else contextlib.nullcontext()
-        with looking_ahead, model.normalizers.measuring():
-            for batch in batches:
-                # Prepared again for its own step: to keep all batches of a step on the device takes its memory.
-                model.measure_normalizers(**self._prepare_inputs(batch))
-
-    def _forget_normalizers(self) -> None:
-        """Have every batch divide its losses by its own again."""
-        self._detector.normalizers.release()
-        self._unmeasured = []
-
-    @contextlib.contextmanager
-    def _looking_ahead(self, model: DenseDetector) -> Iterator[None]:
-        """Around forward passes that the step does again: it draws the same random numbers then. BatchNorm's averages
-        stay as they are."""
-        self.model.train()
-        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        for module in norms:
-            module.track_running_stats = False
-        try:
-            with torch.random.fork_rng(devices), self.accelerator.autocast():
-                yield
-        finally:
-            for module in norms:
-                module.track_running_stats = True
 
     # Optimisation -----------------------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs) -> TrainOutput:
-        """As `transformers.Trainer` does it. However it ends, the model then normalises by the batch it is given."""
-        try:
-            with out_of_memory_explained(lambda: self._memory_advice("per_device_train_batch_size")):
-                return super().train(*args, **kwargs)
-        finally:
-            self._forget_normalizers()
+        """As `transformers.Trainer` does it."""
+        with out_of_memory_explained(lambda: self._memory_advice("per_device_train_batch_size")):
+            return super().train(*args, **kwargs)
 
     def _memory_advice(self, key: str) -> str:
         """The batch that was computed last, and what needs less memory. `key` is the argument with its images."""
@@ -310,17 +261,6 @@ class DetectionTrainer(SafeSaving, HubUpload, Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
-
-    def training_step(self, *args, **kwargs) -> Tensor:
-        """Forward and backward."""
-        if self._unmeasured:
-            # Not when they are fetched: a resumed run's random state is restored after that.
-            self.measure_normalizers(self._unmeasured)
-            self._unmeasured = []
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:  # the step's last batch: callbacks may ask the model for losses now
-            self._forget_normalizers()
-        return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Sum of all loss terms, each kept for the log."""
@@ -530,7 +470,7 @@ class DistillationTrainer(DetectionTrainer):
         optimizers: tuple = (None, None),
     ):
         model, teacher = _as_detector(model), _as_detector(teacher)
-        self.settings = resolve_settings(distillation or DistillationSection(), teacher, args.sync)
+        self.settings = resolve_settings(distillation or DistillationSection(), teacher, False)
         pairing = pair_up(model, teacher, self.settings, args.seed, processing_class)
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers)
         if pairing.adapters and self.optimizer is not None:
@@ -629,8 +569,6 @@ def _refuse_unsupported(args: DetectionTrainingArguments) -> None:
             f"one process sees {args.n_gpu} GPUs, which would make it DataParallel: start one process a GPU with "
             "`accelerate launch --multi_gpu`, or hide the others with CUDA_VISIBLE_DEVICES=0."
         )
-    if args.sync and args.torch_compile:
-        raise ValueError("sync and torch_compile don't go together: sums over processes can't be compiled here.")
     for tracker, (available, package) in TRACKERS.items():
         if tracker in args.report_to and not available():
             raise ValueError(
