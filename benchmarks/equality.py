@@ -36,7 +36,8 @@ from crosskd_hf.distillation.objective import distillation_losses, student_forwa
 from crosskd_hf.distillation.pairing import pair_up  # noqa: E402
 from crosskd_hf.distillation.settings import resolve_settings  # noqa: E402
 from crosskd_hf.recipe.sections import DistillationSection  # noqa: E402
-from crosskd_hf.training.trainer import DetectionTrainer, DistillationTrainer  # noqa: E402
+from crosskd_hf.training.distillation_trainer import DistillationTrainer  # noqa: E402
+from crosskd_hf.training.trainer import DetectionTrainer  # noqa: E402
 
 DETECTORS = ("gfl", "retinanet", "fcos", "atss")
 EQUAL = 1e-8  # relative to a gradient's norm

@@ -32,8 +32,9 @@ from .models import (
 from .models.image_processing import DenseDetectorImageProcessor
 from .recipe.sections import DistillationSection, Recipe, load_recipe
 from .training.arguments import DetectionTrainingArguments
+from .training.distillation_trainer import DistillationTrainer
 from .training.evaluation import CocoEvaluator
-from .training.trainer import DetectionTrainer, DistillationTrainer
+from .training.trainer import DetectionTrainer
 from .version import __version__
 
 for _name, _config in CONFIGS.items():

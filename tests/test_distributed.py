@@ -23,7 +23,8 @@ from crosskd_hf.distillation.pairing import pair_up
 from crosskd_hf.distillation.settings import resolve_settings
 from crosskd_hf.recipe import run_folder
 from crosskd_hf.recipe.sections import RECIPE_FILE, DistillationSection, load_recipe
-from crosskd_hf.training.trainer import DetectionTrainer, DistillationTrainer
+from crosskd_hf.training.distillation_trainer import DistillationTrainer
+from crosskd_hf.training.trainer import DetectionTrainer
 from crosskd_hf.utils import distributed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))

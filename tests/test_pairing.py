@@ -20,7 +20,8 @@ from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.base import Predictions
 from crosskd_hf.models.image_processing import DenseDetectorImageProcessor, pixel_style
 from crosskd_hf.recipe.sections import DistillationSection
-from crosskd_hf.training.trainer import DetectionTrainer, DistillationTrainer
+from crosskd_hf.training.distillation_trainer import DistillationTrainer
+from crosskd_hf.training.trainer import DetectionTrainer
 from crosskd_hf.utils.label_names import COCO_CLASSES
 
 DETECTORS = ("gfl", "retinanet", "fcos", "atss")

@@ -15,7 +15,7 @@ from crosskd_hf.distillation.settings import resolve_settings
 from crosskd_hf.models.backbone import batchnorms
 from crosskd_hf.models.head import GroupNorm, HalfPrecisionGroupNorm, LevelScales
 from crosskd_hf.recipe.sections import DistillationSection
-from crosskd_hf.training.trainer import DistillationTrainer
+from crosskd_hf.training.distillation_trainer import DistillationTrainer
 
 DETECTORS = ["gfl", "retinanet", "fcos", "atss"]
 # On levels of a cell or two the alignment standardises what is mostly rounding.

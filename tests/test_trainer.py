@@ -13,11 +13,13 @@ from transformers import TrainerCallback
 from crosskd_hf import DistillationSection
 from crosskd_hf.commands import main as cli
 from crosskd_hf.data.dataset import DetectionDataset
+from crosskd_hf.training import checks
 from crosskd_hf.training import trainer as trainer_module
 from crosskd_hf.training.arguments import DetectionTrainingArguments
 from crosskd_hf.training.checkpoints import mark_complete
+from crosskd_hf.training.distillation_trainer import DistillationTrainer
 from crosskd_hf.training.monitoring import NonFiniteLossError
-from crosskd_hf.training.trainer import MAX_OVERFLOWS, DetectionTrainer, DistillationTrainer
+from crosskd_hf.training.trainer import MAX_OVERFLOWS, DetectionTrainer
 
 
 def distiller(tmp_path: Path, teacher, student=None, distillation=None, **options) -> DistillationTrainer:
@@ -203,7 +205,7 @@ def test_evaluation_is_repeatable(tmp_path: Path) -> None:
 
 
 def test_a_tracker_that_is_not_installed_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(trainer_module.TRACKERS, "tensorboard", (lambda: False, "tensorboard"))
+    monkeypatch.setitem(checks.TRACKERS, "tensorboard", (lambda: False, "tensorboard"))
     args = tiny_args(tmp_path / "run", report_to=["tensorboard"])
     with pytest.raises(ValueError, match=r'report_to=tensorboard needs .*pip install -e "\.\[tracking\]"'):
         DetectionTrainer(tiny_model(), args)
@@ -357,7 +359,7 @@ def test_only_what_the_model_reads_is_copied_and_without_waiting(tmp_path: Path,
     with Copies() as copies:
         batch = next(iter(trainer.get_train_dataloader()))
         assert copies.waits == [] and {"image_id", "size", "orig_size"} <= set(batch["labels"])
-        prepared = trainer._prepare_inputs(batch)
+        prepared = trainer.to_device(batch)
     assert copies.waits == [False] * 5
     assert set(prepared["labels"]) == {"boxes", "class_labels", "mask"}
     assert all(value.is_meta for value in (*prepared["labels"].values(), prepared["pixel_values"]))

@@ -15,9 +15,11 @@ from ..inference import export, predict
 from ..recipe.run_folder import check_folder
 from ..recipe.sections import RECIPE_FILE, DataSection, RecipeError, load_recipe
 from ..training.arguments import DetectionTrainingArguments
+from ..training.checks import check_classes
 from ..training.evaluation import format_metrics
+from ..training.evaluation_loop import EVALUATION_FOLDER
 from ..training.run_log import use_run_log
-from ..training.trainer import EVALUATION_FOLDER, DetectionTrainer, check_classes
+from ..training.trainer import DetectionTrainer
 from ..utils.distributed import check_same, num_processes, processes_where
 from ..utils.progress import say
 from ..weights.loading import convert_checkpoint, count_parameters, load_detector, load_processor, weights_digest

@@ -31,20 +31,15 @@ from ..recipe.run_folder import (
 )
 from ..recipe.sections import RECIPE_FILE, Recipe, RecipeError, load_recipe
 from ..training.arguments import LIMITS
-from ..training.checkpoints import (
-    FolderInUseError,
-    check_disk_space,
-    checkpoint_bytes,
-    checkpoints_at_once,
-    claimed,
-    full_disk_explained,
-    last_complete_checkpoint,
-)
+from ..training.checkpoints import last_complete_checkpoint
+from ..training.disk_space import check_disk_space, checkpoint_bytes, checkpoints_at_once, full_disk_explained
+from ..training.distillation_trainer import DistillationTrainer
 from ..training.evaluation import format_metrics
 from ..training.monitoring import NonFiniteLossError
+from ..training.run_lock import FolderInUseError, folder_lock
 from ..training.run_log import use_run_log
 from ..training.tracking import TrackingCallback
-from ..training.trainer import DetectionTrainer, DistillationTrainer
+from ..training.trainer import DetectionTrainer
 from ..utils.distributed import check_shared
 from ..utils.escaping import printable_lines
 from ..utils.memory import OutOfMemoryError, out_of_memory_explained
@@ -178,8 +173,8 @@ def run(trainer: DetectionTrainer, recipe: Recipe) -> None:
         Terminated: SIGTERM came; everything up to its step is saved.
     """
     output = Path(trainer.args.output_dir)
-    claim = claimed(output) if trainer.args.should_save else contextlib.nullcontext()
-    with claim, trainer.termination.listening(), full_disk_explained(output):
+    lock = folder_lock(output) if trainer.args.should_save else contextlib.nullcontext()
+    with lock, trainer.termination.listening(), full_disk_explained(output):
         checkpoint = last_complete_checkpoint(output)
         check_labels(trainer.model, checkpoint)
         note_when_begun(trainer, recipe)

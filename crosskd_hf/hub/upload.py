@@ -92,6 +92,8 @@ def _may_replace_card(repo_id: str, token: str | None, revision: str | None) -> 
 class HubUpload:
     """The part of a trainer that talks to the Hub; goes before `transformers.Trainer` among the bases.
 
+    One private method of `transformers.Trainer` is overridden, `_finish_current_push`: an upload that failed is told.
+
     Only the files of `UPLOADED` are sent. With hub_strategy "checkpoint" or "all_checkpoints" whole checkpoints are,
     whose optimizer and random states are pickles.
     """
@@ -173,9 +175,6 @@ class HubUpload:
             files.pop(METRICS_FILE, None)  # of other weights than these
         return files
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing yet: transformers calls it before the checkpoint is whole; see `push_checkpoint`."""
-
     def push_checkpoint(self, folder: Path) -> None:
         """Start the upload of a whole checkpoint's model, as `hub_strategy` says; one still under way may skip it.
 
@@ -189,7 +188,8 @@ class HubUpload:
             return
         self._finish_current_push()  # it reads the files that are replaced now
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self._save()  # not the checkpoint's copied: the weights for users may be an average of the trained ones
+        # Not a copy of the checkpoint's: the weights for users may be an average of the trained ones.
+        self.save_model(_internal_call=True)
         files = self._files_with_card()
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name

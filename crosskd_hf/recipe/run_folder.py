@@ -8,7 +8,8 @@ from transformers import TrainerState
 
 from ..hub.upload import UPLOADED
 from ..models.base import DenseDetector
-from ..training.checkpoints import LOCK, MARKER, NAME, checkpoint_folders, last_complete_checkpoint
+from ..training.checkpoints import MARKER, NAME, checkpoint_folders, last_complete_checkpoint
+from ..training.run_lock import LOCK
 from ..utils.escaping import printable
 from ..utils.files import flush_to_disk, folder_problem, write_atomically
 from ..utils.progress import say

@@ -112,6 +112,17 @@ def parameter_groups(
     return list(groups.values())
 
 
+def groups_of(model: nn.Module, args: DetectionTrainingArguments) -> list[dict]:
+    """`parameter_groups` as the arguments have them, with the learning rate of the global batch."""
+    return parameter_groups(
+        model,
+        learning_rate=args.scaled_learning_rate,
+        weight_decay=args.weight_decay,
+        bias_lr_factor=args.bias_lr_factor,
+        bias_weight_decay=args.bias_weight_decay,
+    )
+
+
 def build_optimizer(model: nn.Module, args: DetectionTrainingArguments) -> torch.optim.SGD:
     """SGD with momentum, fused where that is known to work.
 
@@ -124,13 +135,7 @@ def build_optimizer(model: nn.Module, args: DetectionTrainingArguments) -> torch
     Raises:
         ValueError: if the model has nothing to train.
     """
-    groups = parameter_groups(
-        model,
-        learning_rate=args.scaled_learning_rate,
-        weight_decay=args.weight_decay,
-        bias_lr_factor=args.bias_lr_factor,
-        bias_weight_decay=args.bias_weight_decay,
-    )
+    groups = groups_of(model, args)
     if not groups:
         raise ValueError(
             "the model has no parameter that requires a gradient, so nothing to train: call requires_grad_() on the "
@@ -145,3 +150,30 @@ def build_optimizer(model: nn.Module, args: DetectionTrainingArguments) -> torch
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def group_values(optimizer: torch.optim.Optimizer) -> list[dict]:
+    """Rates, decay and momentum of each parameter group, as they are before a scheduler changes them."""
+    groups = optimizer.param_groups
+    return [{**{k: v for k, v in g.items() if k != "params"}, "lr": g.get("initial_lr", g["lr"])} for g in groups]
+
+
+def restore_group_values(
+    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, values: list[dict]
+) -> None:
+    """Go back to the arguments' rates, decay and momentum after a checkpoint's were loaded.
+
+    Changed arguments would be ignored without a word; where nothing has changed both are the same. With a scheduler
+    that isn't a function of the step, all stays as it was loaded.
+
+    Args:
+        optimizer, scheduler: as the checkpoint left them.
+        values: `group_values` of the optimizer before that.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        return
+    scheduler.base_lrs = [group["lr"] for group in values]
+    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    scheduler._last_lr = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    for group, new, rate in zip(optimizer.param_groups, values, scheduler._last_lr, strict=True):
+        group.update({**new, "initial_lr": new["lr"], "lr": rate})

@@ -126,8 +126,17 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     os.replace(temporary, path)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until the names in a folder would outlast a power cut.
+
+    Raises:
+        OSError: it can't be opened, or the disk failed.
+    """
     if os.name == "posix":  # elsewhere folders can't be opened
-        descriptor = os.open(path.parent, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
