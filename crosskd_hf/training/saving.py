@@ -288,7 +288,8 @@ class SafeSaving:
         else:
             return
         self._determine_best_metric(metrics=entry, trial=None)
-        self._save_checkpoint(self.model_wrapped)
+        if self._saved_at == self.state.global_step:  # what the evaluation decides: see `_save_checkpoint`
+            self._save_checkpoint(self.model_wrapped)
 
 
 def refuse_pickles(folder: Path) -> None:
