@@ -4,6 +4,7 @@ Needs Linux (/proc); the full disk needs root.
 """
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -14,7 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from crosskd_hf.training.checkpoints import DISK_FULL, MARKER, checkpoint_folders, newest_complete, step_of
+from crosskd_hf.training.checkpoints import MARKER, checkpoint_folders, newest_complete, step_of
+from crosskd_hf.training.disk_space import DISK_FULL
 
 DISK_MB = 700  # a little more than the checkpoints of the small run
 DAMAGES = ("cut", "bit", "gone")  # in turn
@@ -243,7 +245,8 @@ def damage(target: Target) -> Outcome:
     newest = newest_complete(target.output)
     if newest is None:
         return Outcome(note="no checkpoint to damage")
-    files = [path for path in sorted(Path(newest).iterdir()) if path.name != MARKER and path.stat().st_size > 1]
+    listed = json.loads((Path(newest) / MARKER).read_text())["files"]
+    files = [path for name in sorted(listed) if (path := Path(newest) / name).stat().st_size > 1]
     path, how = target.rng.choice(files), DAMAGES[(target.number - 1) % len(DAMAGES)]
     harm(path, how, target.rng)
     note = f"{path.name} of {Path(newest).name}: {how}"

@@ -36,7 +36,7 @@ from crosskd_hf.models.backbone import batchnorms
 from crosskd_hf.models.base import DenseDetector
 from crosskd_hf.recipe.run_folder import STATE_FILE, is_finished
 from crosskd_hf.training.arguments import DetectionTrainingArguments
-from crosskd_hf.training.trainer import DistillationTrainer
+from crosskd_hf.training.distillation_trainer import DistillationTrainer
 
 sys.path.insert(0, str(ROOT / "tests"))
 from golden_cases import GoldenCase

@@ -48,7 +48,7 @@ from safetensors.torch import load_file
 
 from crosskd_hf.recipe.load import load_recipe
 from crosskd_hf.recipe.run_folder import is_finished
-from crosskd_hf.training.checkpoints import MARKER, checkpoint_folders
+from crosskd_hf.training.checkpoints import checkpoint_folders, leftovers, step_of
 from crosskd_hf.utils.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,12 +153,12 @@ def start(recipe: Path, output: Path, processes: int, log: Path) -> subprocess.P
 
 
 def is_changing(output: Path, since: float) -> bool:
-    """Whether a checkpoint folder is without marker and was touched after a time (`time.time()`)."""
-    for folder in checkpoint_folders(output):
+    """Whether a checkpoint is being written or removed, by what was touched after a time (`time.time()`)."""
+    for folder in leftovers(output):
         try:
-            if not (folder / MARKER).exists() and folder.stat().st_mtime >= since:
+            if folder.stat().st_mtime >= since:
                 return True
-        except FileNotFoundError:  # removed in between
+        except FileNotFoundError:  # renamed or removed in between
             return True
     return False
 
@@ -362,11 +362,9 @@ def wrong_start(text: str, expected: int, damaged: list[str]) -> str:
 
 
 def left_behind(output: Path) -> str:
-    """What a kill left of checkpoints: `30` is whole, `40?` is not."""
-    return " ".join(
-        folder.name.removeprefix("checkpoint-") + ("" if (folder / MARKER).exists() else "?")
-        for folder in checkpoint_folders(output)
-    )
+    """What a kill left of checkpoints: `30` is complete, `40?` was being written or removed."""
+    steps = [str(step_of(folder)) for folder in checkpoint_folders(output)]
+    return " ".join(steps + [f"{step_of(folder.stem)}?" for folder in leftovers(output)])
 
 
 COLUMNS = "{:>4}  {:<10}  {:>7}  {:>12}  {:>9}  {:>4}  {:<10}  {:>6}  {:<12}  {}"

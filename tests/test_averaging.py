@@ -9,7 +9,7 @@ from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
 from torch import Tensor
 
 from crosskd_hf.training.averaging import AVERAGE_FILE, WeightAverage
-from crosskd_hf.training.checkpoints import checkpoint_bytes
+from crosskd_hf.training.disk_space import checkpoint_bytes
 from crosskd_hf.training.trainer import DetectionTrainer
 
 

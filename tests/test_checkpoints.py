@@ -16,26 +16,21 @@ import torch
 from safetensors import SafetensorError
 from tiny import tiny_args, tiny_model
 
-from crosskd_hf.training import checkpoints
+from crosskd_hf.training import disk_space
 from crosskd_hf.training.checkpoints import (
     MARKER,
-    REMOVING,
-    check_disk_space,
-    checkpoint_bytes,
     checkpoint_folders,
-    checkpoints_at_once,
-    claimed,
     damage,
-    disk_errors_explained,
-    full_disk_explained,
-    is_disk_full,
     last_complete_checkpoint,
     mark_complete,
+    partial_folder,
+    put_in_place,
     remove_checkpoint,
     remove_surplus,
-    replace_file,
 )
-from crosskd_hf.utils.files import write_atomically
+from crosskd_hf.training.disk_space import check_disk_space, checkpoint_bytes, checkpoints_at_once, full_disk_explained
+from crosskd_hf.training.run_lock import folder_lock
+from crosskd_hf.utils.files import is_disk_full, write_atomically
 
 
 def make(run: Path, step: int, marked: bool = True) -> Path:
@@ -150,7 +145,7 @@ class Killed(BaseException):
     """In place of SIGKILL: nothing handles it."""
 
 
-@pytest.mark.parametrize("after", range(4))
+@pytest.mark.parametrize("after", range(5))
 def test_a_removal_cut_short_leaves_nothing_that_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
@@ -168,16 +163,51 @@ def test_a_removal_cut_short_leaves_nothing_that_counts(
         return call
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Path, "unlink", deadly(Path.unlink))
         patch.setattr(os, "rmdir", deadly(os.rmdir))
         patch.setattr(os, "unlink", deadly(os.unlink))
         remove_checkpoint(tmp_path / "checkpoint-2")
     assert last_complete_checkpoint(tmp_path) is None
     newest = make(tmp_path, 4)
     remove_surplus(tmp_path, None, newest)
-    assert steps(tmp_path) in ([4], [2, 4])
-    if (tmp_path / "checkpoint-2").exists():  # cut between its last file and the folder itself
-        assert not any((tmp_path / "checkpoint-2").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize("after", range(6))
+def test_a_checkpoint_put_in_place_is_complete_or_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Killed before each flush, rename and deletion in turn. One of the same step was damaged."""
+    older, damaged = make(tmp_path, 4), make(tmp_path, 6)
+    flip_a_bit(damaged)
+    partial = make(tmp_path, 6000, marked=False).rename(partial_folder(damaged))
+    left = [after]
+
+    def deadly(original):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return original(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        for name in ("fsync", "replace", "rmdir", "unlink"):
+            patch.setattr(os, name, deadly(getattr(os, name)))
+        put_in_place(partial, damaged)
+    assert last_complete_checkpoint(tmp_path) == str(older)
+    put_in_place(
+        make(tmp_path, 8, marked=False).rename(partial_folder(tmp_path / "checkpoint-8")), tmp_path / "checkpoint-8"
+    )
+    assert damage(tmp_path / "checkpoint-8") is None
+    remove_surplus(tmp_path, None, tmp_path / "checkpoint-8")
+    assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint-4", "checkpoint-6", "checkpoint-8"}
+
+
+def test_folders_that_are_being_written_are_not_resumed_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    older = make(tmp_path, 4)
+    make(tmp_path, 6).rename(tmp_path / "checkpoint-6.partial")
+    assert last_complete_checkpoint(tmp_path) == str(older) and not caplog.records
 
 
 def test_removing_what_is_not_there_is_no_error(tmp_path: Path) -> None:
@@ -203,7 +233,7 @@ def test_the_oldest_go_first_but_never_the_newest_or_the_best(
 ) -> None:
     for step in (2, 4, 6, 8):
         make(tmp_path, step)
-    best_path = None if best is None else f"moved/elsewhere/checkpoint-{best}"
+    best_path = None if best is None else Path(f"moved/elsewhere/checkpoint-{best}")
     remove_surplus(tmp_path, limit, tmp_path / "checkpoint-8", best_path)
     assert steps(tmp_path) == left
 
@@ -236,9 +266,9 @@ def test_a_removal_that_fails_is_a_warning(
     assert "checkpoint-2 is not needed any more, but can't be removed" in caplog.text
     monkeypatch.undo()
     assert last_complete_checkpoint(tmp_path).endswith("checkpoint-4")
-    assert (tmp_path / "checkpoint-2" / REMOVING).exists()
+    assert (tmp_path / "checkpoint-2.removed").exists()
     remove_surplus(tmp_path, 1, tmp_path / "checkpoint-4")
-    assert steps(tmp_path) == [4]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
 # Two runs in one folder -----------------------------------------------------------------------------------------
@@ -250,7 +280,7 @@ def test_a_second_run_is_kept_out_until_the_first_is_dead(tmp_path: Path) -> Non
     ready, told = os.pipe()
     child = os.fork()
     if child == 0:
-        with claimed(tmp_path / "run"):
+        with folder_lock(tmp_path / "run"):
             if os.fork() == 0:  # a data worker, which lives on for a while
                 time.sleep(3)
                 os._exit(0)
@@ -259,12 +289,12 @@ def test_a_second_run_is_kept_out_until_the_first_is_dead(tmp_path: Path) -> Non
         os._exit(0)
     os.read(ready, 1)
     with pytest.raises(ValueError, match=rf"another run is writing to .*run \(process {child} on"):
-        with claimed(tmp_path / "run"):
+        with folder_lock(tmp_path / "run"):
             pass
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     for _ in range(2):
-        with claimed(tmp_path / "run"):
+        with folder_lock(tmp_path / "run"):
             pass
 
 
@@ -303,22 +333,22 @@ def test_a_full_disk_behind_another_error_is_found() -> None:
 
 def test_a_full_disk_removes_the_partial_folder_and_names_the_last_good_one(tmp_path: Path) -> None:
     make(tmp_path, 4)
-    partial = make(tmp_path, 6, marked=False)
-    with pytest.raises(OSError, match=r"(?s)checkpoint-6 needs about 2\.5 GB.*checkpoint-4, is intact") as raised:
-        with disk_errors_explained(partial, 2_500_000_000):
+    partial = make(tmp_path, 6).rename(tmp_path / "checkpoint-6.partial")
+    with pytest.raises(OSError, match=r"(?s)checkpoint-6 can't be written, .*checkpoint-4, is intact") as raised:
+        with full_disk_explained(tmp_path, partial):
             raise FULL
-    assert raised.value.errno == errno.ENOSPC and steps(tmp_path) == [4]
-    with pytest.raises(OSError, match=r"checkpoint-4 needs .*There is no earlier checkpoint"):
-        with disk_errors_explained(tmp_path / "checkpoint-4", 1):
+    assert raised.value.errno == errno.ENOSPC and steps(tmp_path) == [4] and not partial.exists()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    with pytest.raises(OSError, match=r"There is no earlier checkpoint"):
+        with full_disk_explained(tmp_path, partial):
             raise FULL
 
 
 def test_other_errors_pass(tmp_path: Path) -> None:
-    partial = make(tmp_path, 6, marked=False)
-    with pytest.raises(RuntimeError, match="CUDA"):
-        with disk_errors_explained(partial, 1):
+    partial = make(tmp_path, 6).rename(tmp_path / "checkpoint-6.partial")
+    with pytest.raises(RuntimeError, match=r"^CUDA error$"):
+        with full_disk_explained(tmp_path, partial):
             raise RuntimeError("CUDA error")
-    assert partial.is_dir()
 
 
 def test_the_size_of_a_checkpoint_counts_weights_and_the_state_of_trained_ones(tmp_path: Path) -> None:
@@ -336,7 +366,7 @@ def test_the_size_of_a_checkpoint_counts_weights_and_the_state_of_trained_ones(t
 def test_a_run_that_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=3000)
     asked = []
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: asked.append(Path(path)) or usage)
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: asked.append(Path(path)) or usage)
     check_disk_space(tmp_path / "not" / "yet", 3000, 2)
     assert asked == [tmp_path]
     with pytest.raises(ValueError, match=r"training\.output_dir .* for 2 checkpoints .* only 3e-06 GB are free"):
@@ -393,15 +423,6 @@ def test_full_shared_memory_is_no_full_disk(tmp_path: Path) -> None:
             raise RuntimeError(told)
 
 
-def test_only_one_process_removes_what_several_write(tmp_path: Path) -> None:
-    partial = tmp_path / "checkpoint-8"
-    partial.mkdir()
-    with pytest.raises(OSError, match="the disk is full") as error:
-        with disk_errors_explained(partial, 1, remove=False):
-            raise FULL
-    assert partial.is_dir() and "removed" not in str(error.value)
-
-
 def test_a_file_that_does_not_fit_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.json"
     write_atomically(path, "old")
@@ -411,36 +432,3 @@ def test_a_file_that_does_not_fit_leaves_nothing(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match="full"):
         write_atomically(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"] and path.read_text() == "old"
-
-
-# Another version of a file --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("writes", [0, 1, 2, 3])
-def test_a_checkpoint_is_whole_at_every_moment_of_a_replacement(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
-) -> None:
-    """Killed before the first of three writes, between two, or after the last."""
-    folder = make(tmp_path, 4)
-    name = "weights"
-    before, left = (folder / name).read_bytes(), [writes]
-
-    def counted(path: Path, text: str) -> None:
-        if not left[0]:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        write_atomically(path, text)
-
-    monkeypatch.setattr(checkpoints, "write_atomically", counted)
-    with contextlib.suppress(KeyboardInterrupt):
-        replace_file(folder, name, "ä new version\n")
-    assert damage(folder) is None
-    content = (folder / name).read_bytes()
-    assert content == ("ä new version\n".encode() if writes > 1 else before)
-    (folder / name).write_bytes(b"something else, of another size")
-    assert name in damage(folder)
-
-
-def test_a_folder_without_marker_gets_no_other_file(tmp_path: Path) -> None:
-    replace_file(tmp_path, "state.json", "{}")
-    assert not list(tmp_path.iterdir())

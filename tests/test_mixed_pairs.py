@@ -12,7 +12,7 @@ from crosskd_hf.distillation.losses import KDTargets, prediction_kd_losses
 from crosskd_hf.distillation.objective import distillation_losses, teacher_forward
 from crosskd_hf.distillation.pairing import pair_up
 from crosskd_hf.distillation.settings import resolve_settings
-from crosskd_hf.training.trainer import DistillationTrainer
+from crosskd_hf.training.distillation_trainer import DistillationTrainer
 
 DETECTORS = ["gfl", "retinanet", "fcos", "atss"]
 

@@ -235,31 +235,6 @@ def give_gradients(model: nn.Module, value: float) -> None:
         parameter.grad = torch.full_like(parameter, value)
 
 
-def test_found_inf_skips_a_step_with_parameters_and_momentum_unchanged(tmp_path):
-    model = nn.Linear(3, 2)
-    optimizer = build_optimizer(model, arguments(tmp_path))
-    give_gradients(model, 1.0)
-    optimizer.step()
-    parameters, momenta = [p.detach().clone() for p in model.parameters()], buffers(optimizer)
-    give_gradients(model, float("nan"))
-    optimizer.found_inf = torch.ones(())
-    optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(parameters, model.parameters(), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(momenta, buffers(optimizer), strict=True))
-
-
-def test_found_inf_of_zero_steps_as_usual(tmp_path):
-    model = nn.Linear(3, 2)
-    twin = copy.deepcopy(model)
-    optimizers = [build_optimizer(m, arguments(tmp_path)) for m in (model, twin)]
-    optimizers[0].found_inf = torch.zeros(())
-    for value in (1.0, -0.5):
-        for m, optimizer in zip((model, twin), optimizers, strict=True):
-            give_gradients(m, value)
-            optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
-
-
 def test_skipped_first_step_leaves_no_uninitialised_momentum(tmp_path):
     """torch alone makes the momentum in the first step with `empty_like`, and a skipped step never fills it."""
     torch.manual_seed(0)

@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from crosskd_hf.data.collator import padded_number
 from crosskd_hf.distillation.alignment import align, standardise
 from crosskd_hf.distillation.objective import distillation_losses, prepare_teacher, student_forward, teacher_forward
-from crosskd_hf.distillation.settings import DistillationSection, resolve_settings
+from crosskd_hf.distillation.settings import resolve_settings
 from crosskd_hf.models.backbone import batchnorms
 from crosskd_hf.models.head import GroupNorm, HalfPrecisionGroupNorm, LevelScales
-from crosskd_hf.training.trainer import DistillationTrainer
+from crosskd_hf.recipe.sections import DistillationSection
+from crosskd_hf.training.distillation_trainer import DistillationTrainer
 
 DETECTORS = ["gfl", "retinanet", "fcos", "atss"]
 # On levels of a cell or two the alignment standardises what is mostly rounding.

@@ -15,15 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 from processes import CONTEXT, run_processes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
 from transformers import TrainerCallback
 
 from crosskd_hf.data.coco import load_coco
 from crosskd_hf.data.dataset import DetectionDataset
 from crosskd_hf.training import checkpoints
-from crosskd_hf.training.checkpoints import MARKER, last_complete_checkpoint
-from crosskd_hf.training.trainer import DetectionTrainer, DistillationTrainer
+from crosskd_hf.training.checkpoints import last_complete_checkpoint
+from crosskd_hf.training.distillation_trainer import DistillationTrainer
+from crosskd_hf.training.trainer import DetectionTrainer
+from crosskd_hf.weights.mmdet import CheckpointError
 
 HERE = Path(__file__).resolve().parent
 # 7 images in batches of 2 are 4 batches an epoch, so that checkpoints 3 and 6 and the end lie in mid-epoch, both with
@@ -181,26 +183,28 @@ def test_a_damaged_checkpoint_costs_steps_but_no_difference(tmp_path: Path, capl
     assert Path(last_complete_checkpoint(tmp_path / "cut")).name == "checkpoint-7", "it was written again"
 
 
-def test_rotation_waits_for_the_marker_and_keeps_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in run.glob("checkpoint-*"))
+
+
+def test_a_checkpoint_is_removed_once_the_next_is_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = build(tmp_path, "cut", save_total_limit=1, eval_strategy="no")
     seen = []
-    original = checkpoints.mark_complete
+    original = checkpoints.put_in_place
 
-    def marking(folder):
-        run = Path(folder).parent
-        seen.append(
-            (Path(folder).name, [f.name for f in checkpoints.checkpoint_folders(run) if (f / MARKER).exists()])
-        )
-        original(folder)
+    def noting(partial, folder):
+        seen.append(names(folder.parent))
+        original(partial, folder)
+        seen.append(names(folder.parent))
 
-    monkeypatch.setattr("crosskd_hf.training.saving.mark_complete", marking)
+    monkeypatch.setattr("crosskd_hf.training.saving.put_in_place", noting)
     trainer.train()
     assert seen == [
-        ("checkpoint-3", []),
-        ("checkpoint-6", ["checkpoint-3"]),
-        ("checkpoint-7", ["checkpoint-6"]),
+        *(["checkpoint-3.partial"], ["checkpoint-3"]),
+        *(["checkpoint-3", "checkpoint-6.partial"], ["checkpoint-3", "checkpoint-6"]),
+        *(["checkpoint-6", "checkpoint-7.partial"], ["checkpoint-6", "checkpoint-7"]),
     ]
-    assert [folder.name for folder in checkpoints.checkpoint_folders(tmp_path / "cut")] == ["checkpoint-7"]
+    assert names(tmp_path / "cut") == ["checkpoint-7"]
     saved = torch.load(tmp_path / "cut" / "checkpoint-7" / "training_args.bin", weights_only=False)
     assert saved.save_total_limit == trainer.args.save_total_limit == 1
 
@@ -212,15 +216,14 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_last_checkpoint(
     trainer = build(tmp_path, "cut")
 
     def full(output_dir):
-        if output_dir.endswith("-6"):
+        if output_dir.endswith("-6.partial"):
             raise OSError(errno.ENOSPC, "No space left on device")
         DetectionTrainer._save_rng_state(trainer, output_dir)
 
     monkeypatch.setattr(trainer, "_save_rng_state", full)
-    with pytest.raises(OSError, match=r"checkpoint-6 needs about .*checkpoint-3, is intact"):
+    with pytest.raises(OSError, match=r"the disk is full: .*checkpoint-6 can't be written.*checkpoint-3, is intact"):
         trainer.train()
-    assert [folder.name for folder in checkpoints.checkpoint_folders(tmp_path / "cut")] == ["checkpoint-3"]
-    assert trainer.args.save_total_limit == 2
+    assert names(tmp_path / "cut") == ["checkpoint-3"]
     assert_same(whole, resumed(tmp_path, "checkpoint-3"))
 
 
@@ -229,19 +232,37 @@ def train_cut(root: Path) -> None:
 
 
 def test_a_run_killed_while_it_saves_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    """SIGKILL once the second checkpoint's folder is there, before its marker is."""
+    """SIGKILL once the second checkpoint's folder is there, under another name."""
     whole = undisturbed(tmp_path)
     process = CONTEXT.Process(target=train_cut, args=(tmp_path,))
     process.start()
-    target = tmp_path / "cut" / "checkpoint-6"
-    while not target.exists() and process.is_alive():
+    partial = tmp_path / "cut" / "checkpoint-6.partial"
+    while not partial.exists() and process.is_alive():
         time.sleep(0.001)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL, "it ended before it could be killed"
-    assert not (target / MARKER).exists()
+    (partial / "stale").touch()
     assert_same(whole, resumed(tmp_path, "checkpoint-3"))
     assert load_file(tmp_path / "cut" / "checkpoint-7" / "model.safetensors").keys() <= whole.keys()
+    assert names(tmp_path / "cut") == ["checkpoint-6", "checkpoint-7"]
+    assert not (tmp_path / "cut" / "checkpoint-6" / "stale").exists()
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "of another shape"])
+def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path, change: str) -> None:
+    """transformers would go on with random weights in place of the missing ones."""
+    interrupted(tmp_path, 5)
+    checkpoint = tmp_path / "cut" / "checkpoint-3"
+    weights, name = load_file(checkpoint / "model.safetensors"), "head.cls_predictor.weight"
+    if change == "missing":
+        del weights[name]
+    else:
+        weights[name if change == "of another shape" else "head.more"] = torch.zeros(3)
+    save_file(weights, checkpoint / "model.safetensors")
+    trainer = build(tmp_path, "cut")
+    with pytest.raises(CheckpointError, match=r"checkpoint-3/model\.safetensors.*head\."):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
 @pytest.mark.slow

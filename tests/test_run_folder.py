@@ -160,7 +160,7 @@ def test_changes_are_shown_without_credentials() -> None:
 
 
 def test_a_default_that_is_written_out_is_no_change(tmp_path: Path) -> None:
-    defaults = ["training.momentum=0.9", "training.lr_milestones=[8, 11]"]
+    defaults = ["training.momentum=0.9", "training.channels_last=false", "training.lr_milestones=[8, 11]"]
     defaults += ["training.lr_scheduler_type=linear", "training.ema_decay=null"]
     for begun, now in ((recipe(), recipe(*defaults)), (recipe(*defaults), recipe())):
         begun.save(tmp_path / RECIPE_FILE)

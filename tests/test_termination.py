@@ -16,7 +16,8 @@ from test_resume import Interrupted, assert_same, build, final_state, undisturbe
 from transformers import TrainerCallback
 
 from crosskd_hf.training import saving
-from crosskd_hf.training.checkpoints import MARKER, last_complete_checkpoint
+from crosskd_hf.training.checkpoints import last_complete_checkpoint
+from crosskd_hf.training.saving import EVALUATION_FILE
 from crosskd_hf.training.termination import Terminated, TerminationSignal, obey_parent_only
 
 
@@ -87,12 +88,17 @@ def test_a_run_killed_in_an_evaluation_loses_the_evaluation_only(tmp_path: Path)
     trainer = go_on(tmp_path, "checkpoint-4", **options)
     assert evaluated_steps(trainer) == [2, 4, 6, 7]
     assert_same(whole, final_state(trainer))
-    # What an evaluation finds is in the checkpoint that was saved before it.
+    # What an evaluation finds is beside the checkpoint that was saved before it.
     folder = Path(last_complete_checkpoint(tmp_path / "cut"))
     state = json.loads((folder / "trainer_state.json").read_text())
-    assert [entry["step"] for entry in state["log_history"] if "eval_AP" in entry] == [2, 4, 6, 7]
-    assert state["best_global_step"] == trainer.state.best_global_step and state["best_model_checkpoint"]
-    assert not state["stateful_callbacks"]["TrainerControl"]["args"]["should_evaluate"]
+    assert [entry["step"] for entry in state["log_history"] if "eval_AP" in entry] == [2, 4, 6]
+    assert json.loads((folder / EVALUATION_FILE).read_text()) == trainer.state.log_history[-2]
+    assert "train_loss" in trainer.state.log_history[-1]
+    again = go_on(tmp_path, folder.name, **options)
+    assert evaluated_steps(again) == [2, 4, 6, 7]
+    assert again.last_evaluation == (-1, {}), "it was read"
+    for name in ("best_metric", "best_global_step", "best_model_checkpoint"):
+        assert getattr(again.state, name) == getattr(trainer.state, name) is not None
 
 
 def test_the_end_of_an_epoch_comes_before_the_end_of_the_run(tmp_path: Path) -> None:
@@ -138,15 +144,16 @@ def test_a_whole_checkpoint_is_not_written_again(
 ) -> None:
     """While that is done, there would be none of this step, and maybe none at all."""
     whole = undisturbed(tmp_path, **options)
-    removed = []
+    written, original = [], saving.put_in_place
 
-    def remove(folder: Path) -> None:
-        removed.append((folder.name, (folder / MARKER).exists()))
+    def noting(partial: Path, folder: Path) -> None:
+        written.append(folder.name)
+        original(partial, folder)
 
-    monkeypatch.setattr(saving, "remove_checkpoint", remove)
+    monkeypatch.setattr(saving, "put_in_place", noting)
     ended(tmp_path, At(event, 4 if event == "on_prediction_step" else 3), **options)
     monkeypatch.undo()
-    assert removed == [("checkpoint-4", False)]
+    assert written == ["checkpoint-4"]
     trainer = go_on(tmp_path, "checkpoint-4", **options)
     assert evaluated_steps(trainer) == [4, 7]
     assert_same(whole, final_state(trainer))

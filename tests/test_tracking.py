@@ -14,9 +14,10 @@ from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
 
 from crosskd_hf.data.dataset import DetectionDataset
 from crosskd_hf.training.contact_sheet import evenly_spaced, example
+from crosskd_hf.training.distillation_trainer import DistillationTrainer
 from crosskd_hf.training.evaluation import CocoEvaluator
 from crosskd_hf.training.tracking import TILE, evaluation_sheet
-from crosskd_hf.training.trainer import DetectionTrainer, DistillationTrainer
+from crosskd_hf.training.trainer import DetectionTrainer
 
 RUN = """
 import sys

@@ -220,7 +220,7 @@ def test_every_recipe_takes_a_step_when_made_small(name: str, tmp_path: Path) ->
     recipe = load_recipe(name, overrides)
     trainer = build_trainer(recipe)
     trainer.model.train()
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    batch = trainer.to_device(next(iter(trainer.get_train_dataloader())))
     trainer.create_optimizer_and_scheduler(100)
     terms, _ = trainer.loss_terms(trainer.model, batch)
     assert all(term.isfinite() for term in terms.values()), terms

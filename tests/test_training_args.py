@@ -55,8 +55,6 @@ def test_own_fields_only_add_to_transformers():
         "evaluation_pictures",
         "channels_last",
         "fold_teacher_batchnorm",
-        "skip_nonfinite_steps",
-        "sync",
     }
 
 

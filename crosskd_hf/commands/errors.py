@@ -8,7 +8,7 @@ from accelerate import PartialState
 
 from ..data.errors import DataError
 from ..recipe import RecipeError
-from ..training.checkpoints import FolderInUseError
+from ..training.run_lock import FolderInUseError
 from ..training.monitoring import NonFiniteLossError
 from ..utils.escaping import printable_lines
 from ..utils.memory import OutOfMemoryError

@@ -1,12 +1,11 @@
 """What a run will do: told, and compared with what can be meant and what the disk holds, before it starts."""
 
-import dataclasses
 import math
 
 import torch
 
 from ..training.arguments import LIMITS
-from ..training.checkpoints import check_disk_space, checkpoint_bytes, checkpoints_at_once
+from ..training.disk_space import check_disk_space, checkpoint_bytes, checkpoints_at_once
 from ..training.distillation_trainer import DistillationTrainer
 from ..training.trainer import DetectionTrainer
 from ..weights.loading import count_parameters
@@ -27,9 +26,8 @@ def describe(trainer: DetectionTrainer) -> str:
         total, _ = count_parameters(trainer.teacher)
         name = f"{config.model_type}, {config.backbone}"
         lines.append(f"teacher            {name}: {total / 1e6:.2f} M parameters, frozen")
-        settings = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(trainer.settings).items())
-        lines.append(f"distillation       {settings}")
-        lines += [f"                   {note}" for note in trainer.pairing.notes]
+        lines.append(f"distillation       {trainer.methods_text()}")
+        lines += [f"                   {note}" for note in trainer.pair.notes]
     lines += [
         f"training images    {len(trainer.train_dataset)}",
         f"validation images  {len(trainer.eval_dataset)}",

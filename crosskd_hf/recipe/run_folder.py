@@ -11,7 +11,8 @@ from ..models.base import DenseDetector
 from ..recipe.load import load_recipe
 from ..recipe.reading import RecipeError
 from ..recipe.sections import Recipe
-from ..training.checkpoints import LOCK, MARKER, NAME, checkpoint_folders, last_complete_checkpoint
+from ..training.checkpoints import MARKER, NAME, checkpoint_folders, last_complete_checkpoint
+from ..training.run_lock import LOCK
 from ..utils.escaping import printable
 from ..utils.files import flush_to_disk, folder_problem, write_atomically
 from ..utils.progress import say

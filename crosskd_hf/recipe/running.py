@@ -8,9 +8,11 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 
 from ..hub.upload import RECIPE_FILE
-from ..training.checkpoints import claimed, full_disk_explained, last_complete_checkpoint
+from ..training.checkpoints import last_complete_checkpoint
+from ..training.disk_space import full_disk_explained
 from ..training.distillation_trainer import DistillationTrainer
 from ..training.evaluation import format_metrics
+from ..training.run_lock import folder_lock
 from ..training.trainer import DetectionTrainer
 from ..utils.distributed import check_shared
 from ..utils.escaping import printable_lines
@@ -96,7 +98,7 @@ def run(trainer: DetectionTrainer, recipe: Recipe) -> None:
         Terminated: SIGTERM came; everything up to its step is saved.
     """
     output = Path(trainer.args.output_dir)
-    claim = claimed(output) if trainer.args.should_save else contextlib.nullcontext()
+    claim = folder_lock(output) if trainer.args.should_save else contextlib.nullcontext()
     with claim, trainer.termination.listening(), full_disk_explained(output):
         checkpoint = last_complete_checkpoint(output)
         check_labels(trainer.model, checkpoint)

@@ -60,7 +60,6 @@ LIMITS: dict[str, tuple[float, float]] = {
     "dataloader_num_workers": (0, 1024),
     "seed": (0, 2**32 - 1),
     "evaluation_pictures": (0, 1000),
-    "skip_nonfinite_steps": (0, math.inf),
 }
 
 # The fields a problem lies in, and what is wrong with them. The text starts with a field's name.
@@ -115,19 +114,6 @@ class DetectionTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = field(default=2, metadata={"help": "Images a device and step."})
     per_device_eval_batch_size: int = field(
         default=1, metadata={"help": "Images a device in evaluation; 1 pads as the reference does."}
-    )
-    sync: bool = field(
-        default=False,
-        metadata={
-            "help": "Statistics and normalisers that are a process' own as published (all of the distillation, and "
-            "RetinaNet's) are those of all processes."
-        },
-    )
-    skip_nonfinite_steps: int = field(
-        default=0,
-        metadata={
-            "help": "Steps of a run that may be skipped since loss or gradient isn't finite; 0: the first stops."
-        },
     )
     metric_for_best_model: str | None = field(default="AP", metadata={"help": "Metric of the best checkpoint."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether that metric should be high."})

@@ -1,8 +1,12 @@
 """The trainer of a student with its teacher: `DetectionTrainer` with a pair."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
+import torch
+from torch import nn
 from transformers import TrainerCallback
 
 from ..data.dataset import DetectionDataset
@@ -15,9 +19,12 @@ from ..utils.distributed import check_same, num_processes
 from ..utils.escaping import printable
 from ..weights.loading import weights_digest
 from .arguments import DetectionTrainingArguments
-from .trainer import PRECISIONS, DetectionTrainer, as_detector
+from .checks import as_detector
+from .trainer import DetectionTrainer
 
 logger = logging.getLogger(__name__)
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DistillationTrainer(DetectionTrainer):
@@ -52,10 +59,11 @@ class DistillationTrainer(DetectionTrainer):
         methods = [CrossKD()] if methods is None else methods
         self.pair = DistillationPair(model, self.teacher, methods, processing_class, args.seed)
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers)
-        if self.optimizer is not None and any(True for _ in self.pair.methods.parameters()):
+        if self.optimizer is not None and self.pair.methods.state_dict():
             raise ValueError(
-                "the distillation methods train parameters of their own (student and teacher differ in width), which "
-                "the optimizer that was given doesn't know: leave optimizers out and set training arguments instead."
+                "the distillation methods train parameters of their own, such as adapters where student and teacher "
+                "differ in width, which the optimizer that was given doesn't know: leave optimizers out and set "
+                "training arguments instead."
             )
         if num_processes() > 1:  # DDP sees to the student's, not to these
             check_same("the teacher's weights", weights_digest(self.teacher))
@@ -64,3 +72,29 @@ class DistillationTrainer(DetectionTrainer):
                 logger.log(logging.WARNING if PARTLY in note else logging.INFO, "%s", printable(note))
         self.pair.to(args.device)
         self.pair.prepare_teacher(args.fold_teacher_batchnorm, PRECISIONS.get(self.accelerator.mixed_precision))
+        if args.channels_last:
+            self.pair.to(memory_format=torch.channels_last)
+
+    def trained_module(self) -> nn.Module:
+        """The pair."""
+        return self.pair
+
+    def methods_text(self) -> str:
+        """The methods and their settings."""
+        parts = []
+        for name, method in self.pair.methods.items():
+            settings = dataclasses.asdict(method.settings) if dataclasses.is_dataclass(method.settings) else {}
+            parts.append(f"{name} ({', '.join(f'{key} {value}' for key, value in settings.items())})")
+        return ", ".join(parts)
+
+    def save_methods(self, folder: Path) -> None:
+        """Write what the methods train themselves."""
+        self.pair.save_methods(folder)
+
+    def load_methods(self, folder: Path) -> None:
+        """Read what `save_methods` wrote.
+
+        Raises:
+            PairError: see `DistillationPair.load_methods`.
+        """
+        self.pair.load_methods(folder)

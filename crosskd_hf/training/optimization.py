@@ -8,7 +8,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .arguments import DetectionTrainingArguments
 
-# Where fused SGD was seen to leave parameters and momentum alone on `found_inf`. The trainer masks other steps itself.
 FUSED_DEVICES = ("cpu", "cuda")
 
 
@@ -113,11 +112,21 @@ def parameter_groups(
     return list(groups.values())
 
 
+def groups_of(model: nn.Module, args: DetectionTrainingArguments) -> list[dict]:
+    """`parameter_groups` as the arguments have them, with the learning rate of the global batch."""
+    return parameter_groups(
+        model,
+        learning_rate=args.scaled_learning_rate,
+        weight_decay=args.weight_decay,
+        bias_lr_factor=args.bias_lr_factor,
+        bias_weight_decay=args.bias_weight_decay,
+    )
+
+
 def build_optimizer(model: nn.Module, args: DetectionTrainingArguments) -> torch.optim.SGD:
     """SGD with momentum, fused where that is known to work.
 
-    Fused, because only fused optimizers can skip a step without the host knowing: with `optimizer.found_inf` 1 (a
-    float tensor, 0 otherwise) the kernel changes neither parameters nor momentum. Others refuse the attribute.
+    A fused optimizer is one kernel, and lets GradScaler skip a step without the host waiting to know.
 
     Args:
         model: on the device it is trained on.
@@ -126,13 +135,7 @@ def build_optimizer(model: nn.Module, args: DetectionTrainingArguments) -> torch
     Raises:
         ValueError: if the model has nothing to train.
     """
-    groups = parameter_groups(
-        model,
-        learning_rate=args.scaled_learning_rate,
-        weight_decay=args.weight_decay,
-        bias_lr_factor=args.bias_lr_factor,
-        bias_weight_decay=args.bias_weight_decay,
-    )
+    groups = groups_of(model, args)
     if not groups:
         raise ValueError(
             "the model has no parameter that requires a gradient, so nothing to train: call requires_grad_() on the "
@@ -142,8 +145,35 @@ def build_optimizer(model: nn.Module, args: DetectionTrainingArguments) -> torch
     fused = all(p.is_floating_point() and p.device.type in FUSED_DEVICES for p in parameters)
     optimizer = torch.optim.SGD(groups, lr=args.scaled_learning_rate, momentum=args.momentum, fused=fused)
     if args.momentum > 0:
-        # torch makes the buffers in the first step, uninitialised, and leaves them so if found_inf skips that step:
+        # torch makes the buffers in the first step, uninitialised, and leaves them so if GradScaler skips that step:
         # the second would then add whatever the memory held. From zero, the first step comes out as it does without.
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def group_values(optimizer: torch.optim.Optimizer) -> list[dict]:
+    """Rates, decay and momentum of each parameter group, as they are before a scheduler changes them."""
+    groups = optimizer.param_groups
+    return [{**{k: v for k, v in g.items() if k != "params"}, "lr": g.get("initial_lr", g["lr"])} for g in groups]
+
+
+def restore_group_values(
+    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, values: list[dict]
+) -> None:
+    """Go back to the arguments' rates, decay and momentum after a checkpoint's were loaded.
+
+    Changed arguments would be ignored without a word; where nothing has changed both are the same. With a scheduler
+    that isn't a function of the step, all stays as it was loaded.
+
+    Args:
+        optimizer, scheduler: as the checkpoint left them.
+        values: `group_values` of the optimizer before that.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        return
+    scheduler.base_lrs = [group["lr"] for group in values]
+    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    scheduler._last_lr = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    for group, new, rate in zip(optimizer.param_groups, values, scheduler._last_lr, strict=True):
+        group.update({**new, "initial_lr": new["lr"], "lr": rate})

@@ -33,6 +33,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 class HubUpload:
     """The part of a trainer that talks to the Hub; goes before `transformers.Trainer` among the bases.
 
+    One private method of `transformers.Trainer` is overridden, `_finish_current_push`: an upload that failed is told.
+
     Only the files of `UPLOADED` are sent. With hub_strategy "checkpoint" or "all_checkpoints" whole checkpoints are,
     whose optimizer and random states are pickles.
     """
@@ -114,9 +116,6 @@ class HubUpload:
             files.pop(METRICS_FILE, None)  # of other weights than these
         return files
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing yet: transformers calls it before the checkpoint is whole; see `push_checkpoint`."""
-
     def push_checkpoint(self, folder: Path) -> None:
         """Start the upload of a whole checkpoint's model, as `hub_strategy` says; one still under way may skip it.
 
@@ -130,7 +129,8 @@ class HubUpload:
             return
         self._finish_current_push()  # it reads the files that are replaced now
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self._save()  # not the checkpoint's copied: the weights for users may be an average of the trained ones
+        # Not a copy of the checkpoint's: the weights for users may be an average of the trained ones.
+        self.save_model(_internal_call=True)
         files = self._files_with_card()
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name
@@ -257,7 +257,7 @@ def _training_facts(trainer: "DetectionTrainer") -> dict[str, str]:
         "Weights": "" if args.ema_decay is None else f"average of the trained ones, decay {args.ema_decay:g}",
         "Precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "Seed": str(args.seed),
-        "Distillation": str(trainer.settings) if getattr(trainer, "settings", None) else "",
+        "Distillation": trainer.methods_text(),
         "Versions": ", ".join([f"crosskd_hf {__version__}", *filter(None, map(_library, LIBRARIES))]),
     }
     return {name: value for name, value in facts.items() if value}

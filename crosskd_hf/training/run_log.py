@@ -94,8 +94,6 @@ def log_line(logs: dict[str, float], step: int, steps: int, remaining: float | N
         )
     if "memory_gb" in logs:
         parts.append(f"{logs['memory_gb']:.1f} GB")
-    if "skipped_steps" in logs:
-        parts.append(f"{logs['skipped_steps']} steps skipped")
     if remaining is not None:
         parts.append(f"{duration(remaining)} left")
     return "  ".join(parts)

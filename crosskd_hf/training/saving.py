@@ -1,45 +1,50 @@
-"""When a run saves and evaluates, so that whatever ends it, work that was done stays done."""
+"""When a run saves and evaluates, and how it resumes, so that whatever ends it, work that was done stays done."""
 
 import contextlib
 import copy
-import dataclasses
 import json
-import logging
 import pickle
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_model
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import set_seed
+from transformers import PreTrainedModel, TrainerControl, set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME, safe_globals
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType, TrainOutput
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..utils.distributed import check_shared
+from ..utils.files import write_atomically
 from ..weights.mmdet import CheckpointError
 from .averaging import WeightAverage
 from .checkpoints import (
-    MARKER,
-    checkpoint_bytes,
     checkpoint_folders,
-    disk_errors_explained,
-    mark_complete,
     newest_complete,
-    remove_checkpoint,
+    partial_folder,
+    put_in_place,
     remove_surplus,
-    replace_file,
     step_of,
 )
+from .disk_space import full_disk_explained
+from .optimization import restore_group_values
 from .termination import Terminated, TerminationSignal
 
-logger = logging.getLogger(__name__)
+EVALUATION_FILE = "evaluation.json"  # in a checkpoint: what the evaluation after it found, as the log has it
 
 
 class SafeSaving:
-    """The part of a trainer that saves and goes on; comes before `transformers.Trainer` among the bases.
+    """The part of a trainer that saves and resumes; comes before `transformers.Trainer` among the bases.
+
+    Two private methods of `transformers.Trainer` are overridden:
+
+    - `_save_checkpoint`: a checkpoint counts once all of it is on the disk, and none is removed before that.
+    - `_load_from_checkpoint`: weights that a checkpoint lacks are an error, and not left as they were drawn.
 
     Attributes:
         termination: listens to SIGTERM while it trains.
@@ -49,273 +54,256 @@ class SafeSaving:
     termination: TerminationSignal
     average: WeightAverage | None = None
     _resumed_from: str | None = None
-    _saved_at = -1  # the last step that this run has saved whole, or went on from
-    _asked_at = -1  # the last step at whose end all processes were asked
-    _ends = False  # and their answer
+    _saved_at = -1  # the last step that this run has saved, or resumed from
+    _trained_to = -1  # the last step that this run has done
+    _ends = False  # whether all processes agreed to end after it
 
     def train(self, *args, **kwargs) -> TrainOutput:
         """As `transformers.Trainer` does it.
 
         Raises:
+            CheckpointError: the checkpoint to resume from has other weights, or holds more than numbers.
             Terminated: SIGTERM came. The step under way was finished and saved.
             ValueError: `output_dir` isn't one and the same folder for all processes.
         """
         check_shared(self.args.output_dir)
-        self._resumed_from = None
-        self._saved_at = -1
-        with self.termination.listening():
-            return super().train(*args, **kwargs)
+        self.control, self._resumed_from = TrainerControl(), None
+        self._saved_at = self._trained_to = -1
+        self._ends = False
+        try:
+            with self.termination.listening():
+                return super().train(*args, **kwargs)
+        finally:
+            self.is_in_train = False  # `transformers.Trainer` leaves it True at an exception
 
     # When -------------------------------------------------------------------------------------------------------
 
-    def _maybe_log_save_evaluate(
-        self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None
-    ) -> None:
-        """Log, save and evaluate, as is due after a step or an epoch; end, if SIGTERM came.
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As `transformers.Trainer` does it. In training, a checkpoint that is due at the same step is saved first.
 
-        Other than in `transformers.Trainer` the checkpoint comes before the evaluation, which may take longer than an
-        epoch of a small data set: a run that is killed in it goes on with the evaluation. What the evaluation finds is
-        added to the checkpoint. Where the evaluation decides what is saved or learnt, it still comes first.
+        The evaluation may take longer than an epoch of a small data set: a run that is killed in it resumes with the
+        evaluation. Its result is written beside the checkpoint. Where it decides what is saved or learnt, it comes
+        before the checkpoint.
 
         Raises:
-            Terminated: everything is saved.
+            Terminated: SIGTERM came; everything is saved.
         """
-        ends = self._ends_here()
-        evaluate, save = self.control.should_evaluate, self.control.should_save
-        self.control.should_evaluate = self.control.should_save = False
-        super()._maybe_log_save_evaluate(
-            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate
-        )
-        self.control.should_evaluate = evaluate  # a checkpoint that is saved now says that it is due
-        decides = self.args.save_strategy == SaveStrategy.BEST or self._scheduler_needs_metrics()
-        saved = ends or (save and not (evaluate and decides))
-        if saved:
-            self._save_checkpoint(model, trial)
-        if ends:
-            raise self._terminated()
-        if evaluate:
-            try:
-                is_best = self._evaluate_and_compare(trial, ignore_keys_for_eval)
-            except Terminated:
-                if not saved:
-                    self._save_checkpoint(model, trial)
-                raise self._terminated() from None
-            if saved:
-                self._update_saved_state()
-            elif is_best if self.args.save_strategy == SaveStrategy.BEST else save:
-                self._save_checkpoint(model, trial)
-                saved = True
-        if saved:
-            self._keep_checkpoint(trial)
+        if not self.is_in_train:
+            return super().evaluate(*args, **kwargs)
+        plateau = self.args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+        decides = plateau or self.args.save_strategy == SaveStrategy.BEST
+        if self._ends or (self.control.should_save and not decides):
+            self._save_checkpoint(self.model_wrapped)
+        self.raise_if_ended()
+        try:
+            metrics = super().evaluate(*args, **kwargs)
+        except Terminated:
+            if self._trained_to == self.state.global_step:  # not while a resumed run catches up
+                self._save_checkpoint(self.model_wrapped)
+            raise self.terminated() from None
+        if self._saved_at == self.state.global_step and self.args.should_save:
+            write_atomically(self.latest_checkpoint / EVALUATION_FILE, json.dumps(self._logged_evaluation()))
+        return metrics
 
-    def _scheduler_needs_metrics(self) -> bool:
-        return self.args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+    def _logged_evaluation(self) -> dict[str, Any] | None:
+        """The log's entry of the evaluation at this step."""
+        at_step = (entry for entry in self.state.log_history if entry.get("step") == self.state.global_step)
+        return next((entry for entry in at_step if "eval_AP" in entry), None)
 
-    def _evaluate_and_compare(self, trial=None, ignore_keys: list[str] | None = None) -> bool:
-        """Evaluate. Whether it is the best so far."""
-        metrics = self._evaluate(trial, ignore_keys)
-        return self._determine_best_metric(metrics=metrics, trial=trial)
+    def end_step(self) -> bool:
+        """Whether to save and end now. Asked after every step, of all processes."""
+        self._trained_to, self._ends = self.state.global_step, self.termination.agreed_at_step()
+        return self._ends
 
-    def _ends_here(self) -> bool:
-        """Whether to save and end now. Asked after every step, and again at an epoch's end, by all processes."""
-        after_step = self._asked_at != self.state.global_step
-        if after_step:
-            self._asked_at, self._ends = self.state.global_step, self.termination.agreed_at_step()
-        # The last step of an epoch is followed by the epoch's end, which has its own evaluation and checkpoint.
-        return self._ends and not (after_step and self._epoch_is_whole())
+    @property
+    def steps_done(self) -> bool:
+        """Whether this run has done a step, and not only resumed."""
+        return self._trained_to >= 0
 
-    def _epoch_is_whole(self) -> bool:
-        return float(self.state.epoch or 0).is_integer()
+    def raise_if_ended(self) -> None:
+        """Raise `Terminated` if `end_step` said so. The step is saved."""
+        if self._ends:
+            raise self.terminated()
 
-    def _terminated(self) -> Terminated:
+    def terminated(self) -> Terminated:
+        """The exception that ends a run, with what is saved."""
         step = self.state.global_step
         if self._saved_at == step:
-            state = f": its state is saved in {self._latest_checkpoint()}; the same command goes on from there"
+            state = f": its state is saved in {self.latest_checkpoint}; the same command goes on from there"
         else:
-            found = newest_complete(self.args.output_dir) if self.is_world_process_zero() else None
-            state = f", which isn't saved; the same command goes on from {found or 'the beginning'}"
+            newest = newest_complete(self.args.output_dir) if self.is_world_process_zero() else None
+            state = f", which isn't saved; the same command goes on from {newest or 'the beginning'}"
         return Terminated(f"ended by SIGTERM after step {step}{state}")
-
-    def catch_up_evaluation(self) -> None:
-        """Evaluate what a resumed run's checkpoint says is due: its process ended between saving and evaluating.
-
-        Raises:
-            Terminated: SIGTERM came; the checkpoint is as it was.
-        """
-        if self._resumed_from is None or self.eval_dataset is None:
-            return
-        saved = self.state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
-        # An epoch's end comes after the checkpoint of its last step, which then knows nothing of it.
-        epoch_ends = self.args.eval_strategy == IntervalStrategy.EPOCH and self._epoch_is_whole()
-        step = self.state.global_step
-        done = any(entry.get("step") == step and "eval_AP" in entry for entry in self.state.log_history)
-        if done or not (saved.get("should_evaluate") or epoch_ends):
-            return
-        self._evaluate_and_compare()
-        self._update_saved_state()
-        self._keep_checkpoint(None)
 
     # Writing ----------------------------------------------------------------------------------------------------
 
-    def _latest_checkpoint(self, trial=None) -> Path:
-        return Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+    @property
+    def latest_checkpoint(self) -> Path:
+        """The folder of this step's checkpoint."""
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
-    def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        """Save a checkpoint that counts only once all of it, from every process, is on the disk.
-
-        One of this step that is whole only learns what is new: to write it again would put it at risk.
+    def _save_checkpoint(self, model: nn.Module, trial: object = None) -> None:
+        """Save a checkpoint; remove those that it makes needless, and have it uploaded, unless an evaluation is due.
 
         Raises:
+            NonFiniteLossError: what would be saved isn't finite; nothing is written or removed.
             OSError: the disk is full; the partial folder is removed, older checkpoints are as they were.
         """
-        if self._saved_at == self.state.global_step:
-            self._update_saved_state()
+        folder, writes = self.latest_checkpoint, self.args.should_save
+        partial = partial_folder(folder)
+        if self._saved_at != self.state.global_step:
+            self.check_finite()
+            self.store_flos()
+            with full_disk_explained(folder.parent, partial if writes else None):
+                if writes:
+                    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+                    self.write_model(partial, self.model, save_original_format=False)  # under its own names
+                    self.save_methods(partial)
+                    if self.average is not None:
+                        self.average.save(partial)
+                    self._save_optimizer_and_scheduler(str(partial))
+                    self._save_scaler(str(partial))
+                    self._export_callbacks()
+                    self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+                self.accelerator.wait_for_everyone()
+                self._save_rng_state(str(partial))
+                self.accelerator.wait_for_everyone()
+                if writes:
+                    put_in_place(partial, folder)
+            self._saved_at = self.state.global_step
+        if self.control.should_evaluate:
             return
-        folder = self._latest_checkpoint(trial)
-        if self.args.should_save:
-            remove_checkpoint(folder)  # what an interrupted run left of it
-        self.accelerator.wait_for_everyone()
-        with disk_errors_explained(folder, checkpoint_bytes(self.model, self.args), self.args.should_save):
-            self._write_checkpoint(model, trial, folder)
-            self.accelerator.wait_for_everyone()  # every process has written its random state
-            if self.args.should_save:
-                mark_complete(folder)
-        self._saved_at = self.state.global_step
-        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-
-    def _write_checkpoint(self, model: nn.Module, trial, folder: Path) -> None:
-        """Have transformers write a checkpoint without removing others, which it would do before it is complete."""
-        self._export_callbacks()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save:
-            args = copy.copy(self.args)
-            args.hub_token = None  # checkpoints may be pushed
-            torch.save(args, folder / TRAINING_ARGS_NAME)  # it was written without the limit
-            if self.average is not None:
-                self.average.save(folder)
-
-    def _finalize_training(self, trial, *args, **kwargs) -> TrainOutput:
-        """Without the removal of checkpoints, which transformers does before the final model is saved."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            return super()._finalize_training(trial, *args, **kwargs)
-        finally:
-            self.args.save_total_limit = limit
-
-    def _keep_checkpoint(self, trial) -> None:
-        """Remove the checkpoints that the one just saved makes needless, and have it uploaded."""
-        folder = self._latest_checkpoint(trial)
-        if self.args.should_save:
+        if writes:
             self.finish_checkpoint_push()
-            remove_surplus(
-                folder.parent, self.args.save_total_limit, newest=folder, best=self.state.best_model_checkpoint
-            )
+            remove_surplus(folder.parent, self.args.save_total_limit, newest=folder, best=self.best_checkpoint())
         self.push_checkpoint(folder)
 
-    def _update_saved_state(self) -> None:
-        """Add an evaluation to the checkpoint that was saved before it."""
-        folder = self._latest_checkpoint()
-        # As transformers does it while saving; `best_global_step` is set by the comparison.
-        if self.state.best_global_step == self.state.global_step and (folder / MARKER).is_file():
-            self.state.best_model_checkpoint = str(folder)
-        self._export_callbacks()
+    def write_model(self, folder: Path, model: PreTrainedModel, **options) -> None:
+        """Write a model with its image processor and the arguments, without the token: folders may be uploaded."""
+        model.save_pretrained(folder, **options)
+        self.processing_class.save_pretrained(folder)
+        args = copy.copy(self.args)
+        args.hub_token = None
+        torch.save(args, folder / TRAINING_ARGS_NAME)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model for users: with the average of its weights, if there is one."""
         if self.args.should_save:
-            state = json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True) + "\n"
-            replace_file(folder, TRAINER_STATE_NAME, state)
+            model = self.model if self.average is None else self.average.model
+            self.write_model(Path(output_dir or self.args.output_dir), model)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _export_callbacks(self) -> None:
+        """Bring the callbacks' part of the trainer's state up to date."""
         states: dict[str, list[dict]] = {}
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 states.setdefault(type(callback).__name__, []).append(callback.state())
         self.state.stateful_callbacks |= {name: s[0] if len(s) == 1 else s for name, s in states.items()}
 
-    # Averaged weights -------------------------------------------------------------------------------------------
+    def best_checkpoint(self) -> Path | None:
+        """Of the checkpoints that are kept, the one of the best evaluation."""
+        metric, sign = self.args.metric_for_best_model or "", 1 if self.args.greater_is_better else -1
+        metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+        scores = {entry["step"]: sign * entry[metric] for entry in self.state.log_history if metric in entry}
+        saved = [folder for folder in checkpoint_folders(self.args.output_dir) if step_of(folder) in scores]
+        return max(saved, key=lambda folder: scores[step_of(folder)], default=None)
 
-    def begin_averaging(self) -> None:
-        """Start the average of the weights, or go on with the checkpoint's."""
-        if self.args.ema_decay is None:
-            return
-        self.average = WeightAverage(self.accelerator.unwrap_model(self.model), self.args.ema_decay)
-        if self._resumed_from is not None:
-            self.average.load(self._resumed_from)
+    def load_best(self) -> None:
+        """After training: load the best checkpoint, if the arguments say so, and tell which it is.
 
-    def average_step(self) -> None:
-        """Add the weights after a step to their average."""
-        if self.average is not None:
-            self.average.update(self.accelerator.unwrap_model(self.model))
+        `state.best_model_checkpoint` isn't set before: `transformers.Trainer` would remove the last checkpoint by it,
+        before the final model is saved.
+        """
+        best = self.best_checkpoint()
+        if best is not None and self.args.load_best_model_at_end:
+            self.load_weights(best)
+            if self.average is not None:
+                self.average.load(best)
+        self.state.best_model_checkpoint = best and str(best)
 
-    # Going on ---------------------------------------------------------------------------------------------------
+    # Resuming ---------------------------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._resumed_from = resume_from_checkpoint
         folder = Path(resume_from_checkpoint).absolute()
+        refuse_pickles(folder)
+        self.load_weights(folder)
         if folder in checkpoint_folders(Path(self.args.output_dir).absolute()):
             self._saved_at = step_of(folder)
 
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self.average is not None:
-            self.average.load(self.state.best_model_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Restore momenta and the place in the schedule; rates, decay and momentum are the arguments'.
-
-        Other than in `transformers.Trainer`, which takes those of the checkpoint too: changed ones would be ignored
-        without a word. Where nothing has changed both are the same. A scheduler that isn't a function of the step is
-        restored whole.
+    def load_weights(self, folder: Path) -> None:
+        """Read a checkpoint's model, and what is trained besides.
 
         Raises:
-            CheckpointError: a file holds more than numbers; nothing of it was executed.
-            ValueError: the optimizer's state is one of other groups of parameters.
+            CheckpointError: its tensors aren't the model's, by name or shape.
+            FileNotFoundError: it has none.
         """
-        new = [{key: group[key] for key in group if key != "params"} for group in self.optimizer.param_groups]
-        with _pickles_explained(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not isinstance(self.lr_scheduler, LambdaLR):
+        path = folder / SAFE_WEIGHTS_NAME
+        try:
+            load_model(self.model, path)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{path} is of another model: resume with the model that was saved, or start again in another "
+                f"training.output_dir ({reason})"
+            ) from error
+        self.load_methods(folder)
+
+    def begin(self) -> None:
+        """At the beginning of training, once the checkpoint is loaded: all that `transformers.Trainer` leaves open."""
+        if self.args.ema_decay is not None:
+            self.average = WeightAverage(self.model, self.args.ema_decay)
+        if self._resumed_from is None:
             return
-        scheduler, groups = self.lr_scheduler, self.optimizer.param_groups
-        scheduler.base_lrs = [group["initial_lr"] for group in new]
-        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-        scheduler._last_lr = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
-        for group, values, rate in zip(groups, new, scheduler._last_lr, strict=True):
-            group.update({**values, "lr": rate})
+        if self.average is not None:
+            self.average.load(self._resumed_from)
+        # For processes that the saved run didn't have: others have their random states restored at the first step.
+        seeds = np.random.SeedSequence((self.args.seed, self.state.global_step, self.args.process_index))
+        set_seed(int(seeds.generate_state(1)[0]))
+        restore_group_values(self.optimizer, self.lr_scheduler, self.group_values)
+        if self.eval_dataset is not None:
+            self._catch_up_evaluation()
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Restore this process' random state; a process that the saved run didn't have gets one of its own."""
-        if checkpoint is None:
+    def _catch_up_evaluation(self) -> None:
+        """Evaluate what the checkpoint says is due, or read what its evaluation found.
+
+        Raises:
+            Terminated: SIGTERM came; the checkpoint is as it was.
+        """
+        if self._logged_evaluation() is not None:
             return
-        name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
-        if (Path(checkpoint) / name).is_file():
-            with _pickles_explained(checkpoint):
-                super()._load_rng_state(checkpoint)
+        entry = None
+        with contextlib.suppress(FileNotFoundError, ValueError):  # none, or a damaged one
+            entry = json.loads((Path(self._resumed_from) / EVALUATION_FILE).read_text())
+        (entry,) = broadcast_object_list([entry])  # of the first process, whatever others see of a network drive
+        control = self.state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+        # An epoch's end comes after the checkpoint of its last step, which then knows nothing of it.
+        epoch_ends = self.args.eval_strategy == IntervalStrategy.EPOCH and float(self.state.epoch or 0).is_integer()
+        if entry is not None:
+            self.state.log_history.append(entry)
+        elif control.get("should_evaluate") or epoch_ends:
+            entry = self.evaluate()
+        else:
             return
-        sequence = np.random.SeedSequence((self.args.seed, self.state.global_step, self.args.process_index))
-        set_seed(int(sequence.generate_state(1)[0]))
+        self._determine_best_metric(metrics=entry, trial=None)
+        if self._saved_at == self.state.global_step:  # what the evaluation decides: see `_save_checkpoint`
+            self._save_checkpoint(self.model_wrapped)
 
 
-@contextlib.contextmanager
-def _pickles_explained(checkpoint: str | None) -> Iterator[None]:
-    """Say which file of a checkpoint holds what torch refuses to unpickle (it reads with `weights_only`)."""
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        names = [path.name for path in sorted(Path(checkpoint).glob("*.p*t*")) if not _is_plain(path)]
-        raise CheckpointError(
-            f"{checkpoint}: {', '.join(names) or 'a file'} holds more than numbers and was refused. Nothing was "
-            "executed. Go on only from checkpoints that this program wrote."
-        ) from error
+def refuse_pickles(folder: Path) -> None:
+    """Refuse a checkpoint whose files hold more than `torch.load` reads with `weights_only`.
 
-
-def _is_plain(path: Path) -> bool:
-    try:
-        with safe_globals():
-            torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        return False
-    return True
+    Raises:
+        CheckpointError: naming the file. Nothing of it was executed.
+    """
+    for path in sorted(folder.glob("*.p*t*")):
+        try:
+            with safe_globals():
+                torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{path} holds more than numbers and was refused. Nothing was executed. Resume only from checkpoints "
+                "that this program wrote."
+            ) from error

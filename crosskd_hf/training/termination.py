@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import distributed as dist
 
+from ..utils.distributed import num_processes
+
 logger = logging.getLogger(__name__)
 
 
@@ -33,8 +35,8 @@ class TerminationSignal:
 
     Which of several processes gets the signal, and during which step, is chance, but all have to save at the same one.
     They agree at the end of every step, on what was noted by the end of the step before: the answer of that round has
-    had a step's time to arrive, so that nobody waits for it. It goes over the CPUs (gloo): reading it from a GPU would
-    make the host wait for the step.
+    had a step's time to arrive, so that nobody waits for it. It goes over the CPUs (gloo): accelerate's
+    `check_trigger` reads it from the GPU, so that the host would wait for every step.
     """
 
     def __init__(self) -> None:
@@ -55,17 +57,21 @@ class TerminationSignal:
         self.noted = False  # what ended an earlier training is no reason to end this one
         before = signal.signal(signal.SIGTERM, self._note)
         self._depth += 1
-        self._group = dist.new_group(backend="gloo") if _several_processes() else None
+        self._group = dist.new_group(backend="gloo") if num_processes() > 1 else None
         try:
             yield
         except Terminated as end:
-            if not _several_processes() or dist.get_rank() == 0:
+            if num_processes() == 1 or dist.get_rank() == 0:
                 logger.warning("%s", end)
             raise
         finally:
             self._depth -= 1
-            self._finish_round()
-            self._release_group()
+            self._answer(self._round)
+            self._round = None
+            group, self._group = self._group, None
+            if group is not None and dist.is_initialized():
+                # Its threads must end: one that lets go of its last tensor while Python ends aborts the process.
+                dist.destroy_process_group(group)
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
     def _note(self, number: int, frame: object) -> None:
@@ -75,39 +81,26 @@ class TerminationSignal:
         """Whether to end, the same on every process. All have to call it, once a step."""
         if self._group is None:
             return self.noted
-        answer = self._finish_round()
-        flag = torch.tensor([int(self.noted)])
-        self._round = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        answer = self._answer(self._round)
+        self._round = self._ask()
         return answer
 
     def agreed_now(self) -> bool:
         """The same, on what is noted at this moment; waits for all processes."""
-        if self._group is None:
-            return self.noted
+        return self.noted if self._group is None else self._answer(self._ask())
+
+    def _ask(self) -> tuple[torch.Tensor, dist.Work]:
         flag = torch.tensor([int(self.noted)])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(flag)
+        return flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
-    def _release_group(self) -> None:
-        """End the group's threads: one that lets go of its last tensor while Python ends aborts the process."""
-        group, self._group = self._group, None
-        if group is not None and dist.is_initialized():
-            dist.destroy_process_group(group)
-
-    def _finish_round(self) -> bool:
-        if self._round is None:
+    def _answer(self, asked: tuple[torch.Tensor, dist.Work] | None) -> bool:
+        if asked is None:
             return False
-        flag, work = self._round
-        self._round = None
         try:
-            work.wait()
+            asked[1].wait()
         except RuntimeError:  # another process is gone; whoever needs it next says so
             return False
-        return bool(flag)
-
-
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return bool(asked[0])
 
 
 def obey_parent_only(parent: int, worker: int) -> None:

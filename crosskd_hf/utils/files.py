@@ -126,12 +126,8 @@ def replacing(path: Path, flush: bool = True) -> Iterator[Path]:
             for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
                 flush_to_disk(file)
         os.replace(temporary, path)
-    if flush and os.name == "posix":  # elsewhere folders can't be opened
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    if flush:
+        flush_folder(path.parent)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -142,3 +138,17 @@ def write_atomically(path: Path, text: str) -> None:
     """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until the names in a folder would outlast a power cut.
+
+    Raises:
+        OSError: it can't be opened, or the disk failed.
+    """
+    if os.name == "posix":  # elsewhere folders can't be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

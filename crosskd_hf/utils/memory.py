@@ -3,8 +3,12 @@
 import contextlib
 import errno
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 # How torch's allocator for the CPU says it, and a data worker that the system has ended.
 TEXTS = ("can't allocate memory", "out of memory", "is killed by signal: Killed")
@@ -40,3 +44,26 @@ def out_of_memory_explained(explanation: Callable[[], str]) -> Iterator[None]:
         # The last line: before it, torch puts a data worker's traceback.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise OutOfMemoryError(f"the memory is out: {explanation()} ({reason})") from error
+
+
+def batch_advice(args: "TrainingArguments", key: str, shape: tuple[int, ...] | None) -> str:
+    """What was computed when the memory was out, and which keys of a recipe need less.
+
+    Args:
+        args: of the run.
+        key: the argument with the images per batch.
+        shape: (N, 3, H, W) of the last batch; None: there was none yet.
+    """
+    size = getattr(args, key)
+    trains = key == "per_device_train_batch_size"
+    images = "no batch was computed yet"
+    if shape is not None:
+        number, _, height, width = shape
+        images = f"the last batch had {number} images, padded to {height} x {width} pixels"
+    lower = [f"training.{key}"] if size > 1 else []
+    if lower and trains:
+        lower[0] += f" (and raise training.gradient_accumulation_steps, {args.gradient_accumulation_steps})"
+    lower += ["data.short_side and data.long_side"]
+    lower += [f"training.dataloader_num_workers ({args.dataloader_num_workers})"] * (args.dataloader_num_workers > 0)
+    more = ", or set training.gradient_checkpointing=true" if trains and not args.gradient_checkpointing else ""
+    return f"{key} is {size}, {images}. Lower {', '.join(lower)}{more}"

@@ -1,0 +1,71 @@
+"""What a trainer is given: made of what stands for it, and refused where it can't work."""
+
+from transformers.integrations import is_tensorboard_available, is_trackio_available, is_wandb_available
+
+from ..data.dataset import DetectionDataset
+from ..data.split import DetectionSplit
+from ..models.base import DenseDetector
+from ..models.image_processing import DenseDetectorImageProcessor
+from ..utils.label_names import coco_spelling, near_matches, spelling_problem
+from ..utils.text import listed
+from ..weights.loading import load_detector
+from .arguments import DetectionTrainingArguments
+
+TRACKERS = {
+    "tensorboard": (is_tensorboard_available, "tensorboard"),
+    "wandb": (is_wandb_available, "wandb"),
+    "trackio": (is_trackio_available, "trackio"),
+}
+
+
+def as_detector(model: DenseDetector | str) -> DenseDetector:
+    """A detector, loaded if a folder or Hub id names it."""
+    return model if isinstance(model, DenseDetector) else load_detector(str(model), None, ())
+
+
+def refuse_unsupported(args: DetectionTrainingArguments) -> None:
+    """Raise ValueError if the arguments ask for DataParallel, FSDP, DeepSpeed, or a tracker that isn't installed."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs, which would make it DataParallel: start one process a GPU with "
+            "`accelerate launch --multi_gpu`, or hide the others with CUDA_VISIBLE_DEVICES=0."
+        )
+    for tracker, (available, package) in TRACKERS.items():
+        if tracker in args.report_to and not available():
+            raise ValueError(
+                f"training.report_to={tracker} needs the package {package}: pip install {package}, or, in a clone of "
+                'the repository, pip install -e ".[tracking]"; or set training.report_to=none.'
+            )
+    if args.fsdp or args.deepspeed:
+        raise ValueError("FSDP and DeepSpeed aren't supported; these detectors fit a GPU: use plain multi_gpu.")
+
+
+def as_dataset(data, processor: DenseDetectorImageProcessor, train: bool, seed: int) -> DetectionDataset | None:
+    """A data set, made of a split if it is one, whose images are then resized as the processor does it.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if data is None or isinstance(data, DetectionDataset):
+        return data
+    if not isinstance(data, DetectionSplit):
+        raise ValueError(
+            f"a data set must be a DetectionDataset or a DetectionSplit (see load_coco), not {type(data).__name__}"
+        )
+    size = processor.size
+    return DetectionDataset(
+        data, train=train, short_side=size["shortest_edge"], long_side=size["longest_edge"], seed=seed
+    )
+
+
+def check_classes(model: DenseDetector, dataset: DetectionDataset | None, name: str, advice: str) -> None:
+    """Raise ValueError, with the advice, if a data set of this name has other classes than the model."""
+    if dataset is None:
+        return
+    mine, theirs = map(coco_spelling, (model.config.label_names, dataset.split.label_names))
+    if mine != theirs:
+        if near := near_matches(mine, theirs):
+            raise ValueError(f"{name} and the model have {spelling_problem(near, 'model', name)}.")
+        raise ValueError(
+            f"{name} has {len(theirs)} labels ({listed(theirs)}), the model {len(mine)} ({listed(mine)}): {advice}."
+        )

@@ -1,0 +1,103 @@
+"""Disk space: what a run's checkpoints take, and a disk that is full."""
+
+import contextlib
+import errno
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers.training_args import OptimizerNames
+
+from ..utils.files import SHARED_MEMORY, is_disk_full
+from .arguments import DetectionTrainingArguments
+from .checkpoints import checkpoint_folders, leftovers, newest_complete
+
+DISK_FULL = "the disk is full"
+
+
+@contextlib.contextmanager
+def full_disk_explained(output_dir: Path, partial: Path | None = None) -> Iterator[None]:
+    """Around a run, or the writing of a checkpoint: say that the disk is full, and what is safe.
+
+    Args:
+        output_dir: of the run.
+        partial: the folder that is written, removed at any error of these kinds.
+
+    Raises:
+        OSError: the disk is full (`errno` ENOSPC). Other errors pass as they are, and explained ones.
+        RuntimeError: the memory that data workers share is full, not the disk.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        free = shutil.disk_usage(_existing(output_dir)).free  # before the removal
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        if SHARED_MEMORY in str(error):
+            raise RuntimeError(
+                "the shared memory (/dev/shm) through which data workers hand over batches is full: give the container"
+                " more (docker run --shm-size=8g), lower training.dataloader_num_workers or "
+                f"training.dataloader_prefetch_factor, and start the same command again to go on ({error})"
+            ) from error
+        if not is_disk_full(error) or DISK_FULL in str(error):
+            raise
+        good = newest_complete(output_dir)
+        intact = f"The last good checkpoint, {good}, is intact" if good else "There is no earlier checkpoint"
+        what = f"{partial.with_suffix('')} can't be written, with {_gb(free)} GB free ({error})" if partial else error
+        advice = "free some space (or lower save_total_limit) and start the same command again to go on"
+        raise OSError(errno.ENOSPC, f"{DISK_FULL}: {what}. {intact}; {advice}") from error
+
+
+def checkpoint_bytes(model: nn.Module, args: DetectionTrainingArguments) -> int:
+    """About the size of a checkpoint: all weights, their average, and the optimizer's state of the trained ones.
+
+    SGD keeps one value a parameter, or none without momentum; any other optimizer counts as two, as Adam.
+    """
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    values = (1 if args.momentum else 0) if args.optim == OptimizerNames.SGD else 2
+    state = values * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return weights * (1 if args.ema_decay is None else 2) + state
+
+
+def checkpoints_at_once(save_total_limit: int | None, keeps_best: bool = False) -> int:
+    """Checkpoints that are on the disk at the same time: an old one goes when the new one is whole; at least 2.
+
+    Args:
+        save_total_limit: None or 0 for no limit.
+        keeps_best: evaluations choose a best one, which stays beside the last.
+    """
+    return max(save_total_limit or 0, 2 if keeps_best else 1) + 1
+
+
+def check_disk_space(output_dir: str | Path, needed_bytes: int, checkpoints: int) -> None:
+    """Refuse a run whose checkpoints can't fit.
+
+    Args:
+        output_dir: needn't be there. Checkpoints in it count as free: they give way to the new ones.
+        needed_bytes: for all checkpoints together, `checkpoint_bytes` x `checkpoints_at_once`.
+        checkpoints: how many these are, for the message.
+
+    Raises:
+        ValueError: naming the folder, what is needed and what is free.
+    """
+    folders = [*checkpoint_folders(output_dir), *leftovers(output_dir)]
+    taken = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(_existing(Path(output_dir))).free + taken
+    if free < needed_bytes:
+        raise ValueError(
+            f"training.output_dir {output_dir} needs about {_gb(needed_bytes)} GB for {checkpoints} checkpoints "
+            f"(those that are kept and the new one while it is written), but only {_gb(free)} GB are free: free some "
+            "space, lower training.save_total_limit, or name another training.output_dir."
+        )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the closest one above it that is there."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.3g}"

@@ -1,0 +1,117 @@
+"""How a trainer evaluates: COCO metrics of detections that are post-processed at once."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..data.dataset import DetectionDataset
+from ..models.base import DenseDetector
+from ..utils.memory import out_of_memory_explained
+from ..utils.redact import public
+from .evaluation import CocoEvaluator
+from .tracking import evaluation_sheet, trackers
+
+EVALUATION_FOLDER = "evaluation"
+
+
+class CocoEvaluation:
+    """The part of a trainer that evaluates; comes before `transformers.Trainer` among the bases.
+
+    Attributes:
+        last_evaluation: the step of the last evaluation, and its metrics.
+        evaluation_sheet: pictures of the last evaluation, for the trackers.
+    """
+
+    last_evaluation: tuple[int, dict[str, float]] = (-1, {})
+    evaluation_sheet: Image.Image | None = None
+
+    @property
+    def precision(self) -> str:
+        """What it computes in, "bf16", "fp16" or "fp32": by its arguments or accelerate's own configuration."""
+        mixed = self.accelerator.mixed_precision
+        return "fp32" if mixed == "no" else mixed
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """COCO metrics of the eval data. Predictions are post-processed at once, and raw outputs never kept.
+
+        The detections are written to `output_dir/evaluation` as COCO results, the numbers beside them.
+
+        Raises:
+            Terminated: SIGTERM came during training, or an evaluation after it.
+        """
+        model = self.average.model if self.average else self.model
+        was_training = model.training
+        model.eval()
+        evaluator = CocoEvaluator(dataloader.dataset.split)
+        self.callback_handler.eval_dataloader = dataloader
+        with out_of_memory_explained(lambda: self._memory_advice("per_device_eval_batch_size")):
+            for batch in dataloader:
+                if self.termination.noted:
+                    break
+                evaluator.update(batch["image_ids"].tolist(), self.detect(model, batch))
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        if self.termination.agreed_now():
+            model.train(was_training)
+            raise self.terminated()
+        evaluator.gather()
+        self.evaluation_sheet = self._evaluation_sheet(evaluator, dataloader.dataset)
+        results = evaluator.results() if description == "Prediction" else None
+        model.train(was_training)
+        metrics = [
+            self._metrics(evaluator, dataloader.dataset, metric_key_prefix)
+            if self.accelerator.is_main_process
+            else None
+        ]
+        metrics = broadcast_object_list(metrics)[0]
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.last_evaluation = self.state.global_step, named
+        return EvalLoopOutput(predictions=results, label_ids=None, metrics=named, num_samples=len(dataloader.dataset))
+
+    def _evaluation_sheet(self, evaluator: CocoEvaluator, dataset: DetectionDataset) -> Image.Image | None:
+        count = self.args.evaluation_pictures
+        if not (count and self.accelerator.is_main_process and trackers(self)):
+            return None
+        return evaluation_sheet(dataset, evaluator, count)
+
+    def _metrics(self, evaluator: CocoEvaluator, dataset: DetectionDataset, prefix: str) -> dict[str, float]:
+        metrics = evaluator.compute()
+        settings = self._evaluation_settings(dataset) | {"backend": evaluator.backend}
+        evaluator.save(Path(self.args.output_dir) / EVALUATION_FOLDER, metrics, f"{prefix}_", settings)
+        return metrics
+
+    def _evaluation_settings(self, dataset: DetectionDataset) -> dict[str, Any]:
+        """Of which images, and how, metrics are; as others may read it."""
+        split, processor = dataset.split, self.processing_class
+        names = ("score_threshold", "nms_threshold", "max_candidates", "max_detections")
+        return {
+            "data": public(split.source),
+            "split": split.name,
+            "images": len(split),
+            **dict(zip(("short_side", "long_side"), dataset.size, strict=True)),
+            **{name: getattr(processor, name) for name in names},
+            "precision": self.precision,
+            **({"step": self.state.global_step} if self.state.max_steps else {}),
+        }
+
+    @torch.no_grad()
+    def detect(self, model: DenseDetector, batch: dict) -> list[dict[str, Tensor]]:
+        """Detections of a batch in original pixels: `scores`, `labels`, `boxes` xyxy an image."""
+        inputs = self.to_device({name: value for name, value in batch.items() if name.startswith("pixel_")})
+        with self.accelerator.autocast():
+            outputs = model(**inputs)
+        return self.processing_class.post_process_object_detection(
+            outputs, threshold=0.0, target_sizes=batch["original_sizes"]
+        )
