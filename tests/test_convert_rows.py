@@ -9,6 +9,7 @@ import torch
 from golden_cases import Comparison, GoldenCase, compare_detections, detections, probe_maps, synth_tensor
 from transformers import AutoModelForObjectDetection
 
+from crosskd_hf.distillation.observers.dense import DenseObserver
 from crosskd_hf.recipe.sections import DataSection, load_recipe
 from crosskd_hf.weights.loading import convert_checkpoint
 
@@ -82,8 +83,9 @@ def test_row_converts_and_predicts(row: str, version: int, golden: Path, tmp_pat
     model = AutoModelForObjectDetection.from_pretrained(tmp_path / "model").eval()
 
     pixels, mask = case.inputs["pixel_values"], case.inputs["pixel_mask"]
-    output = model(pixels, mask, output_distillation=True)
-    maps, result = probe_maps(role, output, False), Comparison()
+    observer = DenseObserver(model)
+    observer.ask_for_predictions()
+    maps, result = probe_maps(role, observer(pixels, mask), False), Comparison()
     for key, ours in maps.items():
         reference = case.tensors[f"probe.{key}"]
         index = torch.from_numpy(case.synth.probe_index(f"{name}:{key}", ours.numel()))
