@@ -15,9 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from crosskd_hf.data.collator import padded_number
-from crosskd_hf.distillation.objective import distillation_losses, prepare_teacher, student_forward, teacher_forward
-from crosskd_hf.distillation.pairing import pair_up
-from crosskd_hf.distillation.settings import DistillationSection, resolve_settings
+from crosskd_hf.distillation import PKD, CrossKD, DistillationPair
 from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
 
 aten = torch.ops.aten
@@ -119,11 +117,12 @@ class Pair:
 
     def __init__(self, detector: str, device: torch.device):
         self.device = device
-        self.student = tiny_model(detector, seed=1).train().to(device)
-        teacher = tiny_model(detector).eval().requires_grad_(False)
-        self.settings = resolve_settings(DistillationSection(pkd=1.0), teacher)
-        self.pairing = pair_up(self.student, teacher, self.settings).to(device)
-        self.teacher = prepare_teacher(teacher).to(device)
+        student = tiny_model(detector, seed=1).train()
+        # Restricted classes and changed pixels have tensors of their own.
+        teacher = tiny_model(detector, id2label={0: "dog", 1: "cat"}, backbone_style="caffe", backbone="resnet50")
+        self.pair = DistillationPair(student, teacher, [CrossKD(), PKD()])
+        self.pair.prepare_teacher()
+        self.pair.to(device)
 
     def inputs(self, device: torch.device | None = None) -> dict:
         batch, device = padded_batch(), device or self.device
@@ -132,17 +131,14 @@ class Pair:
 
     def step(self, inputs: dict) -> tuple[Tensor, Tensor]:
         """Loss and a gradient, on the device."""
-        output = student_forward(self.student, inputs, self.settings)
-        own = teacher_forward(self.teacher, inputs, self.settings, self.pairing)
-        terms = distillation_losses(self.student, output, self.teacher, own, self.settings, self.pairing)
-        loss = output.loss + sum(term.sum() for term in terms.values())
+        loss = self.pair(**inputs).loss
         loss.backward()
-        return loss, self.student.head.cls_predictor.weight.grad
+        return loss, self.pair.student.head.cls_predictor.weight.grad
 
     def detect(self, inputs: dict) -> list[dict[str, Tensor]]:
-        self.student.eval()
+        student = self.pair.student.eval()
         with torch.no_grad():
-            output = self.student(inputs["pixel_values"], inputs["pixel_mask"])
+            output = student(inputs["pixel_values"], inputs["pixel_mask"])
         return DenseDetectorImageProcessor(score_threshold=0.0).post_process_object_detection(output, 0.0)
 
 
@@ -160,7 +156,7 @@ def planted(pair: Pair) -> dict[str, str]:
     found = {}
     for name in ("pixel_values", "pixel_mask"):
         found[name] = refusal(lambda name=name: pair.step(pair.inputs() | {name: padded_batch()[name]}))
-    predictor = pair.teacher.head.cls_predictor
+    predictor = pair.pair.teacher.head.cls_predictor
     predictor.weight = nn.Parameter(predictor.weight.inner.clone(), requires_grad=False)
     found["a teacher's weight"] = refusal(lambda: pair.step(pair.inputs()))
     return found

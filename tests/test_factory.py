@@ -14,7 +14,6 @@ from transformers import AutoImageProcessor, YolosConfig, YolosForObjectDetectio
 from crosskd_hf import GFLForObjectDetection
 from crosskd_hf.commands import main as cli
 from crosskd_hf.distillation.pairing import pair_up
-from crosskd_hf.distillation.settings import DistillationSection, resolve_settings
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.architecture import DETECTORS, ArchitectureSection, build_config
 from crosskd_hf.models.backbone import Backbone
@@ -497,9 +496,8 @@ def test_old_names_of_coco_keep_all_classes_and_the_predictor(tmp_path):
     assert_equal_weights(model, source)
     assert model.config.label_names == list(old) and model.config.label2id["traffic_light"] == 9
     taught = load_teacher(teacher(path), COCO_CLASSES)
-    settings = resolve_settings(DistillationSection(tap_index=1), taught)
-    pairing = pair_up(model, taught, settings)
-    assert pairing.labels is None and pairing.notes == (), "80 of 80 classes"
+    pairing = pair_up(model.config, taught.config)
+    assert pairing.classes == (None, None) and pairing.notes == (), "80 of 80 classes"
 
 
 def test_no_predictor_is_replaced_for_a_spelling(saved):

@@ -5,6 +5,7 @@ import torch
 from tiny import tiny_batch, tiny_model
 
 from crosskd_hf import CONFIGS, MODELS, GFLConfig, GFLForObjectDetection
+from crosskd_hf.distillation.observers.dense import DenseObserver
 from crosskd_hf.models import base as modeling_dense
 from crosskd_hf.models.configuration import LIMITS
 from crosskd_hf.models.fpn import FPNConv
@@ -70,11 +71,12 @@ def test_images_without_boxes(name: str) -> None:
     model = tiny_model(name).train()
     batch = tiny_batch()
     empty = [{"boxes": torch.zeros(0, 4), "class_labels": torch.zeros(0, dtype=torch.long)} for _ in range(2)]
-    output = model(batch["pixel_values"], labels=empty, output_distillation=True)
+    output = model(batch["pixel_values"], labels=empty)
     assert all(term.isfinite() for term in output.loss_dict.values())
     assert all(term == 0 for key, term in output.loss_dict.items() if key != "loss_cls")
     # FCOS counts all positives of the batch, at least 1; the others at least 1 an image.
-    assert output.detection.class_normalizer == (1 if name == "fcos" else 2)
+    targets = DenseObserver(model)(batch["pixel_values"], labels=empty).targets
+    assert targets.class_normalizer == (1 if name == "fcos" else 2)
     output.loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained), "every parameter is used (DDP)"
@@ -85,42 +87,14 @@ def test_an_image_is_assigned_as_if_it_were_alone(name: str) -> None:
     """In a mixed batch, padded boxes and other images change nothing."""
     model = tiny_model(name).eval()
     batch = tiny_batch(images=3)
-    together = model(**batch, output_distillation=True).detection.assignment
+    observer = DenseObserver(model)
+    together = observer(**batch).context.losses.assignment
     for i in range(3):
-        alone = model(
-            batch["pixel_values"][i : i + 1], labels=[batch["labels"][i]], output_distillation=True
-        ).detection.assignment
+        one = {"pixel_values": batch["pixel_values"][i : i + 1], "labels": [batch["labels"][i]]}
+        alone = observer(**one).context.losses.assignment
         assert torch.equal(together.positive[i], alone.positive[0])
         assert torch.equal(together.box_index[i], alone.box_index[0])
         assert torch.equal(together.class_weights[i], alone.class_weights[0])
-
-
-@pytest.mark.parametrize("name", DETECTORS)
-def test_normalizers_are_measured_as_a_forward_pass_has_them(name: str) -> None:
-    """With padding, which is assigned nothing. Only GFL runs forward for it, others once, to know the maps' sizes."""
-    model, batch = tiny_model(name).train(), tiny_batch(height=96, width=128)
-    batch["pixel_mask"] = torch.zeros(2, 96, 128, dtype=torch.bool)
-    batch["pixel_mask"][:, :40, :70] = True
-    with torch.no_grad():
-        losses = model(**batch, output_distillation=True).detection
-    runs, heads = [], []
-    model.backbone.register_forward_hook(lambda *_: runs.append(1))
-    model.head.register_forward_hook(lambda *_: heads.append(1))
-    for _ in range(2):
-        with model.normalizers.measuring():
-            model.measure_normalizers(**batch)
-    assert (len(runs), len(heads)) == ((2, 2) if name == "gfl" else (1, 0)) and model.training
-    other = model(**tiny_batch(seed=1), output_distillation=True).detection
-    assert torch.equal(other.class_normalizer, losses.class_normalizer)
-    assert torch.equal(other.box_normalizer, losses.box_normalizer)
-
-
-@pytest.mark.parametrize("backbone", ["resnet18", "convnext_atto"])  # that round up and down
-def test_level_sizes_are_those_of_the_maps(backbone: str) -> None:
-    model = MODELS["fcos"](CONFIGS["fcos"](backbone=backbone, fpn_channels=8, head_channels=32, head_blocks=1)).train()
-    for height, width in ((64, 96), (41, 95)):
-        maps = model.fpn(model.backbone(torch.zeros(2, 3, height, width)))
-        assert model.level_sizes(height, width) == [tuple(level.shape[-2:]) for level in maps]
 
 
 def test_mask_beyond_an_image_rounded_up_to_32() -> None:
@@ -128,10 +102,10 @@ def test_mask_beyond_an_image_rounded_up_to_32() -> None:
     pixels, mask = torch.randn(1, 3, 96, 128), torch.zeros(1, 96, 128, dtype=torch.bool)
     mask[0, :40, :70] = True  # rounded up: 64 x 96
     labels = [{"boxes": torch.tensor([[4.0, 4, 30, 30]]), "class_labels": torch.tensor([0])}]
-    output = model(pixels, mask, labels, output_distillation=True)
-    assert output.image_sizes.tolist() == [[40, 70]]
-    sizes = output.priors.level_sizes
-    weights = output.detection.assignment.class_weights.split(sizes, dim=1)
+    sizes = model(pixels, mask).level_sizes[0].tolist()
+    targets = DenseObserver(model)(pixels, mask, labels).targets
+    assert targets.image_sizes.tolist() == [[40, 70]]
+    weights = targets.mask.split(sizes, dim=1)
     assert weights[0].reshape(12, 16).sum(0).tolist() == [8.0] * 12 + [0.0] * 4
     assert weights[0].reshape(12, 16).sum(1).tolist() == [12.0] * 8 + [0.0] * 4
     assert weights[4].tolist() == [[1.0]]
@@ -222,10 +196,10 @@ def test_a_checkpoint_without_a_backbone_weight_is_noticed(tmp_path) -> None:
 def test_hidden_states_are_the_maps_of_backbone_and_fpn(name: str) -> None:
     model, pixels = tiny_model(name).eval(), tiny_batch()["pixel_values"]
     with torch.no_grad():
-        output = model(pixels, output_hidden_states=True, output_distillation=True)
-        plain = model(pixels)
+        output, plain = model(pixels, output_hidden_states=True), model(pixels)
+        features = DenseObserver(model)(pixels).features
     assert [tuple(state.shape[1:]) for state in output.hidden_states[:3]] == [(128, 8, 12), (256, 4, 6), (512, 2, 3)]
-    assert all(torch.equal(*pair) for pair in zip(output.hidden_states[3:], output.fpn_features, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(output.hidden_states[3:], features, strict=True))
     assert plain.hidden_states is None
     model.config.output_hidden_states = True
     with torch.no_grad():

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from tiny import tiny_batch, tiny_model
 
-from crosskd_hf.distillation.pkd import pkd_loss
+from crosskd_hf.distillation import PKD, DistillationPair
+from crosskd_hf.distillation.methods.pkd import pkd_loss
 
 
 def level(values: list[float]) -> torch.Tensor:
@@ -70,3 +72,26 @@ def test_only_the_student_needs_a_gradient():
 def test_levels_must_match_in_number():
     with pytest.raises(ValueError):
         pkd_loss([level([0, 1])], [])
+
+
+# The method ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("teacher", "weight", "expected"),
+    [("gfl", None, 6.0), ("retinanet", None, 2.0), ("fcos", None, 2.0), ("atss", None, 1.0), ("gfl", 0.5, 0.5)],
+)
+def test_the_weight_is_the_published_one_of_the_teachers_detector(teacher, weight, expected):
+    pkd = PKD(PKD.Settings(weight=weight))
+    pair = DistillationPair(tiny_model("atss"), tiny_model(teacher, seed=1), [pkd])
+    assert pkd.weight == expected and not pkd.adapters and not pair.notes
+
+
+def test_the_term_is_the_weighted_sum_over_levels():
+    batch, pkd = tiny_batch(), PKD(PKD.Settings(weight=3.0))
+    student, teacher = tiny_model(seed=1), tiny_model(seed=2)
+    pair = DistillationPair(student, teacher, [pkd])
+    features = [model.fpn(model.backbone(batch["pixel_values"])) for model in (student, teacher)]
+    terms = pair(**batch).loss_dict
+    torch.testing.assert_close(terms["kd_feature"], 3 * pkd_loss(*features).sum())
+    assert {name for name in terms if name.startswith("kd_")} == {"kd_feature"}

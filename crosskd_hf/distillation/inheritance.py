@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..models.anchors import grid_cells
 from ..models.base import DenseDetector
 from ..utils.label_names import coco_spelling
 
@@ -81,11 +82,16 @@ def _foreign(student: DenseDetector, teacher: DenseDetector) -> set[str]:
 def _same_outputs(student: DenseDetector, teacher: DenseDetector) -> bool:
     """Whether the last convolutions say the same of the same boxes, after as many blocks.
 
-    Not `pairing.same_format`, which also asks for the same assignment: weights don't depend on its thresholds.
+    Not `DenseDetector.matching_rule`, which also asks for the same assignment: weights don't depend on its thresholds.
     """
     if type(student) is not type(teacher) or student.config.head_blocks != teacher.config.head_blocks:
         return False
     if getattr(student.config, "delta_scales", None) != getattr(teacher.config, "delta_scales", None):
         return False
-    mine, theirs = (m.build_priors([(1, 1)] * len(m.config.strides), torch.device("cpu")) for m in (student, teacher))
-    return torch.equal(mine.all, theirs.all)
+
+    def priors_of_one_cell(model: DenseDetector) -> torch.Tensor:
+        """Per level."""
+        strides = model.config.strides
+        return model.cell_priors(*grid_cells([(1, 1)] * len(strides), strides, torch.device("cpu")))
+
+    return torch.equal(priors_of_one_cell(student), priors_of_one_cell(teacher))

@@ -73,7 +73,10 @@ class DistillationPair(nn.Module):
         self.student_observer = DenseObserver(student, pairing.levels[0], pairing.classes[0])
         self.teacher_observer = DenseObserver(teacher, pairing.levels[1], pairing.classes[1])
         self.notes = list(pairing.notes)
-        self._connect(list(pairing.problems), seed)
+        problems = list(pairing.problems)
+        if len(self.methods) < len(methods):
+            problems.append(f"methods: {', '.join(m.name for m in methods)}: leave one of each name")
+        self._connect(problems, seed)
 
     def _connect(self, problems: list[str], seed: int) -> None:
         with torch.random.fork_rng(devices=[]):

@@ -82,14 +82,15 @@ def prediction_kd_losses(
         weights: of the terms, and how boxes are compared.
 
     Returns:
-        `cls`, `box` and, where it has a weight and the student the same positives, `centerness`: (N, P) tensors.
+        `cls`, `box` and, where it has a weight, the teacher predicts it and the student has the same positives,
+        `centerness`: (N, P) tensors.
     """
     with torch.autocast(predictions.logits.device.type, enabled=False):
         terms = {
             "cls": classification_kd_loss(predictions, teacher, targets) * weights.cls_weight,
             "box": box_kd_loss(predictions, teacher, targets, weights.log_iou) * weights.box_weight,
         }
-        if weights.centerness_weight and targets.positive is not None:
+        if weights.centerness_weight and targets.positive is not None and teacher.quality is not None:
             terms["centerness"] = centerness_kd_loss(predictions, teacher, targets) * weights.centerness_weight
     return terms
 
@@ -107,8 +108,9 @@ def box_kd_loss(predictions: Predictions, teacher: Predictions, targets: KDTarge
     compared by GIoU, or by -log IoU, over the normaliser.
     """
     weights = teacher.logits.amax(dim=-1).sigmoid() * targets.mask
-    if predictions.bins is not None and teacher.bins is not None:
-        loss = bin_kl_loss(predictions.bins, teacher.bins).mean(dim=-1)
+    bins, teacher_bins = predictions.bins, teacher.bins
+    if bins is not None and teacher_bins is not None and bins.shape == teacher_bins.shape:
+        loss = bin_kl_loss(bins, teacher_bins).mean(dim=-1)
         return loss * (weights / weights.sum().clamp(min=1))
     iou, giou = box_overlaps(predictions.boxes_xyxy, teacher.boxes_xyxy)
     loss = -iou.clamp(min=EPS).log() if log_iou else 1 - giou

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...utils.settings import setting
 from ..adapters import Adapters
 from ..method import KDMethod
-from ..observation import Observation, Observer
+from ..observation import Observation, Observer, PairError
 from ..prediction_losses import PUBLISHED, KDTargets, Published, prediction_kd_losses
 
 
@@ -49,10 +49,13 @@ class CrossKD(KDMethod):
         settings = self.settings
         self.weights = given_or_published(settings, PUBLISHED.get(teacher.model_type, Published()))
         tap = self.weights.tap_index
-        teacher.ask_for_taps(tap, settings.tap == "raw")
-        teacher.ask_for_predictions()
         student_tap = tap if settings.student_tap_index is None else settings.student_tap_index
-        student.ask_for_taps(student_tap, settings.tap == "raw")
+        for name, observer, index in (("tap_index", teacher, tap), ("student_tap_index", student, student_tap)):
+            try:
+                observer.ask_for_taps(index, settings.tap == "raw")
+            except PairError as error:
+                raise PairError(f"crosskd.{name}: {error}") from None
+        teacher.ask_for_predictions()
         self.adapters = Adapters(student.tap_channels(), teacher.tap_channels())
         self.same_rule = student.labels_like(teacher)
 

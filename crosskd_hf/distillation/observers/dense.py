@@ -31,14 +31,14 @@ class DenseTaps:
         return replace(self, cls=adapt("cls", self.cls), reg=adapt("reg", self.reg))
 
     def aligned_to(self, other: "DenseTaps") -> "DenseTaps":
-        """With mean and deviation per channel of the other's, then a ReLU unless they are FPN levels."""
+        """With mean and deviation per channel of the other's, then a ReLU unless the other's are FPN levels."""
         # Both towers of both models start from the same FPN levels: they are aligned once.
         if all(a is b for taps in (self, other) for a, b in zip(taps.cls, taps.reg, strict=True)):
-            cls = reg = align(self.cls, other.cls, self.rectified)
+            cls = reg = align(self.cls, other.cls, other.rectified)
         else:
-            maps = align(self.cls + self.reg, other.cls + other.reg, self.rectified)
+            maps = align(self.cls + self.reg, other.cls + other.reg, other.rectified)
             cls, reg = maps[: len(self.cls)], maps[len(self.cls) :]
-        return DenseTaps(cls, reg, self.rectified)
+        return DenseTaps(cls, reg, other.rectified)
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ class DenseObserver(Observer):
         """Have observations show the towers' maps after `index` blocks; 0 is the FPN level itself."""
         blocks = self.model.head.spec.num_blocks
         if not 0 <= index <= blocks:
-            raise PairError(f"blocks: the tap is {index}, the towers have {blocks} blocks: set it to {blocks} or less")
+            raise PairError(f"the tap is {index}, the towers have {blocks} blocks: set it to {blocks} or less")
         if self.tap_index is not None and (self.tap_index, self.raw_taps) != (index, raw):
-            raise PairError(f"blocks: two methods tap after different blocks, {self.tap_index} and {index}")
+            raise PairError("two methods tap different states: give them the same blocks and the same tap")
         self.tap_index, self.raw_taps = index, raw
 
     def ask_for_predictions(self) -> None:

@@ -1,0 +1,183 @@
+"""A student, its teacher and the methods as one module: what moves, what is trained, what is saved."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_batch, tiny_model
+
+from crosskd_hf.distillation import PKD, CrossKD, DistillationPair, KDMethod, Mimic, PairError, method_class
+from crosskd_hf.distillation.methods import method_names
+from crosskd_hf.distillation.pair import METHODS_FILE
+from crosskd_hf.models.backbone import batchnorms
+
+DETECTORS = ("gfl", "retinanet", "fcos", "atss")
+NARROW = {"head_channels": 16, "fpn_channels": 16}
+
+
+def pair_of(methods: list[KDMethod] | None = None, seed: int = 0, **student) -> DistillationPair:
+    methods = [CrossKD(), PKD()] if methods is None else methods
+    return DistillationPair(tiny_model(seed=1, **student), tiny_model(seed=5), methods, seed=seed)
+
+
+def copied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in state.items()}
+
+
+# The module ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_is_no_submodule_and_stays_as_it_is():
+    pair = pair_of(**NARROW)
+    names = set(pair.state_dict())
+    student, methods = (part.state_dict() for part in (pair.student, pair.methods))
+    assert names == {f"student.{name}" for name in student} | {f"methods.{name}" for name in methods}
+    assert set(methods) == {
+        f"{m}.adapters.{p}.weight" for m, p in (("crosskd", "cls"), ("crosskd", "reg"), ("pkd", "fpn"))
+    }
+    teacher = pair.teacher
+    assert not any(module is teacher for module in pair.modules()) and not teacher.training
+    before = copied(teacher.state_dict())
+    optimizer = torch.optim.SGD(pair.parameters(), lr=0.01)
+    pair.train()(**tiny_batch()).loss.backward()
+    optimizer.step()
+    assert not teacher.training and all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_everything_trained_gets_a_gradient():
+    """DDP would wait for what gets none."""
+    pair = pair_of(**NARROW)
+    pair(**tiny_batch()).loss.backward()
+    assert all(p.grad is not None for p in pair.parameters() if p.requires_grad)
+    assert all(p.grad.any() for p in pair.methods.parameters())
+
+
+def test_the_teacher_moves_along():
+    pair = pair_of(id2label={0: "dog", 1: "cat"}).to("meta")
+    assert all(value.is_meta for value in pair.teacher.state_dict().values())
+    assert pair.teacher_observer.classes.is_meta and pair.student_observer.classes.is_meta
+    pair = pair_of().double()
+    assert pair.teacher.dtype == pair.student.dtype == torch.float64
+
+
+def test_the_output_is_the_sum_of_all_terms():
+    """And no maps: accelerate would make fp32 copies of those, in mixed precision."""
+    pair, batch = pair_of(), tiny_batch()
+    output = pair(**batch)
+    assert set(output) == {"loss", "loss_dict"} and output.loss.dim() == 0
+    torch.testing.assert_close(output.loss, sum(output.loss_dict.values()))
+    own = pair.student(**batch).loss_dict
+    assert set(output.loss_dict) == {*own, "kd_cls", "kd_box", "kd_feature"}
+    assert all(output.loss_dict[name] == value for name, value in own.items())
+    assert pair.config is pair.student.config
+
+
+def test_a_prepared_teacher_is_a_copy():
+    pair = pair_of()
+    given, before = pair.teacher, pair(**tiny_batch()).loss
+    pair.prepare_teacher()
+    assert pair.teacher is not given and pair.teacher_observer.model is pair.teacher
+    assert list(batchnorms(given.backbone)) and not list(batchnorms(pair.teacher.backbone)), "they are folded"
+    torch.testing.assert_close(pair(**tiny_batch()).loss, before)
+
+
+# Methods ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_method_is_found_by_its_files_name():
+    assert method_names() == ["crosskd", "mimic", "pkd"]
+    assert [method_class(name) for name in method_names()] == [CrossKD, Mimic, PKD]
+    assert all(method_class(name).name == name for name in method_names())
+
+
+def test_methods_compose():
+    batch, terms = tiny_batch(), {}
+    for method in (CrossKD, PKD, Mimic):
+        terms |= pair_of([method()])(**batch).loss_dict
+    torch.testing.assert_close(pair_of([CrossKD(), PKD(), Mimic()])(**batch).loss_dict, terms)
+
+
+def test_all_problems_are_named_at_once():
+    student = tiny_model(size_divisor=16, head_blocks=2, id2label={0: "a", 1: "b"})
+    with pytest.raises(PairError, match="this student can't learn from this teacher:\n  - ") as error:
+        DistillationPair(student, tiny_model("retinanet"), [CrossKD(), Mimic(), Mimic()])
+    problems = str(error.value).split("\n  - ")[1:]
+    starts = ["label names", "size_divisor: student 16", "methods: crosskd, mimic, mimic", "crosskd.student_tap_index"]
+    assert [p.startswith(start) for p, start in zip(problems, [*starts, "predictions (mimic)"], strict=True)] == [
+        True
+    ] * 5
+
+
+def test_adapters_follow_the_seed_and_leave_the_random_state_alone():
+    before = torch.get_rng_state()
+    first, again, other = (copied(pair_of(seed=seed, **NARROW).methods.state_dict()) for seed in (1, 1, 2))
+    pair = DistillationPair(tiny_model(**NARROW), tiny_model(), [CrossKD()])
+    state = torch.get_rng_state()
+    DistillationPair(pair.student, pair.teacher, [CrossKD()], seed=7)
+    assert torch.equal(torch.get_rng_state(), state) and len(before) == len(state)
+    assert all(torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name]) for name in first)
+
+
+# Checkpoints --------------------------------------------------------------------------------------------------------
+
+
+def test_what_methods_train_comes_back(tmp_path: Path):
+    first, second = (pair_of(seed=seed, **NARROW) for seed in (1, 2))
+    first.save_methods(tmp_path)
+    second.load_methods(tmp_path)
+    saved = first.methods.state_dict()
+    assert saved and all(torch.equal(value, saved[name]) for name, value in second.methods.state_dict().items())
+
+
+def test_methods_that_train_nothing_write_nothing(tmp_path: Path):
+    pair_of().save_methods(tmp_path)
+    assert not list(tmp_path.iterdir())
+    pair_of().load_methods(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "message"),
+    [
+        ({}, NARROW, "holds nothing, this pair needs {'crosskd.adapters.cls.weight': (32, 16, 1, 1)"),
+        (NARROW, {}, "'pkd.adapters.fpn.weight': (32, 16, 1, 1)}, this pair needs nothing"),
+        (NARROW, {"head_channels": 8, "fpn_channels": 16}, "needs {'crosskd.adapters.cls.weight': (32, 8, 1, 1)"),
+    ],
+)
+def test_a_checkpoint_of_other_methods_is_refused(tmp_path: Path, saved: dict, loaded: dict, message: str):
+    pair_of(**saved).save_methods(tmp_path)
+    pair = pair_of(**loaded)
+    before = copied(pair.methods.state_dict())
+    with pytest.raises(PairError) as error:
+        pair.load_methods(tmp_path)
+    assert message in str(error.value) and METHODS_FILE in str(error.value) and "output_dir" in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in pair.methods.state_dict().items())
+
+
+# Compiled -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "detector", [name if name == "gfl" else pytest.param(name, marks=pytest.mark.slow) for name in DETECTORS]
+)
+def test_a_pair_compiles_to_one_program(detector: str):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    # Of few operators, with other widths, classes and levels.
+    options = {"head_channels": 16, "id2label": {0: "dog", 1: "emu"}, "strides": [8, 16, 32]}
+    options |= {"regress_ranges": [[-1.0, 64.0], [64.0, 128.0], [128.0, 1e8]]} if detector == "fcos" else {}
+    student, teacher = tiny_model(detector, head_blocks=1, **options), tiny_model(detector, seed=5, head_blocks=1)
+    pair = DistillationPair(student, teacher, [CrossKD(CrossKD.Settings(tap_index=1)), PKD(), Mimic()])
+    batch, plain = tiny_batch(), copy.deepcopy(pair)
+    expected = plain(**batch)
+    expected.loss.backward()
+    output = torch.compile(pair, fullgraph=True, backend="aot_eager")(**batch)
+    output.loss.backward()
+    torch.testing.assert_close(output.loss_dict, expected.loss_dict)
+    gradients = [(p.grad, q.grad) for p, q in zip(pair.parameters(), plain.parameters(), strict=True)]
+    assert all((a is None) == (b is None) for a, b in gradients)
+    for a, b in gradients:
+        assert a is None or torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
