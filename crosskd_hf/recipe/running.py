@@ -22,7 +22,6 @@ from .build import build_trainer
 from .plan import check_schedule, check_space, describe
 from .run_folder import (
     check_batch,
-    check_folder,
     check_labels,
     check_output,
     check_teacher,
@@ -49,7 +48,6 @@ def prepare(recipe: Recipe, dry_run: bool = False, accept_changes: bool = False)
     Raises:
         RecipeError, CheckpointError, ValueError, OSError: the recipe, its folder, data or a detector can't be used.
     """
-    check_folder(recipe.training_values()["output_dir"], "training.output_dir")
     arguments = recipe.training_arguments()
     output = Path(arguments.output_dir)
     check_shared(output)  # before anything that is looked up in it
