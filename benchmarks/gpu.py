@@ -51,7 +51,7 @@ SECTIONS: dict[str, Section] = {
 }
 OK = "ok"
 LONGEST = 700  # characters of a reason
-PRELOADED = ["torch.distributed", "torchvision.models.detection", "crosskd_hf.training.trainer"]
+PRELOADED = ["torch.distributed", "torchvision.models.detection", "crosskd_hf.training.distillation_trainer"]
 
 
 def rows_of(name: str, section: Section, options: Options) -> Iterator[dict]:

@@ -200,9 +200,9 @@ PAIRS = {
         lambda x: focal(x[0]),
         class_logits,
     ),
-    "binary_kd_loss, overwriting": Pair(
+    "binary_kd_loss": Pair(
         losses._ScaledCrossEntropy,
-        lambda x: [losses.binary_kd_loss(x[0] * 1, like(x[0], 1), overwrite=True)],
+        lambda x: [losses.binary_kd_loss(x[0], like(x[0], 1))],
         lambda x: scaled_entropy(x[0], like(x[0], 1).sigmoid(), 1),
         class_logits,
     ),

@@ -30,7 +30,7 @@ from transformers import PrinterCallback, TrainerCallback
 from crosskd_hf.data.dataset import DetectionDataset
 from crosskd_hf.data.shapes import load_shapes
 from crosskd_hf.data.split import DetectionSplit, keep_for_training
-from crosskd_hf.distillation.objective import prepare_teacher
+from crosskd_hf.distillation.pair import prepared_teacher
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.backbone import batchnorms
 from crosskd_hf.models.base import DenseDetector
@@ -99,7 +99,7 @@ def folded(backbone: str, device: str) -> dict:
     for norm in batchnorms(teacher.backbone):
         norm.running_mean.normal_(std=0.1)
         norm.running_var.uniform_(0.5, 1.5)
-    prepared = prepare_teacher(teacher.to(device))
+    prepared = prepared_teacher(teacher.to(device))
     before, after = (len(list(batchnorms(model.backbone))) for model in (teacher, prepared))
     pixels = torch.randn(2, 3, 128, 160).to(device)
     with torch.no_grad(), without_tf32():
@@ -227,7 +227,7 @@ def train_steps(
         watch = SyncWatch(options.device, precision == "fp16", precision == "compiled")
         trainer.add_callback(watch)
         trainer.remove_callback(PrinterCallback)
-        before = [p.detach().clone() for p in trainer.model.parameters()]
+        before = [p.detach().clone() for p in trainer.pair.parameters()]
         try:
             trainer.train()
         finally:
@@ -236,8 +236,8 @@ def train_steps(
     losses = [entry["loss"] for entry in logs]
     of_fp32 += [] if of_fp32 else losses[:1]
     difference = abs(losses[0] / of_fp32[0] - 1)
-    frozen = all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
-    left = len(list(batchnorms(trainer._teaching.backbone)))
+    frozen = all(torch.equal(a, b) for a, b in zip(before, trainer.pair.parameters(), strict=True))
+    left = len(list(batchnorms(trainer.pair.teacher.backbone)))
     problems = {
         f"{watch.steps} of {options.steps} steps were watched": watch.steps != options.steps,
         f"the host waits {watch.syncs} times": watch.syncs,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.models import detection
 
 from crosskd_hf.data.collator import padded_number
+from crosskd_hf.distillation.observers.dense import DenseObserver
 from crosskd_hf.models import CONFIGS, MODELS
 
 BOXES = 8  # an image
@@ -151,15 +152,16 @@ def training(options: Options, name: str, precision: str) -> dict:
     """Forward, losses and backward of both."""
     torch.manual_seed(0)
     config = CONFIGS[name](backbone="resnet50", num_labels=LABELS)
-    ours = MODELS[name](config).train().to(options.device, memory_format=layout_of(precision))
+    model = MODELS[name](config).train().to(options.device, memory_format=layout_of(precision))
+    ours = DenseObserver(model)  # decodes no boxes, as in training
     theirs = keep_statistics(build_rival(options, name, precision))
     pixels, targets = images_and_targets(options, precision)
     labels, images = padded(targets), list(pixels)
 
     def our_step() -> None:
-        ours.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         with in_precision(options, precision):
-            loss = ours(pixel_values=pixels, labels=labels, output_distillation=True, output_predictions=False).loss
+            loss = sum(ours(pixel_values=pixels, labels=labels).loss_dict.values())
         loss.backward()
 
     def their_step() -> None:

@@ -99,22 +99,12 @@ def measure_processes(detector: str, runs: int) -> list[dict]:
     return rows
 
 
-class _Student(torch.nn.Module):
-    """A step whose forward is the whole loss, as DDP wants it."""
-
-    def __init__(self, step: Step):
-        super().__init__()
-        self.student, self.step = step.student, [step]
-
-    def forward(self) -> torch.Tensor:
-        return self.step[0].loss()
-
-
 def _train_together(rank: int, processes: int, port: int, detector: str, runs: int, results) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=processes)
-    model = DistributedDataParallel(_Student(Load().step(detector)))
+    step = Load().step(detector)
+    model = DistributedDataParallel(step.pair)
     pairs = []
     for _ in range(runs + 1):
         seconds = []
@@ -122,10 +112,10 @@ def _train_together(rank: int, processes: int, port: int, detector: str, runs: i
             dist.barrier()
             start = time.perf_counter()
             if synchronise:
-                model().backward()
+                model(**step.inputs).loss.backward()
             else:
                 with model.no_sync():
-                    model().backward()
+                    model(**step.inputs).loss.backward()
             dist.barrier()
             seconds.append(time.perf_counter() - start)
             model.zero_grad()

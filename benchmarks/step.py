@@ -28,9 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from crosskd_hf.data.collator import padded_number
-from crosskd_hf.distillation.objective import distillation_losses, prepare_teacher, student_forward, teacher_forward
-from crosskd_hf.distillation.pairing import Pairing, pair_up
-from crosskd_hf.distillation.settings import DistillationSection, DistillationSettings, resolve_settings
+from crosskd_hf.distillation import CrossKD, DistillationPair
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.base import DenseDetector
 
@@ -87,11 +85,8 @@ class Counts(TorchDispatchMode):
 class Step:
     """A student and its teacher with a batch."""
 
-    student: DenseDetector
-    teacher: DenseDetector
+    pair: DistillationPair
     given_teacher: DenseDetector
-    settings: DistillationSettings
-    pairing: Pairing
     inputs: dict
     precision: str = "fp32"
 
@@ -114,11 +109,9 @@ class Step:
             MODELS[detector](CONFIGS[detector](backbone=backbone, num_labels=num_labels)) for backbone in backbones
         )
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        student = student.train().to(device=device, memory_format=layout)
-        given = teacher.eval().requires_grad_(False).to(device=device, memory_format=layout)
-        dtype = torch.bfloat16 if precision == "bf16" else None
-        teacher = prepare_teacher(given, dtype=dtype).to(device=device, memory_format=layout)
-        settings = resolve_settings(DistillationSection(), teacher)
+        pair = DistillationPair(student, teacher, [CrossKD()]).train().to(device=device, memory_format=layout)
+        pair.prepare_teacher(dtype=torch.bfloat16 if precision == "bf16" else None)
+        pair.to(memory_format=layout)
         height, width = size
         padded = padded_number(boxes)
         corner = torch.rand(images, padded, 2) * torch.tensor([width * 0.6, height * 0.6])
@@ -133,9 +126,7 @@ class Step:
             },
         }
         inputs = {name: _to(value, device) for name, value in inputs.items()}
-        return cls(
-            student, teacher, given, settings, pair_up(student, teacher, settings).to(device), inputs, precision
-        )
+        return cls(pair, teacher, inputs, precision)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Of the step's precision."""
@@ -152,10 +143,7 @@ class Step:
     def loss(self) -> Tensor:
         """The sum of all terms, as the trainer computes it."""
         with self.autocast():
-            output = student_forward(self.student, self.inputs, self.settings)
-            own = teacher_forward(self.teacher, self.inputs, self.settings, self.pairing)
-            terms = distillation_losses(self.student, output, self.teacher, own, self.settings, self.pairing)
-        return output.loss + sum(term.sum() for term in terms.values())
+            return self.pair(**self.inputs).loss
 
     def floor(self) -> Tensor:
         """The convolutions alone."""
@@ -163,13 +151,13 @@ class Step:
 
     def folded_floor(self) -> Tensor:
         """The same with the teacher of the step."""
-        return self._convolutions(self.teacher)
+        return self._convolutions(self.pair.teacher)
 
     def _convolutions(self, teacher: DenseDetector) -> Tensor:
-        student, tap = self.student, self.settings.tap_index
+        student, tap = self.pair.student, self.pair.teacher_observer.tap_index
         pixels = self.inputs["pixel_values"]
         with self.autocast():
-            head = student.head(student.fpn(student.backbone(pixels)), tap_index=self.settings.student_tap_index)
+            head = student.head(student.fpn(student.backbone(pixels)), tap_index=self.pair.student_observer.tap_index)
             with torch.no_grad():
                 teacher.head(teacher.fpn(teacher.backbone(pixels)), tap_index=tap)
             cross = teacher.head(head.cls_taps, head.reg_taps, start_block=tap)
@@ -180,7 +168,7 @@ class Step:
 
     def zero(self) -> None:
         """Drop the gradients."""
-        self.student.zero_grad(set_to_none=True)
+        self.pair.zero_grad(set_to_none=True)
 
 
 def _to(value, device: str):

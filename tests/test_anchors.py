@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from crosskd_hf.models.anchors import (
     cell_centers,
-    cell_corners,
     grid_cells,
     octave_anchors,
+    per_prior,
     square_anchors,
     valid_cells,
 )
@@ -112,7 +112,7 @@ SIZES, STRIDES = [(40, 40), (20, 20), (10, 10), (5, 5), (3, 3)], [8, 16, 32, 64,
 
 
 def valid(sizes, strides, image_sizes: torch.Tensor, divisor: int = 32, anchors: int = 1) -> torch.Tensor:
-    return valid_cells(cell_corners(grid_cells(sizes, strides, CPU)[0], anchors), image_sizes, divisor)
+    return valid_cells(per_prior(grid_cells(sizes, strides, CPU)[0], anchors), image_sizes, divisor)
 
 
 def valid_rectangles(height: int, width: int, sizes=SIZES, strides=STRIDES) -> list[tuple[int, int]]:

@@ -8,9 +8,9 @@ import torch
 from crosskd_hf.models import assigners
 from crosskd_hf.models.anchors import (
     cell_centers,
-    cell_corners,
     grid_cells,
     octave_anchors,
+    per_prior,
     square_anchors,
     valid_cells,
 )
@@ -32,7 +32,7 @@ def atss_assign(levels: list[torch.Tensor], *rest, **options) -> Assignment:
 
 
 def valid_anchors(image_sizes: torch.Tensor, num_anchors: int = 1) -> torch.Tensor:
-    return valid_cells(cell_corners(grid_cells(SIZES, STRIDES, CPU)[0], num_anchors), image_sizes, 32)
+    return valid_cells(per_prior(grid_cells(SIZES, STRIDES, CPU)[0], num_anchors), image_sizes, 32)
 
 
 def atss(anchors: list[list], boxes: list[list], valid=None, topk: int = 9) -> Assignment:
@@ -432,7 +432,7 @@ def test_max_iou_equals_a_slow_loop(seed):
     boxes, mask = random_truth(seed, counts)
     anchors = octave_anchors(*grid_cells(SIZES[1:], STRIDES[1:], CPU), 4, [0.5, 1.0, 2.0], 3).double()
     sizes = torch.tensor([[128, 160], [70, 130], [128, 60]])
-    valid = valid_cells(cell_corners(grid_cells(SIZES[1:], STRIDES[1:], CPU)[0], 9), sizes, 32)
+    valid = valid_cells(per_prior(grid_cells(SIZES[1:], STRIDES[1:], CPU)[0], 9), sizes, 32)
     assignment = max_iou_assign(anchors, valid, boxes, mask, 0.5, 0.4)
     some_ignored = False
     for i, count in enumerate(counts):

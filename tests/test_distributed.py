@@ -1,7 +1,6 @@
 """Two processes against one: the same gradients on the same global batch, the same evaluation numbers."""
 
 import argparse
-import contextlib
 import json
 import socket
 import sys
@@ -17,12 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crosskd_hf.commands import main as cli
 from crosskd_hf.commands import train
-from crosskd_hf.distillation.adapters import attach_adapters
-from crosskd_hf.distillation.objective import distillation_losses, student_forward, teacher_forward
-from crosskd_hf.distillation.pairing import pair_up
-from crosskd_hf.distillation.settings import resolve_settings
+from crosskd_hf.distillation import PKD, CrossKD, DistillationPair
 from crosskd_hf.recipe import run_folder
-from crosskd_hf.recipe.sections import RECIPE_FILE, DistillationSection, load_recipe
+from crosskd_hf.hub.upload import RECIPE_FILE
+from crosskd_hf.recipe.load import load_recipe
 from crosskd_hf.training.distillation_trainer import DistillationTrainer
 from crosskd_hf.training.trainer import DetectionTrainer
 from crosskd_hf.utils import distributed
@@ -33,15 +30,13 @@ import equality
 DETECTORS = ["gfl", "retinanet", "fcos", "atss"]
 
 
-# (detector, with distillation): RetinaNet's normaliser and all of the distillation's statistics are those of one
-# process, as published.
 CASES = [(detector, distil) for detector in DETECTORS for distil in (False, True)]
 
 
 def gradients_of_two(rank: int, port: int, output: str) -> None:
     equality.join(rank, 2, port)
     torch.distributed.init_process_group("gloo")
-    found = {f"{case}": equality.gradients(*case, rank, 2, 1) for case in CASES}
+    found = {f"{case}": equality.gradients(*case, rank, 2) for case in CASES}
     if rank == 0:
         torch.save(found, output)
     torch.distributed.destroy_process_group()
@@ -57,48 +52,42 @@ def gradients_of_halves(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @pytest.mark.parametrize(("detector", "distil"), CASES)
 def test_two_processes_give_the_gradients_of_one(gradients_of_halves: dict, detector: str, distil: bool) -> None:
-    whole = equality.gradients(detector, distil, 0, 1, 1)
+    """But for RetinaNet's normaliser and the distillation's statistics, which are a process' own as published."""
+    whole = equality.gradients(detector, distil, 0, 1)
     error = equality.error(whole, gradients_of_halves[f"{(detector, distil)}"])
-    per_process = distil or detector == "retinanet"
-    assert error > 1e-3 if per_process else error < equality.EQUAL
+    assert error > 1e-3 if distil or detector == "retinanet" else error < equality.EQUAL
 
 
-def adapter_gradients(rank: int, world: int, store: str, output: str) -> None:
-    """Gradients of the adapters: of this rank alone, and as DDP leaves them."""
+def gradients_of_methods(rank: int, world: int, store: str, output: str) -> None:
+    """Gradients of what methods train: of this rank alone, and as DDP leaves them."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    student, teacher = tiny_model(seed=1, head_channels=16), tiny_model(seed=5).eval().requires_grad_(False)
-    settings = resolve_settings(DistillationSection(), teacher)
-    pairing = pair_up(student, teacher, settings)
-    attach_adapters(student, pairing.adapters)
-    model = DistributedDataParallel(student.train())
-    batch = tiny_batch(images=4)
-    inputs = {name: values[2 * rank : 2 * rank + 2] for name, values in batch.items()}
+    student = tiny_model(seed=1, head_channels=16, fpn_channels=16)
+    pair = DistillationPair(student, tiny_model(seed=5), [CrossKD(), PKD()])
+    model = DistributedDataParallel(pair.train())
+    inputs = {name: values[2 * rank : 2 * rank + 2] for name, values in tiny_batch(images=4).items()}
 
-    def gradients(context) -> list[torch.Tensor]:
+    def gradients() -> list[torch.Tensor]:
         model.zero_grad()
-        with context:
-            out = student_forward(model, inputs, settings)
-            own = teacher_forward(teacher, inputs, settings, pairing)
-            terms = distillation_losses(student, out, teacher, own, settings, pairing)
-            (out.loss + sum(term.sum() for term in terms.values())).backward()
-        return [convolution.weight.grad.clone() for convolution in pairing.adapters.values()]
+        model(**inputs).loss.backward()
+        return [parameter.grad.clone() for parameter in pair.methods.parameters()]
 
-    alone = gradients(model.no_sync())
-    torch.save({"alone": alone, "averaged": gradients(contextlib.nullcontext())}, f"{output}.{rank}")
+    with model.no_sync():
+        alone = gradients()
+    torch.save({"alone": alone, "averaged": gradients()}, f"{output}.{rank}")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_average_the_gradients_of_adapters(tmp_path: Path) -> None:
-    """They are used outside the student's forward, which is all that DDP wraps."""
+def test_two_processes_average_the_gradients_of_methods(tmp_path: Path) -> None:
     output = tmp_path / "gradients"
-    run_processes(adapter_gradients, (2, str(tmp_path / "store"), str(output)), 2)
+    run_processes(gradients_of_methods, (2, str(tmp_path / "store"), str(output)), 2)
     first, second = (torch.load(f"{output}.{rank}", weights_only=True) for rank in range(2))
-    for mine, theirs, averaged, other in zip(
+    assert len(first["alone"]) == 3
+    for one, other, averaged, again in zip(
         first["alone"], second["alone"], first["averaged"], second["averaged"], strict=True
     ):
-        assert torch.equal(averaged, other) and not torch.allclose(mine, theirs)
-        torch.testing.assert_close(averaged, (mine + theirs) / 2)
+        assert torch.equal(averaged, again) and not torch.allclose(one, other)
+        torch.testing.assert_close(averaged, (one + other) / 2)
 
 
 def test_two_processes_give_the_evaluation_files_of_one(tmp_path: Path) -> None:

@@ -5,15 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import test_distillation_losses
+import test_prediction_losses
 import torch
 from golden_cases import GoldenCase
 from torch import Tensor
 from torch.nn import functional as F
 
-from crosskd_hf.distillation import alignment, crosskd, losses
+from crosskd_hf.distillation import alignment
+from crosskd_hf.distillation import prediction_losses as losses
+from crosskd_hf.distillation.observers import dense
 from crosskd_hf.models.base import DenseDetector
-from crosskd_hf.models.fcos import FCOSForObjectDetection
 from crosskd_hf.models.head import DenseHead
 
 Patch = pytest.MonkeyPatch
@@ -22,7 +23,7 @@ Patch = pytest.MonkeyPatch
 def detached_factor(patch: Patch) -> None:
     """|p - p_teacher| of kd_cls without gradient: no loss differs."""
 
-    def loss(logits: Tensor, teacher_logits: Tensor, overwrite: bool = False) -> Tensor:
+    def loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
         target = teacher_logits.sigmoid()
         factor = (logits.detach().sigmoid() - target).abs()
         return (factor * F.binary_cross_entropy_with_logits(logits, target, reduction="none")).sum(dim=-1)
@@ -31,7 +32,7 @@ def detached_factor(patch: Patch) -> None:
 
 
 def biased_deviation(patch: Patch) -> None:
-    def statistics(maps: list[Tensor], sync: bool = False) -> tuple[Tensor, Tensor]:
+    def statistics(maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         pairs = [torch.std_mean(m, dim=(0, 2, 3), correction=0) for m in maps]
         return torch.stack([mean for _, mean in pairs]), torch.stack([std for std, _ in pairs])
 
@@ -41,7 +42,7 @@ def biased_deviation(patch: Patch) -> None:
 def statistics_of_the_batch(patch: Patch) -> None:
     """One mean and deviation per channel for all levels."""
 
-    def statistics(maps: list[Tensor], sync: bool = False) -> tuple[Tensor, Tensor]:
+    def statistics(maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         std, mean = torch.std_mean(torch.cat([m.transpose(0, 1).flatten(1) for m in maps], dim=1), dim=1)
         return mean.expand(len(maps), -1), std.expand(len(maps), -1)
 
@@ -49,8 +50,7 @@ def statistics_of_the_batch(patch: Patch) -> None:
 
 
 def no_second_relu(patch: Patch) -> None:
-    align = crosskd.align
-    patch.setattr(crosskd, "align", lambda student, teacher, rectify, sync: align(student, teacher, False, sync))
+    patch.setattr(dense, "align", lambda student, teacher, rectify: alignment.align(student, teacher))
 
 
 def tap_off_by_one(patch: Patch) -> None:
@@ -63,20 +63,18 @@ def tap_off_by_one(patch: Patch) -> None:
 
 
 def swapped_normaliser(patch: Patch) -> None:
-    spec = dataclasses.replace(FCOSForObjectDetection.distillation, normalizer="class")
-    patch.setattr(FCOSForObjectDetection, "distillation", spec)
+    published = dataclasses.replace(losses.PUBLISHED["crosskd_fcos"], box_normalizer=False)
+    patch.setitem(losses.PUBLISHED, "crosskd_fcos", published)
 
 
 def mask_of_the_teacher(patch: Patch) -> None:
     """Without the priors that the student's assignment ignores."""
-    targets = crosskd.kd_targets
+    targets = losses.KDTargets.of
 
-    def of_teacher(student, student_output, teacher, teacher_output, pairing):
-        valid = teacher.valid_priors(teacher_output.priors, student_output.image_sizes)
-        of_student = targets(student, student_output, teacher, teacher_output, pairing)
-        return dataclasses.replace(of_student, class_weights=teacher.class_weights(valid))
+    def of_teacher(student, teacher, *options):
+        return dataclasses.replace(targets(student, teacher, *options), mask=teacher.predictions.mask)
 
-    patch.setattr(crosskd, "kd_targets", of_teacher)
+    patch.setattr(losses.KDTargets, "of", of_teacher)
 
 
 def padding_counted(patch: Patch) -> None:
@@ -120,4 +118,4 @@ def test_a_logarithm_without_clamp_is_noticed_by_hand(monkeypatch: pytest.Monkey
     """No case binds the clamps of FCOS's -log IoU: both boxes always contain the same point."""
     monkeypatch.setattr(losses, "EPS", 0.0)
     with pytest.raises(AssertionError):
-        test_distillation_losses.test_boxes_apart_have_a_bounded_logarithm()
+        test_prediction_losses.test_boxes_apart_have_a_bounded_logarithm()

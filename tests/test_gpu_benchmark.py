@@ -71,7 +71,7 @@ def test_a_wrong_backward_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_teacher_that_is_not_folded_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_checks, "prepare_teacher", lambda teacher: teacher)
+    monkeypatch.setattr(gpu_checks, "prepared_teacher", lambda teacher: teacher)
     (row,) = rows_of(gpu.folding)
     assert "20 of 20 BatchNorms are left" in row["result"]
 

@@ -133,7 +133,7 @@ def gfl_dfl_loss(box: list[float]) -> float:
     """loss_dfl of a GFL with one positive prior: the anchor centre (0, 0) at stride 8, a class probability of .5 and
     bin i's logit i / 4."""
     model = tiny_model("gfl")
-    priors = Priors.of([torch.tensor([[-32.0, -32.0, 32.0, 32.0]])], [8], torch.zeros(1, 2))
+    priors = Priors.of(torch.tensor([[-32.0, -32.0, 32.0, 32.0]]), [1], torch.tensor([[8.0]]), torch.zeros(1, 2))
     bins = (torch.arange(17.0) / 4).repeat(4)
     predictions = HeadPredictions(torch.tensor([[[0.0, -9.0]]]), bins.reshape(1, 1, 68), None)
     truth = GroundTruth(torch.tensor([[box]]), torch.tensor([[0]]), torch.tensor([[True]]))

@@ -4,17 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.utils import convert_outputs_to_fp32
 from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crosskd_hf.data.collator import padded_number
+from crosskd_hf.distillation import PKD, CrossKD, DistillationPair, Mimic
 from crosskd_hf.distillation.alignment import align, standardise
-from crosskd_hf.distillation.objective import distillation_losses, prepare_teacher, student_forward, teacher_forward
-from crosskd_hf.distillation.settings import resolve_settings
+from crosskd_hf.distillation.observers.dense import DenseObserver
+from crosskd_hf.distillation.pair import prepared_teacher
 from crosskd_hf.models.backbone import batchnorms
 from crosskd_hf.models.head import GroupNorm, HalfPrecisionGroupNorm, LevelScales
-from crosskd_hf.recipe.sections import DistillationSection
 from crosskd_hf.training.distillation_trainer import DistillationTrainer
 
 DETECTORS = ["gfl", "retinanet", "fcos", "atss"]
@@ -31,28 +30,19 @@ WITH_AND_WITHOUT_GROUP_NORM = [
 ]
 
 
-class Pair:
-    """A student and a teacher with a batch."""
+def pair_of(detector: str, fold: bool = False, channels_last: bool = False) -> DistillationPair:
+    pair = DistillationPair(
+        tiny_model(detector, seed=1).train(), tiny_model(detector), [CrossKD(), PKD(PKD.Settings(weight=1.0))]
+    )
+    pair.prepare_teacher(fold)
+    return pair.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
-    def __init__(self, detector: str, fold: bool = False, channels_last: bool = False):
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.student = tiny_model(detector, seed=1).train().to(memory_format=layout)
-        self.teacher = tiny_model(detector).eval().requires_grad_(False)
-        self.teacher = prepare_teacher(self.teacher, fold).to(memory_format=layout)
-        self.settings = resolve_settings(DistillationSection(pkd=1.0), self.teacher)
 
-    def loss(self, inputs: dict) -> torch.Tensor:
-        """The sum of all terms."""
-        output = student_forward(self.student, inputs, self.settings)
-        own = teacher_forward(self.teacher, inputs, self.settings)
-        terms = distillation_losses(self.student, output, self.teacher, own, self.settings)
-        return output.loss + sum(term.sum() for term in terms.values())
-
-    def gradients(self, loss: torch.Tensor) -> torch.Tensor:
-        """All of them, in one row."""
-        self.student.zero_grad()
-        loss.backward()
-        return torch.cat([p.grad.flatten() for p in self.student.parameters() if p.grad is not None])
+def gradients_of(pair: DistillationPair, loss: torch.Tensor) -> torch.Tensor:
+    """All of them, in one row."""
+    pair.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in pair.parameters() if p.grad is not None])
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -75,40 +65,40 @@ def padded_batch(boxes: int, height: int = 64, width: int = 96) -> dict:
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_channels_last_and_a_folded_teacher_change_nothing(detector: str) -> None:
-    inputs, plain = tiny_batch(**LARGE), Pair(detector)
-    expected = plain.loss(inputs)
-    gradients = plain.gradients(expected)
+    inputs, plain = tiny_batch(**LARGE), pair_of(detector)
+    expected = plain(**inputs).loss
+    gradients = gradients_of(plain, expected)
     for options in ({"channels_last": True}, {"fold": True}, {"channels_last": True, "fold": True}):
-        pair = Pair(detector, **options)
-        loss = pair.loss(inputs)
+        pair = pair_of(detector, **options)
+        loss = pair(**inputs).loss
         assert loss.item() == pytest.approx(expected.item(), rel=1e-4), options
-        assert relative(pair.gradients(loss), gradients) < 0.02, options  # as a change of the pixels by 1e-6
+        assert relative(gradients_of(pair, loss), gradients) < 0.02, options  # as a change of the pixels by 1e-6
 
 
 @pytest.mark.parametrize("detector", WITH_AND_WITHOUT_GROUP_NORM)
 def test_bfloat16_is_as_near_as_its_rounding(detector: str) -> None:
-    inputs, pair = tiny_batch(**LARGE), Pair(detector, fold=True, channels_last=True)
-    expected = pair.loss(inputs)
-    gradients = pair.gradients(expected)
+    inputs, pair = tiny_batch(**LARGE), pair_of(detector, fold=True, channels_last=True)
+    expected = pair(**inputs).loss
+    gradients = gradients_of(pair, expected)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = pair.loss(inputs)
+        loss = pair(**inputs).loss
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=0.01)  # 8 bits of mantissa: 0.4% an operation
-    assert relative(pair.gradients(loss), gradients) < 0.5
+    assert relative(gradients_of(pair, loss), gradients) < 0.5
 
 
 @pytest.mark.parametrize("detector", WITH_AND_WITHOUT_GROUP_NORM)
 def test_half_precision_with_a_scaled_loss(detector: str) -> None:
     """The cross pass sends gradients through the teacher's layers: neither lost below fp16's range nor beyond it."""
-    inputs, pair = tiny_batch(**LARGE), Pair(detector, fold=True, channels_last=True)
-    expected = pair.loss(inputs)
-    gradients = pair.gradients(expected)
+    inputs, pair = tiny_batch(**LARGE), pair_of(detector, fold=True, channels_last=True)
+    expected = pair(**inputs).loss
+    gradients = gradients_of(pair, expected)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     optimizer = torch.optim.SGD([p for p in pair.student.parameters() if p.requires_grad], lr=0.0)
     with torch.autocast("cpu", torch.float16):
-        loss = pair.loss(inputs)
+        loss = pair(**inputs).loss
     assert loss.item() == pytest.approx(expected.item(), rel=0.01)
-    pair.gradients(scaler.scale(loss))
+    gradients_of(pair, scaler.scale(loss))
     scaler.unscale_(optimizer)
     found = torch.cat([p.grad.flatten() for p in pair.student.parameters() if p.grad is not None])
     assert found.isfinite().all() and relative(found, gradients) < 0.2
@@ -122,17 +112,17 @@ def test_half_precision_with_a_scaled_loss(detector: str) -> None:
 def test_a_compiled_step_is_one_program_for_any_number_of_boxes(detector: str, backend: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    pair = Pair(detector)
-    compiled = torch.compile(pair.loss, fullgraph=True, backend=backend)
+    pair = pair_of(detector)
+    compiled = torch.compile(pair, fullgraph=True, backend=backend)
     for boxes in (3, 20, 200):
         inputs = padded_batch(boxes)
         for padded in inputs["labels"].values():
             torch._dynamo.mark_dynamic(padded, 1)
-        expected = pair.loss(inputs)
-        gradients = pair.gradients(expected)
-        loss = compiled(inputs)
+        expected = pair(**inputs).loss
+        gradients = gradients_of(pair, expected)
+        loss = compiled(**inputs).loss
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5), boxes
-        assert relative(pair.gradients(loss), gradients) < 1e-4, boxes
+        assert relative(gradients_of(pair, loss), gradients) < 1e-4, boxes
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
@@ -141,11 +131,11 @@ def test_a_compiled_step_is_one_program_for_any_number_of_boxes(detector: str, b
 def test_compiled_programs_serve_any_image_size() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    pair = Pair("retinanet")
-    compiled = torch.compile(pair.loss, fullgraph=True, backend="eager")
+    pair = pair_of("retinanet")
+    compiled = torch.compile(pair, fullgraph=True, backend="eager")
     for size in ((256, 320), (288, 256), (320, 384)):
         inputs = padded_batch(8, *size)
-        assert compiled(inputs).item() == pytest.approx(pair.loss(inputs).item(), rel=1e-5), size
+        assert compiled(**inputs).loss.item() == pytest.approx(pair(**inputs).loss.item(), rel=1e-5), size
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the first size's own, then one of all others
 
 
@@ -266,14 +256,19 @@ def test_aligned_maps_keep_their_precision(rectify: bool) -> None:
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_a_teachers_weights_are_cast_once(detector: str) -> None:
-    inputs, given = tiny_batch(), tiny_model(detector).eval().requires_grad_(False)
-    settings = resolve_settings(DistillationSection(), given)
-    plain, cast = prepare_teacher(given), prepare_teacher(given, dtype=torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected, found = (teacher_forward(teacher, inputs, settings) for teacher in (plain, cast))
-    assert torch.equal(found.logits, expected.logits)
-    assert torch.equal(found.predictions.boxes, expected.predictions.boxes)
-    assert all(map(torch.equal, found.cls_taps, expected.cls_taps))
+    given = tiny_model(detector).eval().requires_grad_(False)
+    plain, cast = prepared_teacher(given), prepared_teacher(given, dtype=torch.bfloat16)
+    shown = []
+    for teacher in (plain, cast):
+        observer = DenseObserver(teacher)
+        observer.ask_for_taps(3)
+        observer.ask_for_predictions()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            shown.append(observer(tiny_batch()["pixel_values"]))
+    expected, found = shown
+    assert torch.equal(found.predictions.logits, expected.predictions.logits)
+    assert torch.equal(found.context.predictions.boxes, expected.context.predictions.boxes)
+    assert all(map(torch.equal, found.taps.cls, expected.taps.cls))
     for module in cast.modules():
         dtypes = {parameter.dtype for parameter in module.parameters(recurse=False)}
         if isinstance(module, torch.nn.Conv2d):
@@ -283,18 +278,19 @@ def test_a_teachers_weights_are_cast_once(detector: str) -> None:
     assert {parameter.dtype for parameter in given.parameters()} == {torch.float32}
 
 
-def test_no_fp32_copies_leave_the_student() -> None:
-    """accelerate gives a model in mixed precision outputs in fp32: not of the maps that a distillation compares."""
-    pair = Pair("gfl")
-    forward = convert_outputs_to_fp32(pair.student.forward)
+def test_maps_and_terms_have_their_precision() -> None:
+    """Maps are as precise as the networks run; predictions and losses are in fp32."""
+    student, teacher = tiny_model("gfl", seed=1), tiny_model("gfl")
+    pair = DistillationPair(student, teacher, [CrossKD(), PKD(), Mimic()])
     with torch.autocast("cpu", torch.bfloat16):
-        output = forward(**tiny_batch(), output_distillation=True, tap_index=3)
-    maps = [*output.fpn_features, *output.cls_taps, *output.reg_taps]
-    assert {level.dtype for level in maps} == {torch.bfloat16}
-    assert output.loss.dtype == torch.float32
+        shown = pair.student_observer(**tiny_batch())
+        output = pair(**tiny_batch())
+    assert {level.dtype for level in [*shown.features, *shown.taps.cls, *shown.taps.reg]} == {torch.bfloat16}
+    assert shown.predictions.logits.dtype == shown.predictions.boxes_xyxy.dtype == torch.float32
+    assert {term.dtype for term in [output.loss, *output.loss_dict.values()]} == {torch.float32}
 
 
 def test_a_trainers_teacher_has_the_runs_precision(tmp_path: Path) -> None:
     found = trainer(tmp_path, bf16=True)
-    assert found._teaching.head.cls_predictor.weight.dtype == torch.bfloat16
+    assert found.pair.teacher.head.cls_predictor.weight.dtype == torch.bfloat16
     assert found.teacher.head.cls_predictor.weight.dtype == torch.float32

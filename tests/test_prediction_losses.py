@@ -74,7 +74,7 @@ def test_boxes_are_weighted_by_the_teachers_best_class(log_iou, losses):
     # Best class probabilities .8 .5 .8 .5; IoUs .5 .25 1 .25; the last prior is masked out.
     teacher = predictions([[LN4, 0.0], [-9.0, 0.0], [0.0, LN4], [0.0, 0.0]], shifted([1, 1, 1, 1]))
     student = predictions([[50.0, 50.0]] * 4, shifted([0.5, 0.25, 1, 0.25]))
-    loss = box_kd_loss(student, teacher, targets([1, 1, 1, 0], normalizer=2.0), log_iou)
+    loss = box_kd_loss(student, teacher, targets([1, 1, 1, 0], normalizer=2.0), log_iou=log_iou)
     assert loss[0].tolist() == pytest.approx([0.8 * losses[0] / 2, 0.5 * losses[1] / 2, 0, 0])
 
 
@@ -113,7 +113,7 @@ def test_boxes_are_compared_where_the_student_has_no_such_bins(student_bins):
 def test_equal_boxes_cost_nothing(kind):
     bins = torch.randn(2, 4, 17, generator=torch.Generator().manual_seed(0)) if kind == "bins" else None
     same = predictions([[0.0], [LN4]], [[0.0, 0, 10, 10], [2, 3, 7, 8]], bins)
-    assert box_kd_loss(same, same, targets([1, 1]), kind == "log_iou").abs().max() < 1e-6
+    assert box_kd_loss(same, same, targets([1, 1]), log_iou=kind == "log_iou").abs().max() < 1e-6
 
 
 def test_box_loss_matches_the_elementwise_one():

@@ -87,37 +87,43 @@ def prediction_kd_losses(
     """
     with torch.autocast(predictions.logits.device.type, enabled=False):
         terms = {
-            "cls": classification_kd_loss(predictions, teacher, targets) * weights.cls_weight,
-            "box": box_kd_loss(predictions, teacher, targets, weights.log_iou) * weights.box_weight,
+            "cls": classification_kd_loss(predictions, teacher, targets, weights.cls_weight),
+            "box": box_kd_loss(predictions, teacher, targets, weights.box_weight, weights.log_iou),
         }
         if weights.centerness_weight and targets.positive is not None and teacher.quality is not None:
-            terms["centerness"] = centerness_kd_loss(predictions, teacher, targets) * weights.centerness_weight
+            terms["centerness"] = centerness_kd_loss(predictions, teacher, targets, weights.centerness_weight)
     return terms
 
 
-def classification_kd_loss(predictions: Predictions, teacher: Predictions, targets: KDTargets) -> Tensor:
+def classification_kd_loss(
+    predictions: Predictions, teacher: Predictions, targets: KDTargets, weight: float = 1.0
+) -> Tensor:
     """|p - p_teacher| * BCE, summed over classes, (N, P) (equation 6)."""
-    return binary_kd_loss(predictions.logits, teacher.logits) * (targets.mask / targets.normalizer)
+    return binary_kd_loss(predictions.logits, teacher.logits) * (targets.mask / (targets.normalizer / weight))
 
 
-def box_kd_loss(predictions: Predictions, teacher: Predictions, targets: KDTargets, log_iou: bool = False) -> Tensor:
+def box_kd_loss(
+    predictions: Predictions, teacher: Predictions, targets: KDTargets, weight: float = 1.0, log_iou: bool = False
+) -> Tensor:
     """Distance of boxes, weighted by the teacher's highest probability of a class, (N, P).
 
     Distributions are compared by their KL divergence, over the sum of those weights on this rank. (The reference
     doesn't bound that sum from below; 1 here, so that a batch without confidence can't blow up.) Other boxes are
     compared by GIoU, or by -log IoU, over the normaliser.
     """
-    weights = teacher.logits.amax(dim=-1).sigmoid() * targets.mask
+    confidence = teacher.logits.amax(dim=-1).sigmoid() * targets.mask
     bins, teacher_bins = predictions.bins, teacher.bins
     if bins is not None and teacher_bins is not None and bins.shape == teacher_bins.shape:
         loss = bin_kl_loss(bins, teacher_bins).mean(dim=-1)
-        return loss * (weights / weights.sum().clamp(min=1))
+        return loss * (confidence / (confidence.sum().clamp(min=1) / weight))
     iou, giou = box_overlaps(predictions.boxes_xyxy, teacher.boxes_xyxy)
     loss = -iou.clamp(min=EPS).log() if log_iou else 1 - giou
-    return loss * (weights / targets.normalizer)
+    return loss * (confidence / (targets.normalizer / weight))
 
 
-def centerness_kd_loss(predictions: Predictions, teacher: Predictions, targets: KDTargets) -> Tensor:
+def centerness_kd_loss(
+    predictions: Predictions, teacher: Predictions, targets: KDTargets, weight: float = 1.0
+) -> Tensor:
     """BCE with the teacher's centerness at the student's positives, (N, P)."""
     loss = F.binary_cross_entropy_with_logits(predictions.quality, teacher.quality.sigmoid(), reduction="none")
-    return loss * (targets.positive / targets.class_normalizer)
+    return loss * (targets.positive / (targets.class_normalizer / weight))

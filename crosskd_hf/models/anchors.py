@@ -56,9 +56,9 @@ def cell_centers(corners: Tensor, strides: Tensor) -> Tensor:
     return corners + strides / 2
 
 
-def cell_corners(corners: Tensor, num_anchors: int) -> Tensor:
-    """Corners (cells, 2) -> (P, 2), those of each prior's cell."""
-    return corners if num_anchors == 1 else corners[:, None].expand(-1, num_anchors, -1).reshape(-1, 2)
+def per_prior(values: Tensor, num_anchors: int) -> Tensor:
+    """Values of cells (cells, C) -> (P, C), those of each prior's cell."""
+    return values if num_anchors == 1 else values[:, None].expand(-1, num_anchors, -1).flatten(0, 1)
 
 
 def _filled(values: list[float], like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from ..utils.labels import check_labels
-from .anchors import cell_corners, grid_cells, valid_cells
+from .anchors import grid_cells, per_prior, valid_cells
 from .assigners import Assignment
 from .backbone import Backbone
 from .box_coding import distances_to_boxes
@@ -211,8 +211,9 @@ class DenseDetector(PreTrainedModel):
         sizes = [(level.shape[2], level.shape[3]) for level in head.logits]
         anchors = self.head.spec.num_anchors
         corners, strides = grid_cells(sizes, self.config.strides, head.logits[0].device)
-        levels = self.cell_priors(corners, strides).split([height * width * anchors for height, width in sizes])
-        return Priors.of(list(levels), self.config.strides, cell_corners(corners, anchors))
+        level_sizes = [height * width * anchors for height, width in sizes]
+        cells = (per_prior(values, anchors) for values in (strides, corners))
+        return Priors.of(self.cell_priors(corners, strides), level_sizes, *cells)
 
     def valid_priors(self, priors: Priors, image_sizes: Tensor) -> Tensor:
         """(N, P) bool: False for priors beyond an image's own size rounded up to `size_divisor`."""

@@ -33,9 +33,10 @@ class FCOSForObjectDetection(DenseDetector):
 
     def assign(self, priors: Priors, valid: Tensor, truth: GroundTruth, predictions: HeadPredictions) -> Assignment:
         # FCOS doesn't look at validity: points on padding are background like any other.
-        levels = list(zip(priors.levels, self.config.regress_ranges, strict=True))
-        lower = torch.cat([level.new_full((len(level),), limits[0]) for level, limits in levels])
-        upper = torch.cat([level.new_full((len(level),), limits[1]) for level, limits in levels])
+        levels = list(zip(priors.level_sizes, self.config.regress_ranges, strict=True))
+        lower, upper = (
+            torch.cat([priors.all.new_full((size,), limits[end]) for size, limits in levels]) for end in (0, 1)
+        )
         return point_assign(priors.all, lower, upper, truth.boxes, truth.mask)
 
     def class_weights(self, valid: Tensor) -> Tensor:

@@ -149,8 +149,8 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
 def box_overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """IoU and generalised IoU of boxes (..., 4) xyxy, element by element. Gradients go to `a` only."""
     # Seen from the origin, the left side is -x1 away and the right side x2.
-    a, b = (torch.cat([-boxes[..., :2], boxes[..., 2:]], dim=-1) for boxes in (a, b))
-    return distance_overlaps(a, b)
+    signs = torch.cat([a.new_full((2,), -1.0), a.new_full((2,), 1.0)])
+    return distance_overlaps(a * signs, b * signs)
 
 
 def distance_overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

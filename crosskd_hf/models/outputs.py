@@ -13,56 +13,40 @@ from .box_coding import box_centers, boxes_to_distances
 
 @dataclass(frozen=True)
 class Priors:
-    """Anchors or points of a batch. Made by `Priors.of`.
+    """Anchors or points of a batch, level by level. Made by `Priors.of`.
 
     Attributes:
-        levels: (P_l, 4) xyxy anchors, or (P_l, 2) points, per level.
-        all: (P, 4) or (P, 2), those of all levels.
-        level_strides: pixels per cell, per level.
-        strides: (P, 1) the same per prior.
+        all: (P, 4) xyxy anchors, or (P, 2) points.
+        level_sizes: priors per level.
+        strides: (P, 1) pixels per cell.
+        corners: (P, 2) xy pixel of the top left corner of each prior's cell.
         centers: (P, 2) xy, the points themselves where priors are points.
         extents: (P, 4) from the centre to the prior's own left, top, right, bottom sides; 0 of points.
-        corners: (P, 2) xy pixel of the top left corner of each prior's cell.
     """
 
-    levels: list[Tensor]
     all: Tensor
-    level_strides: tuple[int, ...]
+    level_sizes: list[int]
     strides: Tensor
+    corners: Tensor
     centers: Tensor
     extents: Tensor
-    corners: Tensor
 
     @classmethod
-    def of(cls, levels: list[Tensor], level_strides: Sequence[int], corners: Tensor) -> "Priors":
-        """From the anchors or points of each level, each level's stride, and the corners of all cells."""
-        pairs = zip(levels, level_strides, strict=True)
-        everything = torch.cat(levels)
-        boxes = everything if everything.shape[1] == 4 else everything.repeat(1, 2)
+    def of(cls, priors: Tensor, level_sizes: list[int], strides: Tensor, corners: Tensor) -> "Priors":
+        """From all anchors or points, and the stride and corner of each one's cell."""
+        boxes = priors if priors.shape[1] == 4 else priors.repeat(1, 2)
         centers = box_centers(boxes)
-        return cls(
-            levels=levels,
-            all=everything,
-            level_strides=tuple(level_strides),
-            strides=torch.cat([level.new_full((level.shape[0], 1), stride) for level, stride in pairs]),
-            centers=centers,
-            extents=boxes_to_distances(centers, boxes),
-            corners=corners,
-        )
-
-    @property
-    def level_sizes(self) -> list[int]:
-        """Priors per level."""
-        return [len(level) for level in self.levels]
+        return cls(priors, level_sizes, strides, corners, centers, boxes_to_distances(centers, boxes))
 
     def at_levels(self, indices: Sequence[int]) -> "Priors":
         """Those of some levels only."""
-        corners = self.corners.split(self.level_sizes)
-        return Priors.of(
-            [self.levels[i] for i in indices],
-            [self.level_strides[i] for i in indices],
-            torch.cat([corners[i] for i in indices]),
-        )
+
+        def rows(values: Tensor) -> Tensor:
+            levels = values.split(self.level_sizes)
+            return torch.cat([levels[i] for i in indices])
+
+        sizes = [self.level_sizes[i] for i in indices]
+        return Priors.of(rows(self.all), sizes, rows(self.strides), rows(self.corners))
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,11 @@ class Settings:
 
 
 def given_or_published(settings: object, published: Published) -> Published:
-    """Published values, replaced by those of a method's settings that aren't None."""
-    names = ("tap_index", "cls_weight", "box_weight", "centerness_weight")
-    given = {name: getattr(settings, name, None) for name in names}
-    return replace(published, **{name: value for name, value in given.items() if value is not None})
+    """Published values, replaced by those of a method's settings that aren't None, all weights times `weight`."""
+    weights = ("cls_weight", "box_weight", "centerness_weight")
+    given = {name: getattr(settings, name, None) for name in ("tap_index", *weights)}
+    resolved = replace(published, **{name: value for name, value in given.items() if value is not None})
+    return replace(resolved, **{name: getattr(resolved, name) * settings.weight for name in weights})
 
 
 class CrossKD(KDMethod):
@@ -67,4 +68,4 @@ class CrossKD(KDMethod):
         cross = teacher_observer.finish(taps, teacher)
         targets = KDTargets.of(student, teacher, self.same_rule, self.weights.box_normalizer)
         terms = prediction_kd_losses(cross, teacher.predictions, targets, self.weights)
-        return {f"kd_{name}": term * self.settings.weight for name, term in terms.items()}
+        return {f"kd_{name}": term for name, term in terms.items()}

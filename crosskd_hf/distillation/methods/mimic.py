@@ -48,4 +48,4 @@ class Mimic(KDMethod):
         """See `KDMethod.terms`; (N, P) each."""
         targets = KDTargets.of(student, teacher, self.same_rule, self.weights.box_normalizer)
         terms = prediction_kd_losses(student.predictions, teacher.predictions, targets, self.weights)
-        return {f"mimic_{name}": term * self.settings.weight for name, term in terms.items()}
+        return {f"mimic_{name}": term for name, term in terms.items()}
