@@ -28,7 +28,7 @@ from reporting import add_output, finish, median_with_interval
 from crosskd_hf.data.split import DetectionSplit, annotation_features
 from crosskd_hf.models.base import DenseDetectorOutput
 from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
-from crosskd_hf.training.evaluation import CocoEvaluator
+from crosskd_hf.training.coco_metrics import CocoEvaluator
 
 BACKENDS = ("pycocotools", "faster")
 CLASSES = 80

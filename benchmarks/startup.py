@@ -96,7 +96,7 @@ def start(root: str, evaluate: bool) -> None:
     from crosskd_hf.data.dataset import DetectionDataset
     from crosskd_hf.data.sampler import OrientationBatchSampler
     from crosskd_hf.data.split import keep_for_training
-    from crosskd_hf.training.evaluation import CocoEvaluator
+    from crosskd_hf.training.coco_metrics import CocoEvaluator
 
     row = {"imports s": time.perf_counter() - begin}
     all_memory, own_memory = Peak("VmRSS"), Peak("RssAnon")

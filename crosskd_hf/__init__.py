@@ -34,8 +34,8 @@ from .recipe.distillation import DistillationSection
 from .recipe.load import load_recipe
 from .recipe.sections import Recipe
 from .training.arguments import DetectionTrainingArguments
+from .training.coco_metrics import CocoEvaluator
 from .training.distillation_trainer import DistillationTrainer
-from .training.evaluation import CocoEvaluator
 from .training.trainer import DetectionTrainer
 from .version import __version__
 

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from crosskd_hf.commands import main as cli
 from crosskd_hf.commands import train
 from crosskd_hf.distillation import PKD, CrossKD, DistillationPair
-from crosskd_hf.recipe import run_folder
 from crosskd_hf.hub.upload import RECIPE_FILE
+from crosskd_hf.recipe import run_folder
 from crosskd_hf.recipe.load import load_recipe
 from crosskd_hf.training.distillation_trainer import DistillationTrainer
 from crosskd_hf.training.trainer import DetectionTrainer

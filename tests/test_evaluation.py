@@ -1,4 +1,4 @@
-"""crosskd_hf.training.evaluation against pycocotools on the annotation files, and against values computed by hand."""
+"""COCO metrics against pycocotools on the annotation files, and against values computed by hand."""
 
 import contextlib
 import importlib.util
@@ -22,7 +22,7 @@ from pycocotools.cocoeval import COCOeval
 
 from crosskd_hf.data.coco import load_coco
 from crosskd_hf.data.split import DetectionSplit
-from crosskd_hf.training.evaluation import SUMMARY_NAMES, CocoEvaluator, format_metrics
+from crosskd_hf.training.coco_metrics import SUMMARY_NAMES, CocoEvaluator, format_metrics
 
 Objects = list[tuple]  # label, xywh box and maybe a dict of `area`, `iscrowd`
 
@@ -231,7 +231,7 @@ def test_backends_give_the_same_numbers(seed: int) -> None:
 def test_backends_know_nothing_found_and_nothing_to_find(backend: str, caplog: pytest.LogCaptureFixture) -> None:
     if backend == "faster":
         pytest.importorskip("faster_coco_eval")
-    caplog.set_level("INFO", logger="crosskd_hf.training.evaluation")
+    caplog.set_level("INFO", logger="crosskd_hf.training.coco_metrics")
     truth = CocoEvaluator(make_split({1: [(0, [10, 10, 30, 30])], 2: []}), backend)
     truth.update([1, 2], [found(), found()])
     metrics = truth.compute()
@@ -243,7 +243,7 @@ def test_backends_know_nothing_found_and_nothing_to_find(backend: str, caplog: p
 
 
 def test_faster_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", logger="crosskd_hf.training.evaluation")
+    caplog.set_level("INFO", logger="crosskd_hf.training.coco_metrics")
     split = make_split({1: [(0, [10, 10, 30, 30])]})
     if importlib.util.find_spec("faster_coco_eval"):
         CocoEvaluator(split).compute()

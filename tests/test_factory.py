@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, YolosConfig, YolosForObjectDetectio
 
 from crosskd_hf import GFLForObjectDetection
 from crosskd_hf.commands import main as cli
-from crosskd_hf.distillation.pairing import pair_up
+from crosskd_hf.distillation.compatibility import pair_up
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.architecture import DETECTORS, ArchitectureSection, build_config
 from crosskd_hf.models.backbone import Backbone

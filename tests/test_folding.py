@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.backbone import batchnorms
-from crosskd_hf.models.folding import fold_batchnorms
+from crosskd_hf.models.batchnorm_folding import fold_batchnorms
 
 
 def backbone(name: str, **options):

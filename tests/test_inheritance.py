@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_model, write_tiny_coco
 
-from crosskd_hf.distillation.inheritance import inherit_weights
+from crosskd_hf.distillation.weight_inheritance import inherit_weights
 from crosskd_hf.recipe.build import build_trainer
 from crosskd_hf.recipe.load import load_recipe, parse_recipe
 from crosskd_hf.recipe.reading import RecipeError

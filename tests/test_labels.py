@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crosskd_hf.utils.labels import check_labels
+from crosskd_hf.utils.label_checks import check_labels
 
 NAN = float("nan")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crosskd_hf.training.monitoring import NonFiniteLossError, StepClock, StepMonitor, memory_gb
+from crosskd_hf.training.step_monitor import NonFiniteLossError, StepClock, StepMonitor, memory_gb
 
 NAN, INF = float("nan"), float("inf")
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from crosskd_hf.commands import main as cli
-from crosskd_hf.commands.output import lenient_output
+from crosskd_hf.commands.stdout import lenient_output
 
 
 @pytest.fixture

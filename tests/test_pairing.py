@@ -10,8 +10,8 @@ from torchvision.ops import generalized_box_iou
 from transformers import AutoModelForObjectDetection
 
 from crosskd_hf.distillation import PKD, CrossKD, DistillationPair, KDMethod, Mimic, PairError, method_class
+from crosskd_hf.distillation.compatibility import Pairing, PixelChange, pair_up
 from crosskd_hf.distillation.pair import METHODS_FILE
-from crosskd_hf.distillation.pairing import Pairing, PixelChange, pair_up
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.image_processing import DenseDetectorImageProcessor, pixel_style
 from crosskd_hf.training.distillation_trainer import DistillationTrainer

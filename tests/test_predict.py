@@ -17,7 +17,7 @@ from tiny import LABELS, tiny_model, tiny_processor, write_tiny_coco
 
 from crosskd_hf.commands.predict import add_arguments, run
 from crosskd_hf.inference import predict as module
-from crosskd_hf.inference import prediction_files
+from crosskd_hf.inference import prediction_writer as prediction_files
 from crosskd_hf.inference.image_files import (
     Annotated,
     ImageEntry,
@@ -29,7 +29,7 @@ from crosskd_hf.inference.image_files import (
     read_annotated,
 )
 from crosskd_hf.inference.predict import predict
-from crosskd_hf.inference.prediction_files import Prediction, coco_results
+from crosskd_hf.inference.prediction_writer import Prediction, coco_results
 from crosskd_hf.utils.images import load_rgb
 from crosskd_hf.weights.mmdet import CheckpointError
 

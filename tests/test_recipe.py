@@ -16,9 +16,9 @@ from crosskd_hf.data.settings import DataSection
 from crosskd_hf.distillation.methods import method_names
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.architecture import DETECTORS
-from crosskd_hf.recipe.carried import carried_recipes, find_recipe
 from crosskd_hf.recipe.distillation import settings_class
 from crosskd_hf.recipe.load import describe_fields, load_recipe, parse_recipe
+from crosskd_hf.recipe.packaged import carried_recipes, find_recipe
 from crosskd_hf.recipe.reading import RecipeError
 from crosskd_hf.recipe.sections import ModelSection, Recipe, TeacherSection
 from crosskd_hf.training.arguments import DetectionTrainingArguments

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from crosskd_hf.data.settings import DataSection
-from crosskd_hf.distillation.methods import crosskd, pkd
+from crosskd_hf.distillation.methods import crosskd, method_names, pkd
 from crosskd_hf.recipe import Recipe, RecipeError, load_recipe, parse_recipe
-from crosskd_hf.recipe.build import _flat_section
-from crosskd_hf.recipe.distillation import DistillationSection, known_methods, settings_class
+from crosskd_hf.recipe.distillation import DistillationSection, settings_class
 from crosskd_hf.recipe.load import load_data_section
 from crosskd_hf.recipe.run_folder import recipe_changes
 
@@ -36,8 +35,8 @@ def test_methods_have_sections_of_their_own() -> None:
 
 
 def test_every_method_is_a_file_with_settings() -> None:
-    assert {"crosskd", "mimic", "pkd"} <= set(known_methods())
-    for name in known_methods():
+    assert {"crosskd", "mimic", "pkd"} <= set(method_names())
+    for name in method_names():
         assert dataclasses.is_dataclass(settings_class(name))
         assert all(f.metadata["help"] for f in dataclasses.fields(settings_class(name)))
 
@@ -205,10 +204,3 @@ def test_changes_of_methods_are_told_by_their_names() -> None:
 def test_keys_that_are_gone_say_what_is_instead(key: str) -> None:
     with pytest.raises(RecipeError, match=rf"training\.{key} is no key any more: leave it out\. \w"):
         parse_recipe({"training": {key: 1}})
-
-
-def test_the_trainers_section_has_a_weight_for_each_method() -> None:
-    section = read({"methods": ["crosskd", "pkd"], "crosskd": {"tap": "raw"}, "pkd": {"weight": 2}}).distillation
-    flat = _flat_section(section)
-    assert (flat.crosskd, flat.pkd, flat.mimic, flat.tap) == (1.0, 2.0, 0.0, "raw")
-    assert _flat_section(read({"methods": ["pkd"]}).distillation).crosskd == 0.0

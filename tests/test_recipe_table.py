@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import pytest
 
-from crosskd_hf.recipe.carried import carried_recipes
 from crosskd_hf.recipe.load import load_recipe
+from crosskd_hf.recipe.packaged import carried_recipes
 
 # Recipes of no published row. A new recipe must be named here or in TABLE.
 NOT_PUBLISHED = {"coco_mini", "gfl_r18_overfit", "shapes_crosskd", "shapes_teacher", "your_data"}

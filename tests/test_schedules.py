@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from crosskd_hf.recipe.carried import carried_recipes
 from crosskd_hf.recipe.load import load_recipe
+from crosskd_hf.recipe.packaged import carried_recipes
 from crosskd_hf.training.optimization import build_optimizer, multistep_scheduler
 
 STEPS = 7330

@@ -15,7 +15,7 @@ from crosskd_hf.models.head import HeadSpec
 from crosskd_hf.models.losses import distance_overlaps, focal_loss
 from crosskd_hf.models.outputs import DetectionLosses, GroundTruth, HeadPredictions, Priors
 from crosskd_hf.models.targets import class_targets, matched_distances, positives_per_image
-from crosskd_hf.utils.settings import setting
+from crosskd_hf.utils.recipe_fields import setting
 
 # A detector ---------------------------------------------------------------------------------------------------------
 

@@ -13,9 +13,9 @@ from test_evaluation import found, make_split
 from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
 
 from crosskd_hf.data.dataset import DetectionDataset
-from crosskd_hf.training.contact_sheet import evenly_spaced, example
+from crosskd_hf.training.coco_metrics import CocoEvaluator
 from crosskd_hf.training.distillation_trainer import DistillationTrainer
-from crosskd_hf.training.evaluation import CocoEvaluator
+from crosskd_hf.training.evaluation_pictures import evenly_spaced, example
 from crosskd_hf.training.tracking import TILE, evaluation_sheet
 from crosskd_hf.training.trainer import DetectionTrainer
 

@@ -20,8 +20,8 @@ from crosskd_hf.commands.errors import explain
 from crosskd_hf.data.errors import DataError
 from crosskd_hf.recipe import build, run_folder
 from crosskd_hf.recipe.build import build_trainer
-from crosskd_hf.recipe.carried import carried_recipes
 from crosskd_hf.recipe.load import load_recipe
+from crosskd_hf.recipe.packaged import carried_recipes
 from crosskd_hf.weights.mmdet import reference_keys, to_reference
 
 SMALL = {"backbone": "resnet18", "fpn_channels": 32, "head_channels": 32}

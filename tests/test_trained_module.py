@@ -26,8 +26,8 @@ from transformers.utils import ModelOutput
 
 from crosskd_hf.data.coco import load_coco
 from crosskd_hf.training.averaging import AVERAGE_FILE
-from crosskd_hf.training.monitoring import NonFiniteLossError
 from crosskd_hf.training.saving import SafeSaving
+from crosskd_hf.training.step_monitor import NonFiniteLossError
 from crosskd_hf.training.trainer import DetectionTrainer
 
 METHODS_FILE = "methods.safetensors"

@@ -13,12 +13,12 @@ from transformers import TrainerCallback
 from crosskd_hf import DistillationSection
 from crosskd_hf.commands import main as cli
 from crosskd_hf.data.dataset import DetectionDataset
-from crosskd_hf.training import checks
 from crosskd_hf.training import trainer as trainer_module
+from crosskd_hf.training import trainer_inputs as checks
 from crosskd_hf.training.arguments import DetectionTrainingArguments
 from crosskd_hf.training.checkpoints import mark_complete
 from crosskd_hf.training.distillation_trainer import DistillationTrainer
-from crosskd_hf.training.monitoring import NonFiniteLossError
+from crosskd_hf.training.step_monitor import NonFiniteLossError
 from crosskd_hf.training.trainer import MAX_OVERFLOWS, DetectionTrainer
 
 

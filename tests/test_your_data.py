@@ -11,7 +11,7 @@ import torch
 from crosskd_hf.data.split import DetectionSplit
 from crosskd_hf.recipe.build import build_trainer
 from crosskd_hf.recipe.load import load_recipe
-from crosskd_hf.training.evaluation import CocoEvaluator
+from crosskd_hf.training.coco_metrics import CocoEvaluator
 
 NAMES = ["RBC", "WBC", "Platelets"]
 SPLITS = {"train": "train", "validation": "val"}

@@ -8,8 +8,8 @@ from accelerate import PartialState
 
 from ..data.errors import DataError
 from ..recipe import RecipeError
-from ..training.monitoring import NonFiniteLossError
 from ..training.run_lock import FolderInUseError
+from ..training.step_monitor import NonFiniteLossError
 from ..utils.escaping import printable_lines
 from ..utils.memory import OutOfMemoryError
 from ..weights.mmdet import CheckpointError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from . import check_data, convert, demo, evaluate, export, info, predict, train
 from .arguments import parse
-from .output import lenient_output
+from .stdout import lenient_output
 
 COMMANDS = {
     "train": (train, "run a recipe"),

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ..data.transforms import resize
-from ..utils.labels import check_labels
+from ..utils.label_checks import check_labels
 
 MIN_PADDED_BOXES = 8
 

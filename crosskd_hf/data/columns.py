@@ -22,10 +22,10 @@ from ..utils.images import ImageSource
 from .cache import CheckedBuilder, open_cache
 from .checks import ImageRecord, ObjectRecord, arrow_row, cache_note, check_records, read_cache_note
 from .coco import LARGEST_INTEGER, files_hash
+from .column_classes import Vocabulary, build_vocabulary, category_feature, category_key, object_rows, object_values
 from .errors import DataError, Kind, Problems
 from .image_folder import METADATA, check_metadata, open_image_folder
 from .split import SPLIT_NAME, DetectionSplit, annotation_features, no_such_split, split_and_part, take_part
-from .vocabulary import Vocabulary, build_vocabulary, category_feature, category_key, object_rows, object_values
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import string
 from dataclasses import dataclass
 
-from ..utils.settings import MOST_PIXELS, Problem, default_of, setting, settings_of
+from ..utils.recipe_fields import MOST_PIXELS, Problem, default_of, setting, settings_of
 
 
 @dataclass

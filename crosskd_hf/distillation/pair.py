@@ -12,12 +12,12 @@ from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from ..models.base import DenseDetector, Labels
-from ..models.folding import fold_batchnorms
+from ..models.batchnorm_folding import fold_batchnorms
 from ..models.image_processing import DenseDetectorImageProcessor
+from .compatibility import pair_up
 from .method import KDMethod
 from .observation import PairError
 from .observers.dense import DenseObserver
-from .pairing import pair_up
 
 METHODS_FILE = "distillation.safetensors"  # what the methods train themselves, in a checkpoint
 

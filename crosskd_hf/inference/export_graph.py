@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms as nms_of_one_class
 
-from ..models.base import DenseDetector, Priors, unpadded_sizes
+from ..models.base import DenseDetector, unpadded_sizes
 from ..models.head import HeadOutput, flatten_levels
 from ..models.image_processing import DenseDetectorImageProcessor
 
@@ -107,7 +107,7 @@ class ExportableDetector(nn.Module):
         prior, label = pair // num_labels, pair % num_labels
         if predictions.centerness is not None:
             score = score * predictions.centerness.sigmoid().gather(1, prior)
-        boxes = _rows(self.model.decode(predictions.boxes, self._priors(head)), prior)
+        boxes = _rows(self.model.decode(predictions.boxes, self.model.priors(head)), prior)
         height, width = image_sizes[:, None, :1], image_sizes[:, None, 1:]
         boxes = torch.minimum(boxes.clamp(min=0), torch.cat([width, height, width, height], dim=-1))
         has_area = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
@@ -125,11 +125,6 @@ class ExportableDetector(nn.Module):
             pairs.append(torch.where(keep, index, 0) + start)
             start = start + flat.shape[1]
         return torch.cat(scores, dim=1), torch.cat(pairs, dim=1)
-
-    def _priors(self, head: HeadOutput) -> Priors:
-        # The model's own method keeps them by size, which is a symbol here.
-        sizes = [(level.shape[2], level.shape[3]) for level in head.logits]
-        return self.model.build_priors(sizes, head.logits[0].device)
 
 
 def _rows(boxes: Tensor, index: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from ..utils.images import ImageError, load_rgb
 from ..utils.memory import out_of_memory_explained
 from .detect import detect_images
 from .image_files import PredictionError
-from .prediction_files import Prediction
+from .prediction_writer import Prediction
 
 ErrorHandler = Callable[[Path, ImageError], None]
 

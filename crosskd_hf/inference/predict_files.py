@@ -32,7 +32,7 @@ from .image_files import (
     relative_names,
 )
 from .predict import check_numbers, predict, unreadable
-from .prediction_files import PICTURES_FOLDER, RESULTS_FILE, PredictionWriter, ResultsFile, check_output
+from .prediction_writer import PICTURES_FOLDER, RESULTS_FILE, PredictionWriter, ResultsFile, check_output
 
 
 @dataclass(frozen=True)

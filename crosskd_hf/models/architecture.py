@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..utils.settings import setting
+from ..utils.recipe_fields import setting
 from . import CONFIGS
 from .configuration import DenseDetectorConfig
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from ..utils.labels import check_labels
+from ..utils.label_checks import check_labels
 from .anchors import grid_cells, per_prior, valid_cells
 from .assigners import Assignment
 from .backbone import Backbone

@@ -1,8 +1,8 @@
 """Recipes, what they build, and the run folders they are run in."""
 
-from .carried import carried_recipes
 from .distillation import DistillationSection
 from .load import load_recipe, parse_recipe
+from .packaged import carried_recipes
 from .reading import RecipeError
 from .sections import ModelSection, Recipe, TeacherSection
 

@@ -10,8 +10,8 @@ from transformers import set_seed
 
 from ..data.dataset import DetectionDataset
 from ..data.load import load_datasets
-from ..distillation.inheritance import inherit_weights
 from ..distillation.methods import method_class
+from ..distillation.weight_inheritance import inherit_weights
 from ..models import MODELS
 from ..models.architecture import ArchitectureSection, build_config
 from ..models.base import DenseDetector

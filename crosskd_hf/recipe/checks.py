@@ -5,7 +5,7 @@ from pathlib import Path
 from ..data.settings import data_problems
 from ..distillation.methods.crosskd import Settings
 from ..training.arguments import training_problems
-from ..utils.settings import Problem
+from ..utils.recipe_fields import Problem
 from .distillation import distillation_problems
 from .sections import Recipe
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..distillation.methods import method_class, method_names
-from ..utils.settings import Problem
-from ..utils.text import nearest
+from ..utils.messages import nearest
+from ..utils.recipe_fields import Problem
 from .reading import cast_section
 
 DEFAULT = ("crosskd",)

@@ -8,15 +8,15 @@ from typing import Any
 from ..data.settings import DataSection
 from ..distillation.methods import method_names
 from ..training.arguments import DetectionTrainingArguments
-from ..utils.settings import default_of, settings_of
-from ..utils.text import nearest
-from .carried import find_recipe
+from ..utils.messages import nearest
+from ..utils.recipe_fields import default_of, settings_of
 from .checks import impossible_combinations
 from .distillation import DEFAULT, read_distillation, settings_class
 from .overrides import apply_override, leave_out_methods
+from .packaged import find_recipe
 from .reading import RecipeError, cast_section, read_yaml, type_name
-from .schedule import follow_length
 from .sections import OPTIONAL_SECTIONS, SECTIONS, Recipe
+from .shorter_runs import follow_length
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from ..training.arguments import FIXED
-from ..utils.settings import settings_of
-from ..utils.text import nearest
+from ..utils.messages import nearest
+from ..utils.recipe_fields import settings_of
 
 MOST_VALUES = 10_000  # of a YAML file; recipes have about a hundred
 

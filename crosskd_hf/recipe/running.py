@@ -9,9 +9,9 @@ from transformers import TrainerCallback
 
 from ..hub.upload import RECIPE_FILE
 from ..training.checkpoints import last_complete_checkpoint
+from ..training.coco_metrics import format_metrics
 from ..training.disk_space import full_disk_explained
 from ..training.distillation_trainer import DistillationTrainer
-from ..training.evaluation import format_metrics
 from ..training.run_lock import folder_lock
 from ..training.trainer import DetectionTrainer
 from ..utils.distributed import check_shared
@@ -19,7 +19,7 @@ from ..utils.escaping import printable_lines
 from ..utils.memory import out_of_memory_explained
 from ..utils.progress import say
 from .build import build_trainer
-from .plan import check_schedule, check_space, describe
+from .preflight import check_schedule, check_space, describe
 from .run_folder import (
     check_batch,
     check_labels,

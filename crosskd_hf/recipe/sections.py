@@ -14,7 +14,7 @@ from ..data.settings import DataSection
 from ..models.architecture import ArchitectureSection
 from ..training.arguments import DetectionTrainingArguments
 from ..utils.files import write_atomically
-from ..utils.settings import default_of, setting, settings_of
+from ..utils.recipe_fields import default_of, setting, settings_of
 from .distillation import DistillationSection
 from .reading import RecipeError
 

@@ -20,8 +20,8 @@ from ..models.image_processing import DenseDetectorImageProcessor
 from ..recipe.load import load_recipe
 from ..recipe.run_folder import STATE_FILE, final_metrics
 from ..recipe.sections import Recipe
-from ..training.contact_sheet import THRESHOLD, Boxes, drawn, evenly_spaced, example
-from ..training.evaluation import SUMMARY_NAMES
+from ..training.coco_metrics import SUMMARY_NAMES
+from ..training.evaluation_pictures import THRESHOLD, Boxes, drawn, evenly_spaced, example
 from ..utils.plots import learning_curves
 from ..utils.progress import say
 from ..utils.visualization import contact_sheet

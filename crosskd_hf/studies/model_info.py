@@ -14,8 +14,8 @@ from transformers.utils import cached_file
 from ..hub.upload import METRICS_FILE, RECIPE_FILE, read_recipe
 from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
-from ..training.evaluation import SETTINGS, SUMMARY_NAMES, percent
-from ..training.monitoring import memory_gb
+from ..training.coco_metrics import SETTINGS, SUMMARY_NAMES, percent
+from ..training.step_monitor import memory_gb
 from ..utils.escaping import printable
 from ..utils.images import resized_size
 from ..utils.redact import without_credentials

@@ -12,15 +12,15 @@ from transformers import TrainerCallback
 from ..data.dataset import DetectionDataset
 from ..data.split import DetectionSplit
 from ..distillation import CrossKD, DistillationPair, KDMethod
-from ..distillation.pairing import PARTLY
+from ..distillation.compatibility import PARTLY
 from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
 from ..utils.distributed import check_same, num_processes
 from ..utils.escaping import printable
 from ..weights.loading import weights_digest
 from .arguments import DetectionTrainingArguments
-from .checks import as_detector
 from .trainer import DetectionTrainer
+from .trainer_inputs import as_detector
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from ..data.dataset import DetectionDataset
 from ..models.base import DenseDetector
 from ..utils.memory import out_of_memory_explained
 from ..utils.redact import public
-from .evaluation import CocoEvaluator
+from .coco_metrics import CocoEvaluator
 from .tracking import evaluation_sheet, trackers
 
 EVALUATION_FOLDER = "evaluation"

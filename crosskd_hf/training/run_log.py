@@ -6,8 +6,8 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from ..utils.progress import Progress, duration, is_quiet
-from .evaluation import SUMMARY_NAMES, percent
-from .monitoring import STEP_CLOCKS, TERMS
+from .coco_metrics import SUMMARY_NAMES, percent
+from .step_monitor import STEP_CLOCKS, TERMS
 
 
 class RunLog(TrainerCallback):

@@ -14,8 +14,8 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 
 from ..utils.redact import without_credentials
 from ..utils.visualization import contact_sheet
-from .contact_sheet import THRESHOLD, Boxes, drawn, evenly_spaced, example
-from .evaluation import CocoEvaluator
+from .coco_metrics import CocoEvaluator
+from .evaluation_pictures import THRESHOLD, Boxes, drawn, evenly_spaced, example
 
 if TYPE_CHECKING:
     from ..data.dataset import DetectionDataset

@@ -26,14 +26,14 @@ from ..utils.distributed import check_same
 from ..utils.memory import batch_advice, out_of_memory_explained
 from .arguments import DetectionTrainingArguments
 from .checkpoints import newest_complete
-from .checks import as_dataset, as_detector, check_classes, refuse_unsupported
 from .evaluation_loop import CocoEvaluation
-from .monitoring import NonFiniteLossError, StepMonitor
 from .optimization import build_optimizer, group_values, groups_of, multistep_scheduler
 from .publishing import HubUpload
 from .saving import SafeSaving
+from .step_monitor import NonFiniteLossError, StepMonitor
 from .termination import TerminationSignal, obey_parent_only
 from .tracking import TrackingCallback
+from .trainer_inputs import as_dataset, as_detector, check_classes, refuse_unsupported
 
 logger = logging.getLogger(__name__)
 MODEL_LABELS = ("boxes", "class_labels", "mask")  # what a model reads of the labels

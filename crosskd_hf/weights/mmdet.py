@@ -13,7 +13,7 @@ from torch import Tensor
 from ..models.base import DenseDetector
 from ..models.swin import merge_order
 from ..utils.label_names import coco_spelling
-from ..utils.text import listed
+from ..utils.messages import listed
 
 PREDICTORS = {
     "crosskd_gfl": {"cls_predictor": "gfl_cls", "box_predictor": "gfl_reg"},

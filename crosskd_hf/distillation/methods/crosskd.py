@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ...utils.settings import setting
+from ...utils.recipe_fields import setting
 from ..adapters import Adapters
 from ..method import KDMethod
 from ..observation import Observation, Observer, PairError

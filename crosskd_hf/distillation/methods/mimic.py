@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...utils.settings import setting
+from ...utils.recipe_fields import setting
 from ..method import KDMethod
 from ..observation import Observation, Observer, PairError
 from ..prediction_losses import PUBLISHED, KDTargets, Published, prediction_kd_losses

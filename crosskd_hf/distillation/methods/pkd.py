@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...utils.settings import setting
+from ...utils.recipe_fields import setting
 from ..adapters import Adapters
 from ..alignment import standardise
 from ..method import KDMethod

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..hub.upload import RECIPE_FILE
 from ..training.arguments import DetectionTrainingArguments
-from ..utils.settings import default_of, settings_of
+from ..utils.recipe_fields import default_of, settings_of
 from .reading import cast, read_yaml
 
 NAMES = ("num_train_epochs", "max_steps", "lr_milestones", "warmup_steps")

@@ -15,10 +15,10 @@ from ..recipe import RecipeError
 from ..recipe.load import load_data_section
 from ..recipe.run_folder import check_folder
 from ..training.arguments import DetectionTrainingArguments
-from ..training.checks import check_classes
 from ..training.evaluation_loop import EVALUATION_FOLDER
 from ..training.run_log import use_run_log
 from ..training.trainer import DetectionTrainer
+from ..training.trainer_inputs import check_classes
 from ..utils.distributed import check_same, num_processes, processes_where
 from ..weights.loading import load_detector, load_processor, weights_digest
 

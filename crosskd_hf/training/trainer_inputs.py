@@ -7,7 +7,7 @@ from ..data.split import DetectionSplit
 from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
 from ..utils.label_names import coco_spelling, near_matches, spelling_problem
-from ..utils.text import listed
+from ..utils.messages import listed
 from ..weights.loading import load_detector
 from .arguments import DetectionTrainingArguments
 

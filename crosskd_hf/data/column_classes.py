@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 
-from ..utils.text import nearest
+from ..utils.messages import nearest
 from .errors import DataError
 
 CATEGORY_KEYS = ("category", "category_id")

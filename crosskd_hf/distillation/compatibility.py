@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from ..models.image_processing import DenseDetectorImageProcessor, pixel_style
 from ..utils.label_names import coco_spelling, near_matches, spelling_problem
-from ..utils.text import listed
+from ..utils.messages import listed
 
 PARTLY = "learnt without the teacher"  # what a user may not have meant
 

@@ -3,7 +3,7 @@
 import importlib.resources
 from pathlib import Path
 
-from ..utils.text import nearest
+from ..utils.messages import nearest
 from .reading import RecipeError
 
 
