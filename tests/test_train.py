@@ -219,10 +219,10 @@ def test_every_recipe_takes_a_step_when_made_small(name: str, tmp_path: Path) ->
         overrides += [*small("teacher"), "teacher.checkpoint=random"]
     recipe = load_recipe(name, overrides)
     trainer = build_trainer(recipe)
-    trainer.model.train()
+    trainer.trained_module().train()
     batch = trainer.to_device(next(iter(trainer.get_train_dataloader())))
     trainer.create_optimizer_and_scheduler(100)
-    terms, _ = trainer.loss_terms(trainer.model, batch)
+    terms, _ = trainer.loss_terms(trainer.trained_module(), batch)
     assert all(term.isfinite() for term in terms.values()), terms
     assert any(key.startswith("kd_") for key in terms) == (full.teacher is not None)
     torch.stack(list(terms.values())).sum().backward()

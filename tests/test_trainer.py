@@ -10,9 +10,9 @@ from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split, 
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from crosskd_hf import DistillationSection
 from crosskd_hf.commands import main as cli
 from crosskd_hf.data.dataset import DetectionDataset
+from crosskd_hf.distillation import PKD, CrossKD
 from crosskd_hf.training import trainer as trainer_module
 from crosskd_hf.training import trainer_inputs as checks
 from crosskd_hf.training.arguments import DetectionTrainingArguments
@@ -22,7 +22,7 @@ from crosskd_hf.training.step_monitor import NonFiniteLossError
 from crosskd_hf.training.trainer import MAX_OVERFLOWS, DetectionTrainer
 
 
-def distiller(tmp_path: Path, teacher, student=None, distillation=None, **options) -> DistillationTrainer:
+def distiller(tmp_path: Path, teacher, student=None, methods=None, **options) -> DistillationTrainer:
     student = student or tiny_model(seed=1)
     split = tiny_split(tmp_path / "data")
     return DistillationTrainer(
@@ -32,23 +32,23 @@ def distiller(tmp_path: Path, teacher, student=None, distillation=None, **option
         train_dataset=split,
         eval_dataset=split,
         processing_class=tiny_processor(student),
-        distillation=distillation,
+        methods=methods,
     )
 
 
 def kd_terms(trainer: DistillationTrainer, inputs: dict) -> dict[str, torch.Tensor]:
-    trainer.model.train()
-    terms, _ = trainer.loss_terms(trainer.model, inputs)
+    trainer.pair.train()
+    terms, _ = trainer.loss_terms(trainer.pair, inputs)
     return {name: term for name, term in terms.items() if name.startswith("kd_")}
 
 
 @pytest.mark.parametrize("detector", ["gfl", "retinanet", "fcos", "atss"])
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path: Path, detector: str) -> None:
     model = tiny_model(detector)
-    trainer = distiller(tmp_path, copy.deepcopy(model), model, DistillationSection(pkd=1.0))
+    trainer = distiller(tmp_path, copy.deepcopy(model), model, [CrossKD(), PKD(PKD.Settings(1.0))])
     terms = kd_terms(trainer, tiny_batch())
     assert {"kd_cls", "kd_box", "kd_feature"} <= set(terms)
-    own = trainer.loss_terms(trainer.model, tiny_batch())[0]
+    own = trainer.loss_terms(trainer.pair, tiny_batch())[0]
     assert own["loss_cls"] > 1e-2
     # BCE against the teacher's soft targets is never 0; its factor |p - p_teacher| is.
     for name, term in terms.items():
@@ -58,7 +58,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path: Path, dete
 
 @pytest.mark.parametrize("k", [0, 1, 3, 4])
 def test_distillation_gradients_stop_at_the_tap(tmp_path: Path, k: int) -> None:
-    trainer = distiller(tmp_path, tiny_model(seed=2), distillation=DistillationSection(tap_index=k))
+    trainer = distiller(tmp_path, tiny_model(seed=2), methods=[CrossKD(CrossKD.Settings(tap_index=k))])
     torch.stack(list(kd_terms(trainer, tiny_batch()).values())).sum().backward()
     for name, parameter in trainer.model.named_parameters():
         gradient = 0.0 if parameter.grad is None else parameter.grad.abs().sum().item()
@@ -88,7 +88,7 @@ def test_the_teacher_stays_as_it_is_and_out_of_what_is_saved(tmp_path: Path) -> 
 
 
 def test_every_term_and_clock_is_logged(tmp_path: Path) -> None:
-    trainer = distiller(tmp_path, tiny_model(seed=2), distillation=DistillationSection(pkd=2.0))
+    trainer = distiller(tmp_path, tiny_model(seed=2), methods=[CrossKD(), PKD(PKD.Settings(2.0))])
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(steps) == 3
@@ -168,7 +168,7 @@ def test_a_tensor_that_is_not_finite_is_not_saved(tmp_path: Path, where: str, lo
     trainer.add_callback(
         Plant(lambda: (trainer.average.model if where == "average" else trainer.model).state_dict()[name], 2)
     )
-    told = f"the average of {name}" if where == "average" else name
+    told = f"the average of {name}" if where == "average" else f"student.{name}"
     with pytest.raises(NonFiniteLossError, match=rf"^{told} is not finite .*after step 2.*checkpoint-1,"):
         trainer.train()
     assert [path.name for path in trainer.run_folder.glob("checkpoint-*")] == ["checkpoint-1"]
@@ -245,7 +245,7 @@ def test_the_precision_of_metrics_is_that_of_accelerate(tmp_path: Path, monkeypa
 
 def test_a_teacher_that_does_not_fit_is_refused_before_data_is_read(tmp_path: Path) -> None:
     student, teacher = tiny_model(head_blocks=2), tiny_model(id2label={0: "newt", 1: "bird"})
-    with pytest.raises(ValueError, match=r"the student's towers have 2 blocks") as error:
+    with pytest.raises(ValueError, match=r"student_tap_index: the tap is 3, the towers have 2 blocks") as error:
         DistillationTrainer(student, teacher, tiny_args(tmp_path / "run"))
     assert "student cat, dog; teacher newt, bird" in str(error.value)
 
@@ -286,12 +286,12 @@ def test_boxes_keep_their_precision_under_autocast(detector: str) -> None:
     """Only the networks run in bfloat16: from the same head output, boxes and losses are fp32's."""
     model, batch = tiny_model(detector), tiny_batch(height=256, width=256)
     with torch.autocast("cpu", torch.bfloat16):
-        output = model(**batch, output_distillation=True)
-        head = model.head(output.fpn_features)
+        output = model(**batch)
+        head = model.head(model.fpn(model.backbone(batch["pixel_values"])))
         assert head.logits[0].dtype == torch.bfloat16
-    predictions, decoded = model.flatten(head), model.decode(output.predictions.boxes, output.priors)
-    assert torch.equal(output.predictions.boxes, predictions.boxes)
-    assert predictions.boxes.dtype == decoded.dtype == torch.float32
+    predictions, priors = model.flatten(head), model.priors(head)
+    assert torch.equal(output.pred_boxes, model.decode(predictions.boxes, priors))
+    assert predictions.boxes.dtype == output.pred_boxes.dtype == torch.float32
     assert all(term.dtype == torch.float32 for term in output.loss_dict.values())
 
 
@@ -331,7 +331,7 @@ def test_a_teacher_of_other_pixels_is_told(tmp_path: Path, caplog: pytest.LogCap
     teacher = tiny_model("fcos", backbone="resnet26", backbone_style="caffe")
     with caplog.at_level("INFO"):
         trainer = DistillationTrainer(tiny_model(), teacher, tiny_args(tmp_path / "run"))
-    assert trainer.pairing.pixels.flip
+    assert trainer.pair.pixels.flip
     assert "the teacher gets the input in its own normalisation and channel order" in caplog.text
 
 
