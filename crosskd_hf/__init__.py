@@ -12,6 +12,7 @@ from .data.dataset import DetectionDataset
 from .data.errors import DataError
 from .data.shapes import load_shapes
 from .data.split import DetectionSplit, keep_for_training
+from .distillation import PKD, CrossKD, DistillationPair, KDMethod, Mimic
 from .inference.pipeline import DenseDetectionPipeline
 from .inference.pipeline import register as _register_pipeline
 from .models import (
@@ -51,9 +52,11 @@ _register_pipeline()
 __all__ = [
     "CONFIGS",
     "MODELS",
+    "PKD",
     "ATSSConfig",
     "ATSSForObjectDetection",
     "CocoEvaluator",
+    "CrossKD",
     "DataError",
     "DenseDetectionPipeline",
     "DenseDetector",
@@ -64,12 +67,15 @@ __all__ = [
     "DetectionSplit",
     "DetectionTrainer",
     "DetectionTrainingArguments",
+    "DistillationPair",
     "DistillationSection",
     "DistillationTrainer",
     "FCOSConfig",
     "FCOSForObjectDetection",
     "GFLConfig",
     "GFLForObjectDetection",
+    "KDMethod",
+    "Mimic",
     "Recipe",
     "RetinaNetConfig",
     "RetinaNetForObjectDetection",

@@ -181,3 +181,50 @@ def test_a_pair_compiles_to_one_program(detector: str):
         assert a is None or torch.allclose(a, b, rtol=1e-3, atol=1e-4)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+# What a user may give -----------------------------------------------------------------------------------------------
+
+
+class Louder(PKD):
+    name = "louder"
+
+
+def test_terms_of_one_name_are_an_error():
+    with pytest.raises(PairError, match=r"pkd: another loss has the name kd_feature"):
+        pair_of([PKD(), Louder()])(**tiny_batch())
+
+
+def test_parameters_come_in_the_order_of_names_whatever_the_list():
+    first, second = (pair_of(methods, **NARROW) for methods in ([CrossKD(), PKD()], [PKD(), CrossKD()]))
+    assert [name for name, _ in first.named_parameters()] == [name for name, _ in second.named_parameters()]
+
+
+def test_a_student_is_not_its_own_teacher():
+    student = tiny_model()
+    with pytest.raises(PairError, match="the teacher is the student itself"):
+        DistillationPair(student, student, [CrossKD()])
+    assert any(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_methods_are_objects():
+    with pytest.raises(PairError, match=r"'crosskd' is not a KDMethod"):
+        pair_of(["crosskd"])
+    with pytest.raises(TypeError, match="needs the class attributes name, Settings"):
+        type("Nameless", (KDMethod,), {})
+
+
+def test_settings_in_effect_are_known_after_connecting():
+    crosskd, pkd = (pair_of().methods[name].resolved for name in ("crosskd", "pkd"))
+    assert (crosskd.tap_index, crosskd.student_tap_index, crosskd.cls_weight, crosskd.box_weight) == (3, 3, 1.0, 4.0)
+    assert pkd.weight == 6.0
+
+
+def test_a_batch_without_labels_is_refused_by_name():
+    with pytest.raises(ValueError, match="give the pair labels"):
+        pair_of([CrossKD()])(tiny_batch()["pixel_values"])
+
+
+def test_a_teacher_in_half_precision_crosses_without_autocast():
+    pair = DistillationPair(tiny_model(seed=1), tiny_model(seed=5).to(torch.bfloat16), [CrossKD()])
+    assert pair(**tiny_batch()).loss.isfinite()

@@ -30,7 +30,7 @@ def test_methods_have_sections_of_their_own() -> None:
     assert section.methods == {"crosskd": crosskd.Settings(tap_index=2), "pkd": pkd.Settings(weight=6.0)}
     assert isinstance(section.methods["pkd"].weight, float)
     assert read({"methods": ["pkd"]}).distillation.methods == {"pkd": pkd.Settings()}
-    assert read({"crosskd": None}).distillation == DistillationSection() == read({}).distillation
+    assert read({}).distillation == DistillationSection()
     assert list(DistillationSection().methods) == ["crosskd"]
 
 
@@ -204,3 +204,18 @@ def test_changes_of_methods_are_told_by_their_names() -> None:
 def test_keys_that_are_gone_say_what_is_instead(key: str) -> None:
     with pytest.raises(RecipeError, match=rf"training\.{key} is no key any more: leave it out\. \w"):
         parse_recipe({"training": {key: 1}})
+
+
+def test_null_does_not_turn_a_method_off_in_silence() -> None:
+    assert "leave it out of distillation.methods" in refusal({"crosskd": None})
+
+
+def test_a_wrong_list_of_methods_is_one_problem() -> None:
+    text = refusal({"methods": "crosskd", "crosskd": {"tap_index": 3}})
+    assert "is no list of names" in text and "isn't among" not in text
+
+
+def test_a_saved_teacher_may_have_centerness() -> None:
+    weights = {"crosskd": {"cls_weight": 0, "box_weight": 0}}
+    assert read(weights, teacher={"checkpoint": "some/folder"}).distillation.methods
+    assert "nothing would be distilled" in refusal(weights, teacher={"checkpoint": "random"})

@@ -20,6 +20,7 @@ from crosskd_hf.training.checkpoints import mark_complete
 from crosskd_hf.training.distillation_trainer import DistillationTrainer
 from crosskd_hf.training.step_monitor import NonFiniteLossError
 from crosskd_hf.training.trainer import MAX_OVERFLOWS, DetectionTrainer
+from crosskd_hf.weights.mmdet import CheckpointError
 
 
 def distiller(tmp_path: Path, teacher, student=None, methods=None, **options) -> DistillationTrainer:
@@ -399,3 +400,24 @@ def test_fp16_that_finds_its_scale_goes_on(tmp_path: Path, monkeypatch) -> None:
     trainer = overflowing(tmp_path, bad_steps=3, max_steps=6)
     trainer.train()
     assert trainer.state.global_step == 6 and trainer.accelerator.scaler.get_scale() == 2.0**13
+
+
+class LastSeen(TrainerCallback):
+    """What a tracker sees at the end of training."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.checkpoint = state.best_model_checkpoint
+
+
+def test_other_callbacks_see_the_best_model_at_the_end(tmp_path: Path) -> None:
+    model, split, seen = tiny_model(), tiny_split(tmp_path / "data"), LastSeen()
+    args = tiny_args(tmp_path / "run", max_steps=2, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1)
+    args.save_strategy, args.save_steps = "steps", 1
+    DetectionTrainer(model, args, split, split, tiny_processor(model), callbacks=[seen]).train()
+    assert seen.checkpoint is not None and Path(seen.checkpoint).parent == tmp_path / "run"
+
+
+def test_a_checkpoint_of_other_methods_is_refused_by_name(tmp_path: Path) -> None:
+    trainer = distiller(tmp_path, tiny_model(seed=2), tiny_model(seed=1, head_channels=16))
+    with pytest.raises(CheckpointError, match="distillation.safetensors holds nothing"):
+        trainer.load_methods(tmp_path)

@@ -50,7 +50,7 @@ def _run(arguments: argparse.Namespace) -> None:
             COMMANDS[arguments.command][0].run(arguments)
     finally:
         PartialState().destroy_process_group()
-        gc.collect()  # DDP's hold on the group, for the reason of `TerminationSignal._release_group`
+        gc.collect()  # DDP's hold on the group: its threads would abort the process while Python ends
 
 
 if __name__ == "__main__":

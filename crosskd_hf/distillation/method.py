@@ -18,15 +18,23 @@ class KDMethod(nn.Module):
         settings: a `Settings` of this method; None: the published ones.
 
     Attributes:
-        name: what recipes call it.
+        name: what recipes call it; a subclass sets it.
+        Settings: the dataclass of its settings; a subclass sets it.
+        resolved: the settings in effect: `connect` may fill in what depends on the teacher.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type]
 
+    def __init_subclass__(cls, **options) -> None:
+        super().__init_subclass__(**options)
+        if missing := [attribute for attribute in ("name", "Settings") if not hasattr(cls, attribute)]:
+            raise TypeError(f"the distillation method {cls.__name__} needs the class attributes {', '.join(missing)}")
+
     def __init__(self, settings: Any = None):
         super().__init__()
         self.settings = self.Settings() if settings is None else settings
+        self.resolved = self.settings
 
     def connect(self, student: Observer, teacher: Observer) -> None:
         """Ask both observers for what the method looks at, and make what it trains. Called once, before training.

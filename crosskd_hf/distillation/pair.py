@@ -67,20 +67,26 @@ class DistillationPair(nn.Module):
         super().__init__()
         pairing = pair_up(student.config, teacher.config, processor)
         self.student = student
-        self.__dict__["teacher"] = teacher.eval().requires_grad_(False)  # not registered
-        self.methods = nn.ModuleDict({method.name: method for method in methods})
+        self.__dict__["teacher"] = teacher  # not registered
+        if wrong := [method for method in methods if not isinstance(method, KDMethod)]:
+            raise PairError(f"methods: {wrong[0]!r} is not a KDMethod: give objects, such as [CrossKD(), PKD()]")
+        # In the order of their names: an optimizer's state knows parameters by their place.
+        self.methods = nn.ModuleDict({m.name: m for m in sorted(methods, key=lambda m: m.name)})
         self.pixels = pairing.pixels
         self.student_observer = DenseObserver(student, pairing.levels[0], pairing.classes[0])
         self.teacher_observer = DenseObserver(teacher, pairing.levels[1], pairing.classes[1])
         self.notes = list(pairing.notes)
         problems = list(pairing.problems)
+        if teacher is student:
+            problems.append("the teacher is the student itself: load it a second time")
         if len(self.methods) < len(methods):
             problems.append(f"methods: {', '.join(m.name for m in methods)}: leave one of each name")
         self._connect(problems, seed)
+        teacher.eval().requires_grad_(False)
 
     def _connect(self, problems: list[str], seed: int) -> None:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed GPUs, too
             for method in self.methods.values():
                 try:
                     method.connect(self.student_observer, self.teacher_observer)
@@ -111,7 +117,10 @@ class DistillationPair(nn.Module):
         student = self.student_observer(pixel_values, pixel_mask, labels)
         terms = dict(student.loss_dict)
         for method in self.methods.values():
-            terms |= method(student, teacher, self.student_observer, self.teacher_observer)
+            new = method(student, teacher, self.student_observer, self.teacher_observer)
+            if both := terms.keys() & new.keys():
+                raise PairError(f"{method.name}: another loss has the name {', '.join(sorted(both))}: choose another")
+            terms |= new
         return PairOutput(loss=torch.stack(list(terms.values())).sum(), loss_dict=terms)
 
     def prepare_teacher(self, fold_batchnorm: bool = True, dtype: torch.dtype | None = None) -> None:

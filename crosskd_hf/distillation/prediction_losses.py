@@ -62,6 +62,8 @@ class KDTargets:
 
         Normalisers are at least 1: a deliberate difference. Without a positive, the reference's FCOS loss explodes.
         """
+        if student.targets is None:
+            raise ValueError("the student's targets are needed for the losses' normalisers: give the pair labels")
         targets = student.targets
         class_normalizer = targets.class_normalizer.clamp(min=1)
         if not same_rule:

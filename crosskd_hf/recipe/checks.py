@@ -68,8 +68,10 @@ def _distillation_problems(recipe: Recipe) -> list[Problem]:
         problems.append((("teacher.checkpoint",), text))
     if not distillation:
         return problems
-    centerness = teacher is not None and teacher.detector == "atss"
-    problems += distillation_problems(distillation, centerness) if teacher else []
+    # A saved detector knows its own kind.
+    if teacher:
+        saved = teacher.checkpoint not in ("", "random") and not teacher.checkpoint.endswith(".pth")
+        problems += distillation_problems(distillation, centerness=saved or teacher.detector == "atss")
     if crosskd := distillation.methods.get("crosskd"):
         problems += _tap_problems(recipe, crosskd)
     return problems

@@ -59,8 +59,9 @@ def read_distillation(values: Any, problems: list[str], refused: set[str]) -> Di
     known = method_names()
     before = len(problems)
     methods = _read_methods(values.get("methods", list(DEFAULT)), known, problems)
+    wrong_list = len(problems) > before
     for key, value in values.items():
-        if key == "methods" or (key in known and (value is None or (isinstance(value, dict) and key in methods))):
+        if key == "methods" or (key in known and isinstance(value, dict) and (key in methods or wrong_list)):
             continue
         if key in known and isinstance(value, dict):
             problems.append(
@@ -95,9 +96,9 @@ def _new_spelling(key: Any, value: Any, known: list[str]) -> str | None:
     """How to write what an earlier version had in the section itself; None if the key is none of those."""
     if key in known:
         problem = f"distillation.{key}: {value!r} is no section"
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             return f"{problem}: it must hold keys and values."
-        if value == 0:
+        if not value:
             return f"{problem}: to turn {key} off, leave it out of distillation.methods."
         return f"{problem}: add {key} to distillation.methods, and write distillation.{key}: {{weight: {value}}}."
     if key in CROSSKD_KEYS:

@@ -11,13 +11,14 @@ from transformers import TrainerCallback
 
 from ..data.dataset import DetectionDataset
 from ..data.split import DetectionSplit
-from ..distillation import CrossKD, DistillationPair, KDMethod
+from ..distillation import CrossKD, DistillationPair, KDMethod, PairError
 from ..distillation.compatibility import PARTLY
 from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
 from ..utils.distributed import check_same, num_processes
 from ..utils.escaping import printable
 from ..weights.loading import weights_digest
+from ..weights.mmdet import CheckpointError
 from .arguments import DetectionTrainingArguments
 from .trainer import DetectionTrainer
 from .trainer_inputs import as_detector
@@ -83,7 +84,7 @@ class DistillationTrainer(DetectionTrainer):
         """The methods and their settings."""
         parts = []
         for name, method in self.pair.methods.items():
-            settings = dataclasses.asdict(method.settings) if dataclasses.is_dataclass(method.settings) else {}
+            settings = dataclasses.asdict(method.resolved) if dataclasses.is_dataclass(method.resolved) else {}
             parts.append(f"{name} ({', '.join(f'{key} {value}' for key, value in settings.items())})")
         return ", ".join(parts)
 
@@ -95,6 +96,9 @@ class DistillationTrainer(DetectionTrainer):
         """Read what `save_methods` wrote.
 
         Raises:
-            PairError: see `DistillationPair.load_methods`.
+            CheckpointError: see `DistillationPair.load_methods`.
         """
-        self.pair.load_methods(folder)
+        try:
+            self.pair.load_methods(folder)
+        except PairError as error:
+            raise CheckpointError(str(error)) from error

@@ -7,7 +7,10 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from ..utils.progress import Progress, duration, is_quiet
 from .coco_metrics import SUMMARY_NAMES, percent
-from .step_monitor import STEP_CLOCKS, TERMS
+from .step_monitor import STEP_CLOCKS
+
+# What a training log has besides the loss terms, whose names methods choose.
+NOT_TERMS = {"loss", "epoch", "learning_rate", "grad_norm", "memory_gb", "step", "total_flos", *STEP_CLOCKS}
 
 
 class RunLog(TrainerCallback):
@@ -81,7 +84,7 @@ def log_line(logs: dict[str, float], step: int, steps: int, remaining: float | N
         values = (f"{name} {percent(logs[f'{evaluated}{name}'])}" for name in names)
         return f"evaluation{f' at step {step}' if steps else ''}: " + "  ".join(values)
     parts = [f"step {step}/{steps}", f"epoch {logs.get('epoch', 0):.2f}"]
-    terms = [f"{name} {value:.4f}" for name, value in logs.items() if name.startswith(TERMS)]
+    terms = [f"{name} {value:.4f}" for name, value in logs.items() if name not in NOT_TERMS]
     if "loss" in logs:
         parts.append(f"loss {logs['loss']:.4f}" + (f" = {' + '.join(terms)}" if terms else ""))
     if "learning_rate" in logs:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 STEP_CLOCKS = ("data_time", "step_time")
-TERMS = ("loss_", "kd_", "mimic_")  # what the names of loss terms begin with
 
 
 class StepClock:

@@ -94,6 +94,8 @@ class DetectionTrainer(SafeSaving, CocoEvaluation, HubUpload, Trainer):
         self.recipe_text: str | None = None  # of the run, for the trackers
         self._batch_shape: tuple[int, ...] | None = None  # of the last batch of images
         self.add_callback(_TrainingHooks(self))
+        # Before all others, such as a tracker's that uploads the model at the end.
+        self.callback_handler.callbacks.insert(0, _BestModelFirst(self))
         self.add_callback(TrackingCallback(self))
 
     @property
@@ -364,6 +366,13 @@ class _TrainingHooks(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self.trainer.raise_if_ended()
+
+
+class _BestModelFirst(TrainerCallback):
+    """Has other callbacks see the best model at the end of training, if that is what is asked for."""
+
+    def __init__(self, trainer: DetectionTrainer):
+        self.trainer = trainer
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.load_best()

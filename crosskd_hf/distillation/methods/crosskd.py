@@ -48,9 +48,19 @@ class CrossKD(KDMethod):
     def connect(self, student: Observer, teacher: Observer) -> None:
         """Tap both heads; adapt the student's taps where the widths differ."""
         settings = self.settings
-        self.weights = given_or_published(settings, PUBLISHED.get(teacher.model_type, Published()))
+        published = PUBLISHED.get(teacher.model_type, Published())
+        self.weights = given_or_published(settings, published)
         tap = self.weights.tap_index
         student_tap = tap if settings.student_tap_index is None else settings.student_tap_index
+        weights = given_or_published(replace(settings, weight=1.0), published)
+        self.resolved = replace(
+            settings,
+            tap_index=tap,
+            student_tap_index=student_tap,
+            cls_weight=weights.cls_weight,
+            box_weight=weights.box_weight,
+            centerness_weight=weights.centerness_weight,
+        )
         for name, observer, index in (("tap_index", teacher, tap), ("student_tap_index", student, student_tap)):
             try:
                 observer.ask_for_taps(index, settings.tap == "raw")

@@ -35,6 +35,7 @@ class PKD(KDMethod):
         """Adapt the student's features where the widths differ."""
         given = self.settings.weight
         self.weight = PUBLISHED_WEIGHTS.get(teacher.model_type, 1.0) if given is None else given
+        self.resolved = Settings(self.weight)
         self.adapters = Adapters({"fpn": student.feature_channels}, {"fpn": teacher.feature_channels})
 
     def terms(

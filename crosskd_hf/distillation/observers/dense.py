@@ -148,7 +148,11 @@ class DenseObserver(Observer):
 
     def finish(self, taps: DenseTaps, guide: Observation) -> Predictions:
         """The towers from the tapped block on, and the prediction convolutions."""
-        head = self.model.head(taps.cls, taps.reg, start_block=self.tap_index, levels=self.levels)
+        cls, reg = taps.cls, taps.reg
+        if not torch.is_autocast_enabled(cls[0].device.type):  # it would cast to the weights' precision
+            dtype = self.model.head.cls_predictor.weight.dtype
+            cls, reg = ([level.to(dtype) for level in maps] for maps in (cls, reg))
+        head = self.model.head(cls, reg, start_block=self.tap_index, levels=self.levels)
         with torch.autocast(head.logits[0].device.type, enabled=False):
             return self._predictions(self.model.flatten(head), guide.predictions.mask, guide.context.priors)
 
