@@ -419,5 +419,5 @@ def test_other_callbacks_see_the_best_model_at_the_end(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_other_methods_is_refused_by_name(tmp_path: Path) -> None:
     trainer = distiller(tmp_path, tiny_model(seed=2), tiny_model(seed=1, head_channels=16))
-    with pytest.raises(CheckpointError, match="distillation.safetensors holds nothing"):
+    with pytest.raises(CheckpointError, match=r"distillation\.safetensors holds nothing"):
         trainer.load_methods(tmp_path)
