@@ -411,8 +411,8 @@ class LastSeen(TrainerCallback):
 
 def test_other_callbacks_see_the_best_model_at_the_end(tmp_path: Path) -> None:
     model, split, seen = tiny_model(), tiny_split(tmp_path / "data"), LastSeen()
-    args = tiny_args(tmp_path / "run", max_steps=2, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1)
-    args.save_strategy, args.save_steps = "steps", 1
+    each = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    args = tiny_args(tmp_path / "run", max_steps=2, load_best_model_at_end=True, **each)
     DetectionTrainer(model, args, split, split, tiny_processor(model), callbacks=[seen]).train()
     assert seen.checkpoint is not None and Path(seen.checkpoint).parent == tmp_path / "run"
 
