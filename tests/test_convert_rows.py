@@ -9,7 +9,6 @@ import torch
 from golden_cases import Comparison, GoldenCase, compare_detections, detections, probe_maps, synth_tensor
 from transformers import AutoModelForObjectDetection
 
-from crosskd_hf.data.settings import DataSection
 from crosskd_hf.distillation.observers.dense import DenseObserver
 from crosskd_hf.recipe.load import load_recipe
 from crosskd_hf.weights.loading import convert_checkpoint
@@ -80,7 +79,7 @@ def test_row_converts_and_predicts(row: str, version: int, golden: Path, tmp_pat
     state = {key: synth_tensor(case.synth, key, tuple(shape), seed) for key, shape in case.record[f"{role}_state"]}
     file = tmp_path / "checkpoint.pth"
     write_checkpoint(file, state, version, legacy_fcos=row.startswith("fcos") and version == 2)
-    convert_checkpoint(str(file), tmp_path / "model", recipe.model, DataSection())
+    convert_checkpoint(str(file), tmp_path / "model", recipe.model, 800, 1333)
     model = AutoModelForObjectDetection.from_pretrained(tmp_path / "model").eval()
 
     pixels, mask = case.inputs["pixel_values"], case.inputs["pixel_mask"]

@@ -1,5 +1,6 @@
 """CrossKD: whose gradient goes where, published settings, masks and normalisers of every kind of pair."""
 
+import copy
 import itertools
 from dataclasses import replace
 from functools import cache
@@ -62,7 +63,7 @@ def detector(name: str, **options):
 
 def pair_of(student, teacher, **settings) -> tuple[DistillationPair, CrossKD]:
     crosskd = CrossKD(CrossKD.Settings(**settings))
-    return DistillationPair(student, teacher, [crosskd]), crosskd
+    return DistillationPair(student, copy.copy(teacher), [crosskd]), crosskd
 
 
 def observed(name: str, k: int, batch: int = 2) -> tuple[DenseObserver, Observation]:

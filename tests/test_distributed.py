@@ -14,12 +14,13 @@ from processes import run_processes
 from tiny import tiny_args, tiny_batch, tiny_model, tiny_split
 from torch.nn.parallel import DistributedDataParallel
 
-from crosskd_hf.commands import main as cli
-from crosskd_hf.commands import train
+from crosskd_hf.commands import evaluate
+from crosskd_hf.commands.errors import USER_ERRORS
 from crosskd_hf.distillation import PKD, CrossKD, DistillationPair
 from crosskd_hf.hub.upload import RECIPE_FILE
 from crosskd_hf.recipe import run_folder
 from crosskd_hf.recipe.load import load_recipe
+from crosskd_hf.recipe.running import prepare
 from crosskd_hf.training.distillation_trainer import DistillationTrainer
 from crosskd_hf.training.trainer import DetectionTrainer
 from crosskd_hf.utils import distributed
@@ -109,7 +110,7 @@ def refusal(function: Callable, *args) -> str:
     """The message that a user's error ends in; "" if there is none."""
     try:
         function(*args)
-    except train.USER_ERRORS as error:
+    except USER_ERRORS as error:
         return str(error)
     return ""
 
@@ -122,18 +123,19 @@ def on_two_machines(rank: int, port: int, folder: str) -> None:
     args = tiny_args(disk / "new")  # starts the processes' group
     split = tiny_split(root / "data")
     evaluation = dict.fromkeys(("recipe", "split", "output_dir", "max_images")) | {"data": str(root / "data")}
+    evaluation |= {"batch_size": 1, "workers": 0}
     names = mock.patch.object(socket, "gethostname", lambda: f"node-{'ab'[rank]}")
     with names, mock.patch.object(distributed, "APPEARS_WITHIN", 0.3):
         said = {"shared": refusal(distributed.check_shared, root / "shared" / "run")}
         for run in ("new", "begun", "finished", "file"):
             recipe.training["output_dir"] = str(disk / run)
-            said[run] = refusal(train.prepare, recipe)
+            said[run] = refusal(prepare, recipe)
         said["trainer"] = refusal(DetectionTrainer(tiny_model(), args, split).train)
         said["data"] = refusal(DetectionTrainer, tiny_model(), args, split.first(3 + rank))
         said["teacher"] = refusal(DistillationTrainer, tiny_model(), tiny_model(seed=rank), args)
         for model in ("begun", "model"):
             arguments = argparse.Namespace(model=str(disk / model), **evaluation)
-            said[f"evaluate {model}"] = refusal(cli.evaluate, arguments)
+            said[f"evaluate {model}"] = refusal(evaluate.run, arguments)
     (root / f"said{rank}.json").write_text(json.dumps(said))
     torch.distributed.destroy_process_group()
 

@@ -17,6 +17,7 @@ from crosskd_hf.models.image_processing import DenseDetectorImageProcessor, pixe
 from crosskd_hf.training.distillation_trainer import DistillationTrainer
 from crosskd_hf.training.trainer import DetectionTrainer
 from crosskd_hf.utils.label_names import COCO_CLASSES
+from crosskd_hf.weights.mmdet import CheckpointError
 
 DETECTORS = ("gfl", "retinanet", "fcos", "atss")
 
@@ -492,8 +493,13 @@ def test_a_checkpoint_without_adapters_is_refused(tmp_path):
 
 def test_a_checkpoint_of_other_adapters_is_refused(tmp_path):
     trainer_of(tmp_path, "width", steps=1, save_strategy="steps", save_steps=1).train()
-    with pytest.raises(PairError, match=r"checkpoint-1.*this pair needs nothing"):
-        trainer_of(tmp_path, "classes", steps=2).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    student, _, methods = PAIRS["width"]
+    small = tiny_model(seed=1, freeze_batchnorm_statistics=False, frozen_stages=0, **student)
+    split = tiny_split(tmp_path / "data", images=4)
+    args = tiny_args(tmp_path / "run", max_steps=2)
+    other = DistillationTrainer(small, frozen(**student), args, split, split, tiny_processor(small), methods())
+    with pytest.raises(CheckpointError, match=r"checkpoint-1.*this pair needs nothing"):
+        other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
 
 
 def test_another_trainer_of_the_same_student_takes_no_adapters_away(tmp_path):

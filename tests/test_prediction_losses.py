@@ -15,10 +15,15 @@ from crosskd_hf.distillation.prediction_losses import (
     classification_kd_loss,
     prediction_kd_losses,
 )
-from crosskd_hf.models.losses import box_overlaps
+from crosskd_hf.models.losses import distance_overlaps
 
 LN2 = math.log(2)
 LN4 = math.log(4)  # logit of .8
+
+
+def from_origin(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Boxes (N, P, 4) xyxy as distances from the origin."""
+    return boxes.new_zeros(boxes.shape[1], 2), torch.cat([-boxes[..., :2], boxes[..., 2:]], dim=-1)
 
 
 def targets(mask: list, positive: list | None = None, normalizer: float = 1.0) -> KDTargets:
@@ -35,7 +40,7 @@ def predictions(logits: list, boxes=None, bins=None, quality: list | None = None
     boxes = None if boxes is None else torch.as_tensor(boxes, dtype=torch.float32)[None]
     return Predictions(
         logits=torch.tensor([logits], dtype=torch.float32),
-        decode=lambda: boxes,
+        sides=lambda: from_origin(boxes),
         bins=None if bins is None else torch.as_tensor(bins, dtype=torch.float32)[None],
         quality=None if quality is None else torch.tensor([quality]),
     )
@@ -81,7 +86,7 @@ def test_boxes_are_weighted_by_the_teachers_best_class(log_iou, losses):
 def test_boxes_apart_have_a_bounded_logarithm():
     teacher = predictions([[0.0]], [[0.0, 0, 10, 10]])
     boxes = torch.tensor([[[20.0, 20, 30, 30]]], requires_grad=True)
-    student = replace(teacher, decode=lambda: boxes)
+    student = replace(teacher, sides=lambda: from_origin(boxes))
     loss = box_kd_loss(student, teacher, targets([1]), log_iou=True)
     loss.sum().backward()
     assert loss.item() == pytest.approx(0.5 * math.log(1e6), rel=1e-5)
@@ -121,7 +126,9 @@ def test_box_loss_matches_the_elementwise_one():
     boxes = torch.cat([corner, corner + 5], dim=-1)
     teacher, student = predictions([[0.0]] * 6, boxes), predictions([[0.0]] * 6, boxes + 2)
     loss = box_kd_loss(student, teacher, targets([1] * 6))
-    torch.testing.assert_close(loss[0], 0.5 * (1 - box_overlaps(boxes + 2, boxes)[1]))
+    torch.testing.assert_close(
+        loss[0], 0.5 * (1 - distance_overlaps(from_origin(boxes + 2)[1], from_origin(boxes)[1])[1])
+    )
 
 
 # Centerness ---------------------------------------------------------------------------------------------------------

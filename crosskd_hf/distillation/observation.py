@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from ..models.box_coding import distances_to_boxes
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -17,14 +19,15 @@ class Predictions:
 
     Attributes:
         logits: (N, P, classes), of the classes that both models know.
-        decode: gives `boxes_xyxy`; not every method needs them.
+        sides: gives a point of each box (P, 2) xy, and the distances (N, P, 4) from it to the box's left, top, right
+            and bottom sides, in pixels of the student's input. Called when needed: not every method looks at boxes.
         mask: (N, P) 1 or 0: 0 leaves a prior out, such as one beyond an image's own area. None: all count.
         bins: (N, P, 4, bins) logits of the distances to the left, top, right and bottom sides, or None.
         quality: (N, P) logits of the centerness, or None.
     """
 
     logits: Tensor
-    decode: Callable[[], Tensor]
+    sides: Callable[[], tuple[Tensor, Tensor]]
     mask: Tensor | None = None
     bins: Tensor | None = None
     quality: Tensor | None = None
@@ -32,7 +35,7 @@ class Predictions:
     @property
     def boxes_xyxy(self) -> Tensor:
         """(N, P, 4) pixels of the student's input, not clipped. Decoded anew at each call."""
-        return self.decode()
+        return distances_to_boxes(*self.sides())
 
 
 @dataclass(frozen=True)

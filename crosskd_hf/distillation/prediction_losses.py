@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..models.losses import EPS, bin_kl_loss, binary_kd_loss, box_overlaps
+from ..models.losses import EPS, bin_kl_loss, binary_kd_loss, distance_overlaps
 from .observation import Observation, Predictions
 
 
@@ -118,9 +118,21 @@ def box_kd_loss(
     if bins is not None and teacher_bins is not None and bins.shape == teacher_bins.shape:
         loss = bin_kl_loss(bins, teacher_bins).mean(dim=-1)
         return loss * (confidence / (confidence.sum().clamp(min=1) / weight))
-    iou, giou = box_overlaps(predictions.boxes_xyxy, teacher.boxes_xyxy)
+    iou, giou = overlaps(predictions, teacher)
     loss = -iou.clamp(min=EPS).log() if log_iou else 1 - giou
     return loss * (confidence / (targets.normalizer / weight))
+
+
+def overlaps(predictions: Predictions, teacher: Predictions) -> tuple[Tensor, Tensor]:
+    """IoU and generalised IoU, (N, P) each. Gradients go to `predictions` only.
+
+    From distances to the teacher's points: coordinates of large boxes would round small ones away.
+    """
+    (points, distances), (teacher_points, teacher_distances) = predictions.sides(), teacher.sides()
+    if points is not teacher_points:
+        shift = points - teacher_points
+        distances = distances + torch.cat([-shift, shift], dim=-1)
+    return distance_overlaps(distances, teacher_distances)
 
 
 def centerness_kd_loss(

@@ -146,13 +146,6 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     return intersection / union.clamp(min=EPS)
 
 
-def box_overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and generalised IoU of boxes (..., 4) xyxy, element by element. Gradients go to `a` only."""
-    # Seen from the origin, the left side is -x1 away and the right side x2.
-    signs = torch.cat([a.new_full((2,), -1.0), a.new_full((2,), 1.0)])
-    return distance_overlaps(a * signs, b * signs)
-
-
 def distance_overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """IoU and generalised IoU of boxes given as distances from one point, element by element.
 

@@ -160,7 +160,7 @@ class DenseObserver(Observer):
         model, logits = self.model, predictions.logits
         return Predictions(
             logits=logits if self.classes is None else logits.index_select(-1, self.classes),
-            decode=lambda: model.decode(predictions.boxes, priors),
+            sides=lambda: (priors.centers, model.distances(predictions.boxes, priors)),
             mask=mask,
             bins=model.bins(predictions.boxes),
             quality=predictions.centerness,
