@@ -15,8 +15,8 @@ import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 DETECTORS = ["gfl", "retinanet", "fcos", "atss"]
-# Operators beyond the floor, at most (reference: 684 to 2782, more with every image and box). Both models' priors, made
-# anew in each step, are about 80 of them, RetinaNet's 120.
+# Operators beyond the floor, at most (reference: 684 to 2782, more with every image and box). Both models' priors,
+# made anew in each step, are about 80 of them, RetinaNet's 120.
 BEYOND = {"gfl": 514, "retinanet": 536, "fcos": 440, "atss": 582}
 SMALL = {"size": (64, 96), "backbones": ("resnet18", "resnet18"), "num_labels": 5}
 
