@@ -200,13 +200,6 @@ def test_parameters_come_in_the_order_of_names_whatever_the_list():
     assert [name for name, _ in first.named_parameters()] == [name for name, _ in second.named_parameters()]
 
 
-def test_a_student_is_not_its_own_teacher():
-    student = tiny_model()
-    with pytest.raises(PairError, match="the teacher is the student itself"):
-        DistillationPair(student, student, [CrossKD()])
-    assert any(parameter.requires_grad for parameter in student.parameters())
-
-
 def test_methods_are_objects():
     with pytest.raises(PairError, match=r"'crosskd' is not a KDMethod"):
         pair_of(["crosskd"])

@@ -77,8 +77,6 @@ class DistillationPair(nn.Module):
         self.teacher_observer = DenseObserver(teacher, pairing.levels[1], pairing.classes[1])
         self.notes = list(pairing.notes)
         problems = list(pairing.problems)
-        if teacher is student:
-            problems.append("the teacher is the student itself: load it a second time")
         if len(self.methods) < len(methods):
             problems.append(f"methods: {', '.join(m.name for m in methods)}: leave one of each name")
         self._connect(problems, seed)
