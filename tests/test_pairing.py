@@ -487,7 +487,7 @@ def test_a_checkpoint_without_adapters_is_refused(tmp_path):
     trainer.train()
     folder = tmp_path / "run" / "checkpoint-1"
     (folder / METHODS_FILE).unlink()
-    with pytest.raises(PairError, match=r"checkpoint-1: distillation\.safetensors holds nothing"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-1: distillation\.safetensors holds nothing"):
         trainer_of(tmp_path, "width", steps=2).train(resume_from_checkpoint=str(folder))
 
 
