@@ -54,6 +54,17 @@ def golden(request: pytest.FixtureRequest) -> Path:
     return _folder(Path(request.config.getoption("--golden")))
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Maps of small models gain nothing from threads, and lose much where other processes hold the cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     """A server of files on this machine."""

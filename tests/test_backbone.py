@@ -8,16 +8,9 @@ from torch import nn
 from crosskd_hf.models.backbone import Backbone, batchnorms
 from crosskd_hf.models.configuration import DenseDetectorConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SWIN = "swin_tiny_patch4_window7_224"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Maps this small gain nothing from threads, and lose much where other processes hold the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def backbone(name: str = "resnet18", **options) -> Backbone:

@@ -18,17 +18,10 @@ from crosskd_hf.distillation.prediction_losses import KDTargets, prediction_kd_l
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.head import DenseHead
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DETECTORS = ("gfl", "retinanet", "fcos", "atss")
 SHAPES = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]  # of an input of 64 x 96 pixels
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Maps this small gain nothing from threads, and lose much where other processes hold the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def maps(seed: int, channels: int = 16, batch: int = 2) -> list[torch.Tensor]:

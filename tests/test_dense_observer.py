@@ -8,17 +8,10 @@ from torch import nn
 from crosskd_hf.distillation import PairError
 from crosskd_hf.distillation.observers.dense import DenseObserver
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DETECTORS = ("gfl", "retinanet", "fcos", "atss")
 FIELDS = ("logits", "bins", "quality", "mask", "boxes_xyxy")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Maps this small gain nothing from threads, and lose much where other processes hold the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def observer_of(detector: str = "gfl", k: int | None = None, raw: bool = False, **options) -> DenseObserver:

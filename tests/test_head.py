@@ -9,20 +9,13 @@ from torch.nn import functional as F
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.head import DenseHead, HeadOutput, HeadSpec, flatten_levels, num_groups
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GFL = {"box_channels": 20}
 RETINANET = {"num_anchors": 3, "group_norm": False, "scale_boxes": False}
 FCOS = {"exp_boxes": True, "centerness_from": "cls"}
 ATSS = {"centerness_from": "reg"}
 SHAPES = [(6, 5), (3, 3), (1, 1)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Maps this small gain nothing from threads, and lose much where other processes hold the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def spec(**options) -> HeadSpec:

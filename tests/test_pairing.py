@@ -19,16 +19,9 @@ from crosskd_hf.training.trainer import DetectionTrainer
 from crosskd_hf.utils.label_names import COCO_CLASSES
 from crosskd_hf.weights.mmdet import CheckpointError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DETECTORS = ("gfl", "retinanet", "fcos", "atss")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Maps this small gain nothing from threads, and lose much where other processes hold the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

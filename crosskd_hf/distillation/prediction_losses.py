@@ -1,6 +1,7 @@
 """Losses between two sets of predictions of the same priors (CrossKD, arXiv 2306.11369, section 3.3)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,25 @@ PUBLISHED = {
     "crosskd_fcos": Published(tap_index=2, cls_weight=0.4, box_weight=0.75, log_iou=True, box_normalizer=True),
     "crosskd_atss": Published(centerness_weight=1.0),
 }
+
+
+def resolve(settings: Any, model_type: str) -> tuple[Any, Published]:
+    """What is in effect of a method's settings, and the weights of its terms.
+
+    Args:
+        settings: a dataclass with `weight`, `cls_weight`, `box_weight`, `centerness_weight`, and maybe `tap_index`.
+        model_type: the teacher's.
+
+    Returns:
+        the settings with the published value for each field of `Published` that is None; the published values with
+        the settings' instead, the weights times `weight`.
+    """
+    published = PUBLISHED.get(model_type, Published())
+    names = [field.name for field in fields(Published) if hasattr(settings, field.name)]
+    unset = {name: getattr(published, name) for name in names if getattr(settings, name) is None}
+    settings = replace(settings, **unset)
+    weights = {name: getattr(settings, name) * settings.weight for name in names if name.endswith("_weight")}
+    return settings, replace(published, **weights)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from ..utils.recipe_fields import Problem
+
 WARMUP_STYLES = ("linear", "constant")
 # What the trainer can't work with otherwise, or would silently ignore -> (value, why).
 FIXED: dict[str, tuple[Any, str]] = {
@@ -61,9 +63,6 @@ LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
     "evaluation_pictures": (0, 1000),
 }
-
-# The fields a problem lies in, and what is wrong with them. The text starts with a field's name.
-Problem = tuple[tuple[str, ...], str]
 
 
 @dataclass

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from ..utils.escaping import printable
+from ..utils.files import write_atomically
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
@@ -393,17 +394,8 @@ def _floats(values: torch.Tensor) -> np.ndarray:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write through a file beside `path`, which takes its place only when it is complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a result that appears complete or not at all."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)  # there only if one of these failed
+        write_atomically(path, text)
     except OSError as error:
         raise OSError(error.errno, f"could not write evaluation results: {error.strerror}", str(path)) from error

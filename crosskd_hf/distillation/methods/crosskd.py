@@ -13,7 +13,7 @@ from ...utils.recipe_fields import setting
 from ..adapters import Adapters
 from ..method import KDMethod
 from ..observation import Observation, Observer, PairError
-from ..prediction_losses import PUBLISHED, KDTargets, Published, prediction_kd_losses
+from ..prediction_losses import KDTargets, prediction_kd_losses, resolve
 
 
 @dataclass
@@ -31,14 +31,6 @@ class Settings:
     centerness_weight: float | None = setting(None, "weight of kd_centerness", minimum=0, maximum=1e6)
 
 
-def given_or_published(settings: object, published: Published) -> Published:
-    """Published values, replaced by those of a method's settings that aren't None, all weights times `weight`."""
-    weights = ("cls_weight", "box_weight", "centerness_weight")
-    given = {name: getattr(settings, name, None) for name in ("tap_index", *weights)}
-    resolved = replace(published, **{name: value for name, value in given.items() if value is not None})
-    return replace(resolved, **{name: getattr(resolved, name) * settings.weight for name in weights})
-
-
 class CrossKD(KDMethod):
     """Terms `kd_cls`, `kd_box` and, from ATSS teachers, `kd_centerness`."""
 
@@ -47,20 +39,10 @@ class CrossKD(KDMethod):
 
     def connect(self, student: Observer, teacher: Observer) -> None:
         """Tap both heads; adapt the student's taps where the widths differ."""
-        settings = self.settings
-        published = PUBLISHED.get(teacher.model_type, Published())
-        self.weights = given_or_published(settings, published)
-        tap = self.weights.tap_index
+        settings, self.weights = resolve(self.settings, teacher.model_type)
+        tap = settings.tap_index
         student_tap = tap if settings.student_tap_index is None else settings.student_tap_index
-        weights = given_or_published(replace(settings, weight=1.0), published)
-        self.resolved = replace(
-            settings,
-            tap_index=tap,
-            student_tap_index=student_tap,
-            cls_weight=weights.cls_weight,
-            box_weight=weights.box_weight,
-            centerness_weight=weights.centerness_weight,
-        )
+        self.resolved = replace(settings, student_tap_index=student_tap)
         for name, observer, index in (("tap_index", teacher, tap), ("student_tap_index", student, student_tap)):
             try:
                 observer.ask_for_taps(index, settings.tap == "raw")

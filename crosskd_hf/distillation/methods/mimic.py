@@ -10,8 +10,7 @@ from torch import Tensor
 from ...utils.recipe_fields import setting
 from ..method import KDMethod
 from ..observation import Observation, Observer, PairError
-from ..prediction_losses import PUBLISHED, KDTargets, Published, prediction_kd_losses
-from .crosskd import given_or_published
+from ..prediction_losses import KDTargets, prediction_kd_losses, resolve
 
 
 @dataclass
@@ -37,7 +36,7 @@ class Mimic(KDMethod):
                 f"predictions (mimic): student and teacher have {reason}. CrossKD needs no equal ones: leave mimic "
                 "out of distillation.methods"
             )
-        self.weights = given_or_published(self.settings, PUBLISHED.get(teacher.model_type, Published()))
+        self.resolved, self.weights = resolve(self.settings, teacher.model_type)
         student.ask_for_predictions()
         teacher.ask_for_predictions()
         self.same_rule = student.labels_like(teacher)
