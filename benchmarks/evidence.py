@@ -35,11 +35,11 @@ import yaml
 
 from crosskd_hf.recipe.distillation import DistillationSection
 from crosskd_hf.recipe.load import load_recipe
-from crosskd_hf.recipe.reading import RecipeError
 from crosskd_hf.recipe.run_folder import STATE_FILE, check_output, is_finished
 from crosskd_hf.recipe.sections import SECTIONS, Recipe
 from crosskd_hf.utils.files import write_atomically
 from crosskd_hf.utils.plots import new_figure, save_figure
+from crosskd_hf.utils.strict_yaml import RecipeError
 
 ROOT = Path(__file__).resolve().parents[1]
 # Two-sided 95% quantiles of Student's t by degrees of freedom.

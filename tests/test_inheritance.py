@@ -9,7 +9,7 @@ from tiny import tiny_model, write_tiny_coco
 from crosskd_hf.distillation.weight_inheritance import inherit_weights
 from crosskd_hf.recipe.build import build_trainer
 from crosskd_hf.recipe.load import load_recipe, parse_recipe
-from crosskd_hf.recipe.reading import RecipeError
+from crosskd_hf.utils.strict_yaml import RecipeError
 
 
 def taken(student, teacher, before: dict) -> set[str]:

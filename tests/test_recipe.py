@@ -19,9 +19,9 @@ from crosskd_hf.models.architecture import DETECTORS
 from crosskd_hf.recipe.distillation import settings_class
 from crosskd_hf.recipe.load import describe_fields, load_recipe, parse_recipe
 from crosskd_hf.recipe.packaged import carried_recipes, find_recipe
-from crosskd_hf.recipe.reading import RecipeError
 from crosskd_hf.recipe.sections import ModelSection, Recipe, TeacherSection
 from crosskd_hf.training.arguments import DetectionTrainingArguments
+from crosskd_hf.utils.strict_yaml import RecipeError
 
 # Nine lists of nine references to the one before: a billion values, whoever follows them.
 LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))

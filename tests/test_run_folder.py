@@ -9,9 +9,9 @@ from tiny import tiny_model
 from crosskd_hf.hub.upload import RECIPE_FILE
 from crosskd_hf.recipe import run_folder
 from crosskd_hf.recipe.load import load_recipe
-from crosskd_hf.recipe.reading import RecipeError
 from crosskd_hf.recipe.sections import Recipe
 from crosskd_hf.training.checkpoints import MARKER, mark_complete
+from crosskd_hf.utils.strict_yaml import RecipeError
 
 
 def recipe(*overrides: str) -> Recipe:

@@ -14,13 +14,14 @@ from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
 from transformers import AutoModelForObjectDetection
 
 from crosskd_hf.commands.main import main
+from crosskd_hf.hub.upload import RECIPE_FILE, read_recipe
 from crosskd_hf.inference.pipeline import DenseDetectionPipeline
 from crosskd_hf.recipe.load import load_recipe
-from crosskd_hf.recipe.reading import RecipeError
 from crosskd_hf.training.checkpoints import MARKER, mark_complete
 from crosskd_hf.training.trainer import DetectionTrainer
 from crosskd_hf.utils.images import ImageError, inspect_image, load_rgb, load_tensor
 from crosskd_hf.utils.redact import without_credentials
+from crosskd_hf.utils.strict_yaml import RecipeError
 from crosskd_hf.weights.loading import load_detector
 from crosskd_hf.weights.mmdet import CheckpointError
 
@@ -232,3 +233,11 @@ def test_tokens_are_in_no_file_of_a_run(run: Callable) -> None:
     assert len(files) > 10
     assert [path.name for path in files if TOKEN.encode() in path.read_bytes()] == []
     assert trainer.args.hub_token == TOKEN, "the run itself still has it"
+
+
+def test_a_recipe_beside_a_model_is_read_as_strictly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It may come from the Hub: references of references would unfold to a billion values in a card."""
+    lists = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    (tmp_path / RECIPE_FILE).write_text("\n".join(["model: {backbone: &a0 [x]}", *lists]), encoding="utf-8")
+    assert read_recipe(tmp_path) is None
+    assert "more than 10000 values" in caplog.text

@@ -12,6 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from transformers.utils.hub import hf_api
 
 from ..utils.redact import public
+from ..utils.strict_yaml import RecipeError, read_yaml
 from .model_card import CARD_FILE, is_generated
 
 logger = logging.getLogger(__name__)
@@ -48,11 +49,11 @@ def read_recipe(folder: Path) -> Content | None:
     if not path.is_file():
         return None
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
         if isinstance(content, dict) and all(isinstance(values, dict | None) for values in content.values()):
             return content
         problem = "it holds no sections"
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+    except RecipeError as error:
         problem = str(error)
     logger.warning("the model card tells no recipe: %s can't be read (%s)", path, problem)
     return None

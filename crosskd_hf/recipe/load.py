@@ -10,11 +10,12 @@ from ..distillation.methods import method_names
 from ..training.arguments import DetectionTrainingArguments
 from ..utils.messages import nearest
 from ..utils.recipe_fields import default_of, settings_of
+from ..utils.strict_yaml import RecipeError, read_yaml
 from .checks import impossible_combinations
 from .distillation import DEFAULT, read_distillation, settings_class
 from .overrides import apply_override, leave_out_methods
 from .packaged import find_recipe
-from .reading import RecipeError, cast_section, read_yaml, type_name
+from .reading import cast_section, type_name
 from .sections import OPTIONAL_SECTIONS, SECTIONS, Recipe
 from .shorter_runs import follow_length
 

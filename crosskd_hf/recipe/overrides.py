@@ -5,8 +5,8 @@ import typing
 from typing import Any
 
 from ..distillation.methods import method_names
+from ..utils.strict_yaml import RecipeError, parse_yaml
 from .distillation import settings_class
-from .reading import RecipeError, parse_yaml
 from .sections import OPTIONAL_SECTIONS, SECTIONS
 
 

@@ -4,7 +4,7 @@ import importlib.resources
 from pathlib import Path
 
 from ..utils.messages import nearest
-from .reading import RecipeError
+from ..utils.strict_yaml import RecipeError
 
 
 def find_recipe(name: str | Path) -> Path:

@@ -8,8 +8,8 @@ from ..training.arguments import LIMITS
 from ..training.disk_space import check_disk_space, checkpoint_bytes, checkpoints_at_once
 from ..training.distillation_trainer import DistillationTrainer
 from ..training.trainer import DetectionTrainer
+from ..utils.strict_yaml import RecipeError
 from ..weights.loading import count_parameters
-from .reading import RecipeError
 from .sections import Recipe
 
 

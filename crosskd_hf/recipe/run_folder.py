@@ -9,7 +9,6 @@ from transformers import TrainerState
 from ..hub.upload import RECIPE_FILE, UPLOADED
 from ..models.base import DenseDetector
 from ..recipe.load import load_recipe
-from ..recipe.reading import RecipeError
 from ..recipe.sections import Recipe
 from ..training.checkpoints import MARKER, NAME, checkpoint_folders, last_complete_checkpoint
 from ..training.run_lock import LOCK
@@ -17,6 +16,7 @@ from ..utils.escaping import printable
 from ..utils.files import flush_to_disk, folder_problem, write_atomically
 from ..utils.progress import say
 from ..utils.redact import without_credentials
+from ..utils.strict_yaml import RecipeError
 from ..weights.loading import weights_digest
 
 TEACHER_FILE = "teacher.json"  # of which weights a run learns

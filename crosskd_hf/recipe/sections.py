@@ -15,8 +15,8 @@ from ..models.architecture import ArchitectureSection
 from ..training.arguments import DetectionTrainingArguments
 from ..utils.files import write_atomically
 from ..utils.recipe_fields import default_of, setting, settings_of
+from ..utils.strict_yaml import RecipeError
 from .distillation import DistillationSection
-from .reading import RecipeError
 
 
 @dataclass

@@ -7,7 +7,8 @@ from typing import Any
 from ..hub.upload import RECIPE_FILE
 from ..training.arguments import DetectionTrainingArguments
 from ..utils.recipe_fields import default_of, settings_of
-from .reading import cast, read_yaml
+from ..utils.strict_yaml import read_yaml
+from .reading import cast
 
 NAMES = ("num_train_epochs", "max_steps", "lr_milestones", "warmup_steps")
 
