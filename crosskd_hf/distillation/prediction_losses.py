@@ -54,8 +54,8 @@ def resolve(settings: Any, model_type: str) -> tuple[Any, Published]:
     names = [field.name for field in fields(Published) if hasattr(settings, field.name)]
     unset = {name: getattr(published, name) for name in names if getattr(settings, name) is None}
     settings = replace(settings, **unset)
-    weights = {name: getattr(settings, name) * settings.weight for name in names if name.endswith("_weight")}
-    return settings, replace(published, **weights)
+    values = {name: getattr(settings, name) * (settings.weight if "weight" in name else 1) for name in names}
+    return settings, replace(published, **values)
 
 
 @dataclass(frozen=True)
