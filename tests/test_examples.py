@@ -4,9 +4,8 @@ import runpy
 from pathlib import Path
 
 import torch
+from paths import EXAMPLES
 from transformers import AutoModelForObjectDetection
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def test_a_hand_written_loop_distils_and_saves_the_student_alone(tmp_path: Path, capsys) -> None:

@@ -5,15 +5,13 @@ The counts are the same on every machine: a change that adds an operator shows h
 """
 
 import argparse
-import importlib.util
-import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
+import reporting
+import step as benchmark
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 DETECTORS = ["gfl", "retinanet", "fcos", "atss"]
 # Operators beyond the floor, at most (reference: 684 to 2782, more with every image and box). Both models' priors,
 # made anew in each step, are about 80 of them, RetinaNet's 120.
@@ -22,25 +20,10 @@ SMALL = {"size": (64, 96), "backbones": ("resnet18", "resnet18"), "num_labels": 
 
 
 @cache
-def benchmark():
-    """benchmarks/step.py as a module."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location("step", BENCHMARKS / "step.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["step"] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return module
-
-
-@cache
 def beyond(detector: str, images: int, boxes: int) -> tuple[int, int]:
     """Operators beyond the floor, and syncs."""
-    module = benchmark()
-    step = module.Step.build(detector, images, boxes, **SMALL)
-    full, floor = module.count(step, step.full), module.count(step, step.folded_floor)
+    step = benchmark.Step.build(detector, images, boxes, **SMALL)
+    full, floor = benchmark.count(step, step.full), benchmark.count(step, step.folded_floor)
     return full.total - floor.total, full.syncs
 
 
@@ -60,23 +43,20 @@ def test_as_many_whatever_the_batch_holds(detector, images, boxes):
 @pytest.mark.parametrize(("at_once", "operators"), [(11_610, 536), (11_609, 587), (5_804, 626), (100, 626)])
 def test_large_class_maps_take_three_parts_at_most(monkeypatch, at_once, operators):
     """So that the operators of two losses don't grow with the images."""
-    module = benchmark()
-    step = module.Step.build("retinanet", 2, 8, **SMALL)
+    step = benchmark.Step.build("retinanet", 2, 8, **SMALL)
     monkeypatch.setattr("crosskd_hf.models.losses.MAX_CLASS_SCORES", at_once)
-    assert module.count(step, step.full).total - module.count(step, step.folded_floor).total <= operators
+    assert benchmark.count(step, step.full).total - benchmark.count(step, step.folded_floor).total <= operators
 
 
 def test_syncs_are_seen():
-    module = benchmark()
-    with module.Counts() as counts:
+    with benchmark.Counts() as counts:
         values = torch.arange(4.0)
         values[values > 1].sum().item()  # a mask's nonzero, and the item
     assert counts.syncs == 2
 
 
 def test_memory_is_what_is_held_at_once():
-    module = benchmark()
-    with module.Counts() as counts:
+    with benchmark.Counts() as counts:
         first = torch.zeros(1000)  # 4000 bytes
         second = first + 1
         del first
@@ -95,17 +75,14 @@ def test_memory_is_what_is_held_at_once():
     ],
 )
 def test_files_of_results_are_looked_at_before_anything_is_measured(arguments, message, capsys):
-    benchmark()
     parser = argparse.ArgumentParser()
-    sys.modules["reporting"].add_output(parser)
+    reporting.add_output(parser)
     with pytest.raises(SystemExit):
         parser.parse_args(arguments)
     assert message in capsys.readouterr().err
 
 
 def test_medians_have_intervals_and_comparisons_ratios():
-    benchmark()
-    reporting = sys.modules["reporting"]
     found = reporting.median_with_interval([1.0, 2.0, 3.0, 4.0, 100.0])
     assert found["median"] == 3 and 1 <= found["low"] < 3 < found["high"] <= 100 and found["count"] == 5
     rows = [{"name": "a", "ops": 300, "time": found}, {"name": "b", "ops": 1}]

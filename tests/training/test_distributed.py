@@ -3,11 +3,11 @@
 import argparse
 import json
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import equality
 import pytest
 import torch
 from processes import run_processes
@@ -24,9 +24,6 @@ from crosskd_hf.recipe.running import prepare
 from crosskd_hf.training.distillation_trainer import DistillationTrainer
 from crosskd_hf.training.trainer import DetectionTrainer
 from crosskd_hf.utils import distributed
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import equality
 
 DETECTORS = ["gfl", "retinanet", "fcos", "atss"]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from paths import RECIPES
 
 import crosskd_hf
 from crosskd_hf.data.settings import DataSection
@@ -26,7 +27,6 @@ from crosskd_hf.utils.strict_yaml import RecipeError
 # Nine lists of nine references to the one before: a billion values, whoever follows them.
 LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
 
-RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 

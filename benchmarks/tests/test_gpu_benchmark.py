@@ -10,16 +10,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-import torch
-
-import crosskd_hf
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import gpu
 import gpu_backward
 import gpu_checks
 import gpu_speed
+import pytest
+import torch
+
+import crosskd_hf
 
 FORK = multiprocessing.get_context("fork")  # at once: nothing is to be imported
 SMALL = {"size": (64, 64), "batch": 1, "side": 64, "small": ("lcnet_050", "lcnet_050"), "steps": 1, "runs": 1}

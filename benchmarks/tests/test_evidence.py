@@ -1,27 +1,15 @@
 """The evidence benchmark: its statistics by hand, its settings, and which results it accepts."""
 
-import importlib.util
 import json
 import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import evidence
 import pytest
 import yaml
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def evidence():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("evidence", BENCHMARKS / "evidence.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["evidence"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
+from paths import BENCHMARKS
 
 SETTING = {
     "teachers": {"big": {"recipe": "shapes_teacher", "set": []}},
@@ -37,7 +25,7 @@ SETTING = {
 }
 
 
-def load(evidence, folder: Path, **changes):
+def load(folder: Path, **changes):
     path = folder / "mine.yaml"
     path.write_text(yaml.safe_dump({**SETTING, **changes}), encoding="utf-8")
     return evidence.Setting.load(path, folder / "runs")
@@ -62,7 +50,7 @@ def write(folder: Path, run, content: dict) -> None:
     (folder / f"{run.name}.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def test_interval_of_paired_differences(evidence):
+def test_interval_of_paired_differences():
     # 1 2 3: mean 2, deviation 1, t(2) = 4.303, over sqrt(3): 2.484.
     mean, half = evidence.interval([1.0, 2.0, 3.0])
     assert (mean, half) == (2.0, pytest.approx(4.303 / 3**0.5))
@@ -73,14 +61,14 @@ def test_interval_of_paired_differences(evidence):
     assert all(map(math.isnan, evidence.interval([math.nan, 1.0])))
 
 
-def test_ap_at_a_part_of_the_schedule(evidence):
+def test_ap_at_a_part_of_the_schedule():
     curve = [[0.1, 0.05], [0.334, 0.2], [0.667, 0.3], [1.0, 0.4]]
     assert evidence.at(curve, 1 / 3) == 0.2 and evidence.at(curve, 2 / 3) == 0.3
     with pytest.raises(evidence.EvidenceError, match=r"no evaluation at 0\.33 .* nearest is at 0\.50"):
         evidence.at([[0.5, 0.1], [1.0, 0.2]], 1 / 3)
 
 
-def test_minutes_add_up_over_logs_and_evaluations(evidence):
+def test_minutes_add_up_over_logs_and_evaluations():
     history = [
         {"step": 10, "step_time": 0.5, "data_time": 0.1, "loss": 1.0},  # 6 s
         {"step": 10, "eval_runtime": 4.0},
@@ -90,8 +78,8 @@ def test_minutes_add_up_over_logs_and_evaluations(evidence):
     assert evidence.minutes(history) == pytest.approx(30 / 60)
 
 
-def test_runs_come_table_by_table_and_seed_by_seed(evidence, tmp_path):
-    setting = load(evidence, tmp_path)
+def test_runs_come_table_by_table_and_seed_by_seed(tmp_path):
+    setting = load(tmp_path)
     names = [run.name for run in setting.runs()]
     assert names == ["alone-1", "crosskd-1", "alone-2", "crosskd-2", "alone-3", "crosskd-3", "raw-1", "raw-2"]
     run = setting.run("crosskd", 2)
@@ -102,34 +90,34 @@ def test_runs_come_table_by_table_and_seed_by_seed(evidence, tmp_path):
     assert alone.teacher is None and alone.distillation is None
 
 
-def test_one_teacher_for_all(evidence, tmp_path):
-    setting = load(evidence, tmp_path, teacher_seed=7)
+def test_one_teacher_for_all(tmp_path):
+    setting = load(tmp_path, teacher_seed=7)
     assert {run.needs.name for run in setting.runs() if run.needs} == {"teacher_big-7"}
 
 
-def test_a_recipe_may_stand_in_the_setting(evidence, tmp_path):
+def test_a_recipe_may_stand_in_the_setting(tmp_path):
     recipe = {
         "model": {"backbone": "resnet18"},
         "teacher": {"checkpoint": "x"},
         "distillation": {"methods": ["pkd"], "pkd": {"weight": 2.0}},
     }
-    setting = load(evidence, tmp_path, student={"recipe": recipe, "set": ["distillation.pkd.weight=3.0"]})
+    setting = load(tmp_path, student={"recipe": recipe, "set": ["distillation.pkd.weight=3.0"]})
     resolved = setting.run("crosskd", 1).resolved()
     assert (resolved.model.backbone, resolved.distillation.methods["pkd"].weight) == ("resnet18", 3.0)
 
 
-def test_the_digest_knows_settings_seed_and_teacher_but_no_paths(evidence, tmp_path):
+def test_the_digest_knows_settings_seed_and_teacher_but_no_paths(tmp_path):
     (tmp_path / "other").mkdir()
-    here, there = (load(evidence, folder) for folder in (tmp_path, tmp_path / "other"))
+    here, there = (load(folder) for folder in (tmp_path, tmp_path / "other"))
     assert here.run("crosskd", 1).digest() == there.run("crosskd", 1).digest()
     digests = {run.digest() for run in here.runs()}
     assert len(digests) == 8
     other_teacher = {"big": {"recipe": "shapes_teacher", "set": ["training.learning_rate=0.1"]}}
-    assert load(evidence, tmp_path, teachers=other_teacher).run("crosskd", 1).digest() not in digests
+    assert load(tmp_path, teachers=other_teacher).run("crosskd", 1).digest() not in digests
 
 
-def test_summary_pairs_by_seed(evidence, tmp_path):
-    setting, results = load(evidence, tmp_path), tmp_path / "results"
+def test_summary_pairs_by_seed(tmp_path):
+    setting, results = load(tmp_path), tmp_path / "results"
     for seed, (alone, distilled) in {1: (0.2, 0.23), 2: (0.3, 0.32), 3: (0.1, 0.11)}.items():
         write(results, run := setting.run("alone", seed), result(run, [0.05, 0.1, alone]))
         write(results, run := setting.run("crosskd", seed), result(run, [0.07, 0.1, distilled]))
@@ -146,8 +134,8 @@ def test_summary_pairs_by_seed(evidence, tmp_path):
     assert (results / "curves_main.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_results_of_other_settings_are_refused(evidence, tmp_path):
-    setting, results = load(evidence, tmp_path), tmp_path / "results"
+def test_results_of_other_settings_are_refused(tmp_path):
+    setting, results = load(tmp_path), tmp_path / "results"
     run = setting.run("alone", 1)
     write(results, run, result(run, [0.1, 0.1, 0.1], recipe_sha256="0"))
     for action in (lambda: evidence.make(run, results, 1), lambda: evidence.summarise(setting, results)):
@@ -155,8 +143,8 @@ def test_results_of_other_settings_are_refused(evidence, tmp_path):
             action()
 
 
-def test_a_run_with_a_result_is_not_run_again(evidence, tmp_path, monkeypatch):
-    setting, results = load(evidence, tmp_path), tmp_path / "results"
+def test_a_run_with_a_result_is_not_run_again(tmp_path, monkeypatch):
+    setting, results = load(tmp_path), tmp_path / "results"
     run = setting.run("crosskd", 1)
     write(results, run, result(run, [0.1, 0.1, 0.1]))
     monkeypatch.setattr(evidence.subprocess, "run", lambda *args, **kwargs: pytest.fail("started a training"))
@@ -178,21 +166,21 @@ def finish(folder: Path) -> None:
     (folder / "model.safetensors").touch()
 
 
-def test_a_teacher_of_other_settings_is_refused(evidence, tmp_path, monkeypatch):
+def test_a_teacher_of_other_settings_is_refused(tmp_path, monkeypatch):
     """Its weights would be used under the name of the new ones."""
-    setting, results = load(evidence, tmp_path), tmp_path / "results"
+    setting, results = load(tmp_path), tmp_path / "results"
     run = setting.run("crosskd", 1)
     finished(run.needs.folder, run.needs.resolved())
     write(results, run.needs, result(run.needs, [0.1, 0.1, 0.1]))
     started = []
-    monkeypatch.setattr(evidence, "commit", lambda: "abc")
+    monkeypatch.setattr("commit", lambda: "abc")
     failed = SimpleNamespace(returncode=1)
     monkeypatch.setattr(evidence.subprocess, "run", lambda words, **kwargs: started.append(words) or failed)
     with pytest.raises(evidence.EvidenceError, match="crosskd-1 ended with 1"):
         evidence.make(run, results, 1)
     assert len(started) == 1 and "teacher.checkpoint" in " ".join(started[0]), "the teacher's folder is its own"
     changed = {"big": {"recipe": "shapes_teacher", "set": ["training.learning_rate=0.1"]}}
-    run = load(evidence, tmp_path, teachers=changed).run("crosskd", 1)
+    run = load(tmp_path, teachers=changed).run("crosskd", 1)
     with pytest.raises(evidence.EvidenceError, match=r"teacher_big-1\.json is of other settings"):
         evidence.make(run, results, 1)
     (results / "teacher_big-1.json").unlink()
@@ -200,8 +188,8 @@ def test_a_teacher_of_other_settings_is_refused(evidence, tmp_path, monkeypatch)
         evidence.make(run, results, 1)
 
 
-def test_a_teacher_of_other_settings_is_in_no_summary(evidence, tmp_path):
-    setting, results = load(evidence, tmp_path), tmp_path / "results"
+def test_a_teacher_of_other_settings_is_in_no_summary(tmp_path):
+    setting, results = load(tmp_path), tmp_path / "results"
     run = setting.run("crosskd", 1)
     write(results, run, result(run, [0.1, 0.1, 0.1], commit="abc"))
     assert evidence.summarise(setting, results)["teachers"] == {}
@@ -211,24 +199,24 @@ def test_a_teacher_of_other_settings_is_in_no_summary(evidence, tmp_path):
         evidence.summarise(setting, results)
 
 
-def test_a_run_keeps_with_what_it_was_begun(evidence, tmp_path, monkeypatch):
-    monkeypatch.setattr(evidence, "commit", lambda: "first")
+def test_a_run_keeps_with_what_it_was_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr("commit", lambda: "first")
     evidence.note_start(tmp_path / "run", 1)
     evidence.note_start(tmp_path / "run", 1)
     assert evidence.provenance(tmp_path / "run")["commit"] == "first"
-    monkeypatch.setattr(evidence, "commit", lambda: "second")
+    monkeypatch.setattr("commit", lambda: "second")
     evidence.note_start(tmp_path / "run", 1)
     assert evidence.provenance(tmp_path / "run")["commit"] == ["first", "second"]
     assert evidence.provenance(tmp_path / "run")["threads"] == 1
     finish(tmp_path / "run")
-    monkeypatch.setattr(evidence, "commit", lambda: "later")
+    monkeypatch.setattr("commit", lambda: "later")
     evidence.note_start(tmp_path / "run", 1)
     assert evidence.provenance(tmp_path / "run")["commit"] == ["first", "second"]
     assert evidence.provenance(tmp_path) == {}
 
 
-def test_a_summary_of_a_single_run_is_json(evidence, tmp_path):
-    setting, results = load(evidence, tmp_path), tmp_path / "results"
+def test_a_summary_of_a_single_run_is_json(tmp_path):
+    setting, results = load(tmp_path), tmp_path / "results"
     for variant in ("alone", "crosskd"):
         write(results, run := setting.run(variant, 1), result(run, [0.1, 0.1, 0.1]))
     summary = evidence.summarise(setting, results)
@@ -248,16 +236,16 @@ def test_a_summary_of_a_single_run_is_json(evidence, tmp_path):
         ({"seeds": list(range(16))}, "16 seeds; intervals are known up to 15"),
     ],
 )
-def test_bad_settings(evidence, tmp_path, changes, message):
+def test_bad_settings(tmp_path, changes, message):
     with pytest.raises(evidence.EvidenceError, match=message):
-        load(evidence, tmp_path, **changes)
+        load(tmp_path, **changes)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [("", "holds None"), ("- 1", r"holds \[1\]"), ("a: [1", "bad.yaml can't be read"), (None, "can't be read")],
 )
-def test_files_that_hold_no_setting(evidence, tmp_path, text, message):
+def test_files_that_hold_no_setting(tmp_path, text, message):
     if text is not None:
         (tmp_path / "bad.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(evidence.EvidenceError, match=message):
@@ -271,8 +259,8 @@ def test_files_that_hold_no_setting(evidence, tmp_path, text, message):
         (["--summary", "--results", "nothing"], "no results in nothing: run this without --summary"),
     ],
 )
-def test_bad_arguments_end_in_a_message(evidence, tmp_path, monkeypatch, words, message):
-    load(evidence, tmp_path)
+def test_bad_arguments_end_in_a_message(tmp_path, monkeypatch, words, message):
+    load(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["evidence.py", "mine.yaml", *words])
     with pytest.raises(SystemExit, match=f"EvidenceError: {message}"):
@@ -280,9 +268,8 @@ def test_bad_arguments_end_in_a_message(evidence, tmp_path, monkeypatch, words, 
     assert not (tmp_path / "nothing").exists()
 
 
-def test_a_variant_with_a_wrong_key_is_named(evidence, tmp_path, monkeypatch):
+def test_a_variant_with_a_wrong_key_is_named(tmp_path, monkeypatch):
     load(
-        evidence,
         tmp_path,
         variants={"wrong": {"teacher": "big", "set": ["distillation.pkdd=6.0"]}},
         tables={"t": ["wrong"]},
@@ -294,7 +281,7 @@ def test_a_variant_with_a_wrong_key_is_named(evidence, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "evidence").glob("*.yaml")), ids=lambda path: path.stem)
-def test_committed_settings_and_results_belong_together(evidence, tmp_path, path):
+def test_committed_settings_and_results_belong_together(tmp_path, path):
     """Every recipe can be read, and every committed result is of the setting as it stands."""
     setting = evidence.Setting.load(path, tmp_path)
     for run in setting.runs():

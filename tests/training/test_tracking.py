@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import TESTS
 from PIL import Image
 from test_evaluation import found, make_split
 from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
@@ -79,8 +80,7 @@ def test_others_offline(tmp_path: Path, tracker: str) -> None:
         "TRACKIO_DIR": str(tmp_path / "trackio"),
         "HF_HUB_OFFLINE": "1",
     }
-    tests = str(Path(__file__).parent)
-    command = [sys.executable, "-c", RUN, str(tmp_path), tests, tracker]
+    command = [sys.executable, "-c", RUN, str(tmp_path), str(TESTS), tracker]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

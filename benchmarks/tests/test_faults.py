@@ -7,16 +7,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import pytest
-
-from crosskd_hf.training.checkpoints import mark_complete, newest_complete
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
 import faults
 import kill_and_resume
+import numpy as np
+import pytest
 import soak
+
+from crosskd_hf.training.checkpoints import mark_complete, newest_complete
 
 STEP = "step {}/40  epoch 1.00  loss 0.7699 = loss_cls 0.0030 + kd_cls 0.0030  lr 0.0005\n"
 READY = "ready\n"

@@ -3,9 +3,9 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import TESTS
 from torch.utils import backend_registration
 
 DETECTORS = ("gfl", "retinanet", "fcos", "atss")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def report() -> dict:
     """Of a process of its own, in which the device stays registered."""
-    script = Path(__file__).with_name("pretend_device.py")
+    script = TESTS / "pretend_device.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

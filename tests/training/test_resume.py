@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import BENCHMARKS
 from processes import CONTEXT, run_processes
 from safetensors.torch import load_file, save_file
 from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
@@ -27,7 +28,6 @@ from crosskd_hf.training.distillation_trainer import DistillationTrainer
 from crosskd_hf.training.trainer import DetectionTrainer
 from crosskd_hf.weights.mmdet import CheckpointError
 
-HERE = Path(__file__).resolve().parent
 # 7 images in batches of 2 are 4 batches an epoch, so that checkpoints 3 and 6 and the end lie in mid-epoch, both with
 # 1 and with 2 batches accumulated.
 OPTIONS = {
@@ -268,7 +268,7 @@ def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path, change: str) -
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "processes"), [(2, 1), (0, 2)])
 def test_a_run_killed_at_random_ends_as_an_undisturbed_one(tmp_path: Path, workers: int, processes: int) -> None:
-    script = HERE.parent / "benchmarks" / "kill_and_resume.py"
+    script = BENCHMARKS / "kill_and_resume.py"
     options = ["--kills", "2", "--steps", "40", "--workers", str(workers), "--processes", str(processes)]
     ended = subprocess.run(
         [sys.executable, str(script), *options, "--output", str(tmp_path / "kills")],

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from hub_server import LARGE, TOKEN, HubServer
+from paths import ROOT, TESTS
 
 MODEL = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
 METRICS = "evaluation/eval_metrics.json"
@@ -131,8 +132,7 @@ class Client:
 
     def __init__(self, hub: HubServer, home: Path):
         self.home = home
-        here = Path(__file__).parent
-        path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(TESTS), str(ROOT), os.environ.get("PYTHONPATH", "")])
         self.log = open(home / "stderr.txt", "w+", encoding="utf-8")
         self.process = subprocess.Popen(
             [sys.executable, __file__],
