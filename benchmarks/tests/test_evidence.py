@@ -173,7 +173,7 @@ def test_a_teacher_of_other_settings_is_refused(tmp_path, monkeypatch):
     finished(run.needs.folder, run.needs.resolved())
     write(results, run.needs, result(run.needs, [0.1, 0.1, 0.1]))
     started = []
-    monkeypatch.setattr("commit", lambda: "abc")
+    monkeypatch.setattr(evidence, "commit", lambda: "abc")
     failed = SimpleNamespace(returncode=1)
     monkeypatch.setattr(evidence.subprocess, "run", lambda words, **kwargs: started.append(words) or failed)
     with pytest.raises(evidence.EvidenceError, match="crosskd-1 ended with 1"):
@@ -200,16 +200,16 @@ def test_a_teacher_of_other_settings_is_in_no_summary(tmp_path):
 
 
 def test_a_run_keeps_with_what_it_was_begun(tmp_path, monkeypatch):
-    monkeypatch.setattr("commit", lambda: "first")
+    monkeypatch.setattr(evidence, "commit", lambda: "first")
     evidence.note_start(tmp_path / "run", 1)
     evidence.note_start(tmp_path / "run", 1)
     assert evidence.provenance(tmp_path / "run")["commit"] == "first"
-    monkeypatch.setattr("commit", lambda: "second")
+    monkeypatch.setattr(evidence, "commit", lambda: "second")
     evidence.note_start(tmp_path / "run", 1)
     assert evidence.provenance(tmp_path / "run")["commit"] == ["first", "second"]
     assert evidence.provenance(tmp_path / "run")["threads"] == 1
     finish(tmp_path / "run")
-    monkeypatch.setattr("commit", lambda: "later")
+    monkeypatch.setattr(evidence, "commit", lambda: "later")
     evidence.note_start(tmp_path / "run", 1)
     assert evidence.provenance(tmp_path / "run")["commit"] == ["first", "second"]
     assert evidence.provenance(tmp_path) == {}
