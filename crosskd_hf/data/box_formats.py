@@ -50,18 +50,15 @@ def check_format(boxes: np.ndarray, sizes: np.ndarray, box_format: str, unit: st
     """Raise DataError if many boxes don't fit into their images, but would in another format.
 
     Args:
-        boxes: (G, 4) finite numbers as they were given.
+        boxes: (G, 4) finite numbers as they were given, G > 0.
         sizes: (G, 2) width and height of each box's image, in pixels.
         box_format, unit: what the user declared.
         source: what the message calls the data.
     """
-    if not len(boxes):
-        return
-    wrong = {
-        (f, u): int(misfits(to_xywh(boxes, sizes, f, u), sizes).sum()) for f, u in itertools.product(FORMATS, UNITS)
-    }
+    candidates = itertools.product(FORMATS, UNITS)
+    wrong = {(f, u): int(misfits(to_xywh(boxes, sizes, f, u), sizes).sum()) for f, u in candidates}
     misfitting = wrong[box_format, unit]
-    best = min(wrong, key=lambda candidate: wrong[candidate])
+    best = min(wrong, key=wrong.get)
     many = misfitting >= 2 and misfitting > SUSPICIOUS_SHARE * len(boxes) and wrong[best] <= misfitting / 2
     # Small boxes in a wrong format seldom leave their images: then nearly all of those that do must fit in another.
     telling = misfitting >= 10 and wrong[best] <= misfitting / 20

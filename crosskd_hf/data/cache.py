@@ -6,12 +6,14 @@ import logging
 import os
 import shutil
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import datasets
 import pyarrow as pa
+from datasets.fingerprint import Hasher
 from datasets.naming import filenames_for_dataset_split
 from datasets.utils._filelock import FileLock
 
@@ -19,17 +21,67 @@ from ..utils.files import cache_explained, sha256
 
 logger = logging.getLogger(__name__)
 INFO = "dataset_info.json"
+SPLIT_NAME = "images"  # one cache holds one split: its own name need not be a valid `datasets` split name
 SETTINGS = "data.cache_dir, HF_DATASETS_CACHE or HF_HOME"
+MakeRows = Callable[[], tuple[datasets.Features, str, Iterable[dict[str, Any]]]]
 Builder = TypeVar("Builder", bound=datasets.DatasetBuilder)
 
 
-class CheckedBuilder(datasets.GeneratorBasedBuilder):
-    """A builder that notes the SHA-256 of its Arrow files, so that any damage to them is found."""
+@dataclass
+class RowsConfig(datasets.BuilderConfig):
+    """What one Arrow cache is made from; another `fingerprint` gives another cache."""
+
+    fingerprint: str = ""
+
+
+class RowsBuilder(datasets.GeneratorBasedBuilder):
+    """Writes rows to Arrow, and the SHA-256 of the files, so that any damage to them is found.
+
+    One process does it: `datasets` holds a file lock while it writes. Later calls, and the other ranks, map the file.
+    """
+
+    VERSION = datasets.Version("3.0.0")  # part of the cache's path: raise it whenever columns or pixels change
+    BUILDER_CONFIG_CLASS = RowsConfig
+    make_rows: MakeRows
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo()
+
+    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        # Made here and not while they are written, where `datasets` would hide an error inside its own.
+        self.info.features, self.info.description, rows = self.make_rows()
+        return [datasets.SplitGenerator(name=SPLIT_NAME, gen_kwargs={"rows": rows})]
+
+    def _generate_examples(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        yield from enumerate(rows)
 
     def _save_info(self) -> None:
         files = Path(self._output_dir).glob("*.arrow")
         self.info.download_checksums = {file.name: {"checksum": sha256(file)} for file in files}
         super()._save_info()
+
+
+def cached_rows(
+    name: str, made_from: tuple, make_rows: MakeRows, cache_dir: str | os.PathLike[str] | None
+) -> datasets.Dataset:
+    """Rows from an Arrow cache, that is made at the first call.
+
+    Args:
+        name: of the cache's folder.
+        made_from: all that the rows depend on; any change gives another cache.
+        make_rows: gives features, a free text to keep beside the rows, and the rows.
+        cache_dir: see `open_cache`.
+
+    Raises:
+        CacheError: see `open_cache`.
+    """
+
+    def make() -> RowsBuilder:
+        builder = RowsBuilder(cache_dir=cache_dir, dataset_name=name, fingerprint=Hasher.hash(made_from))
+        builder.make_rows = make_rows
+        return builder
+
+    return open_cache(make, cache_dir).as_dataset(split=SPLIT_NAME)
 
 
 def open_cache(make: Callable[[], Builder], cache_dir: str | os.PathLike[str] | None) -> Builder:
@@ -44,12 +96,6 @@ def open_cache(make: Callable[[], Builder], cache_dir: str | os.PathLike[str] | 
     Raises:
         CacheError: the folder can't be made, read or written, or the disk is full.
     """
-
-    def prepare() -> Builder:
-        builder = make()
-        builder.download_and_prepare()
-        return builder
-
     root = Path(os.path.expanduser(cache_dir or datasets.config.HF_DATASETS_CACHE))
     with cache_explained(root, SETTINGS):
         try:
@@ -58,10 +104,15 @@ def open_cache(make: Callable[[], Builder], cache_dir: str | os.PathLike[str] | 
             folder = _cache_of(error)
             if folder is None:
                 raise
-            return _build_again(folder, prepare)
+        else:
+            builder.download_and_prepare()
+            folder = Path(builder.cache_dir)
+            if _damage(folder) is None:
+                return builder
+        _remove(folder)
+        builder = make()
         builder.download_and_prepare()
-        folder = Path(builder.cache_dir)
-        return builder if _damage(folder) is None else _build_again(folder, prepare)
+        return builder
 
 
 def _cache_of(error: BaseException) -> Path | None:
@@ -73,13 +124,12 @@ def _cache_of(error: BaseException) -> Path | None:
     return None
 
 
-def _build_again(folder: Path, prepare: Callable[[], Builder]) -> Builder:
-    """Build a cache again; it is removed first, unless another process has done so."""
+def _remove(folder: Path) -> None:
+    """Remove a damaged cache, unless another process has done so."""
     with FileLock(f"{folder}_builder.lock"):  # the one that `datasets` holds while it builds this cache
         if folder.is_dir() and (damage := _damage(folder)):
             logger.warning("the data cache %s is damaged (%s): it is built again", folder, damage)
             shutil.rmtree(folder)
-    return prepare()
 
 
 def _damage(folder: Path) -> str | None:
@@ -94,19 +144,17 @@ def _damage(folder: Path) -> str | None:
         info = datasets.DatasetInfo.from_directory(str(folder))
         checksums = info.download_checksums or {}
         rows = 0
-        written = [name for split in info.splits.values() for name in _files(folder, info.dataset_name, split)]
-        for file in map(Path, written):
-            with pa.memory_map(str(file)) as source:
-                rows += sum(batch.num_rows for batch in pa.ipc.open_stream(source))
-            if file.name in checksums and sha256(file) != checksums[file.name]["checksum"]:
-                return f"{file.name} isn't what was written"
+        for split in info.splits.values():
+            shards = split.name, "arrow", split.shard_lengths
+            for file in filenames_for_dataset_split(str(folder), info.dataset_name, *shards):
+                with pa.memory_map(file) as source:
+                    rows += sum(batch.num_rows for batch in pa.ipc.open_stream(source))
+                name = os.path.basename(file)
+                if name in checksums and sha256(file) != checksums[name]["checksum"]:
+                    return f"{name} isn't what was written"
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
             raise  # not the file's content, but the right to read it, or the disk
         return f"{type(error).__name__}: {error}"[:300]
     expected = sum(split.num_examples for split in info.splits.values())
     return None if rows == expected else f"it has {rows} of {expected} rows"
-
-
-def _files(folder: Path, name: str, split: datasets.SplitInfo) -> list[str]:
-    return filenames_for_dataset_split(str(folder), name, split.name, "arrow", split.shard_lengths)

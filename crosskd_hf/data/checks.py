@@ -15,7 +15,7 @@ from ..utils.escaping import printable
 from ..utils.images import ImageError, ImageSource, inspect_image
 from ..utils.progress import Progress
 from .box_formats import check_format, is_box, is_finite, note_box, to_xywh
-from .errors import Kind, Problems
+from .errors import DataError, Kind, Problems
 
 logger = logging.getLogger(__name__)
 CHUNK = 256  # images that are in memory at once while they are inspected
@@ -23,14 +23,14 @@ CHUNK = 256  # images that are in memory at once while they are inspected
 
 @dataclass(frozen=True)
 class ObjectRecord:
-    """One annotation: its box as the source has it, its label 0..C-1, area in pixels^2 (None: of the box).
+    """One annotation: its box as the source has it, its class 0..C-1, area in pixels^2 (None: of the box).
 
     `iscrowd` is the source's, too, until it is checked: 0, 1, False, True, or None for no.
     """
 
     id: int
     bbox: Any
-    label: int
+    category: int
     area: Any = None
     iscrowd: Any = False
 
@@ -51,6 +51,7 @@ def check_records(
     sources: Iterable[ImageSource],
     problems: Problems,
     where: str,
+    on_error: str,
     box_format: str = "xywh",
     unit: str = "pixel",
 ) -> list[tuple[int, ImageRecord]]:
@@ -61,21 +62,28 @@ def check_records(
         sources: the image of each record.
         problems: takes what is wrong.
         where: what messages call the data.
+        on_error: `stop` at problems, or `skip` and note what is left out.
         box_format, unit: see `to_xywh`.
 
     Returns:
         (position in `records`, record with its real size and boxes [x, y, w, h] in pixels) of what can be used.
 
     Raises:
-        DataError: most boxes don't fit their images, but would in another format.
+        DataError: most boxes don't fit their images, but would in another format; there are problems that stop, or
+            no image is left.
     """
     sized = list(_sized(records, sources, problems))
-    _check_format_of_all(sized, box_format, unit, where)
-    checked = []
-    with Progress("check boxes", len(sized), "images") as progress:
-        for position, record in sized:
-            checked.append((position, _check_objects(record, box_format, unit, problems)))
-            progress.update()
+    boxes = [
+        (*obj.bbox, record.width, record.height) for _, record in sized for obj in record.objects if is_box(obj.bbox)
+    ]
+    if boxes:
+        columns = np.array(boxes, dtype=np.float64)
+        check_format(columns[:, :4], columns[:, 4:], box_format, unit, where)
+    checked = [(position, _check_objects(record, box_format, unit, problems)) for position, record in sized]
+    if on_error == "stop":
+        problems.raise_if_stopping(where)
+    if not checked:
+        raise DataError(f"{where}: no image is left: {problems.lines(stopping=True)[0]}")
     return checked
 
 
@@ -118,14 +126,6 @@ def _inspect(sources: Iterable[ImageSource], total: int) -> Iterator[tuple[int, 
             progress.update(len(chunk))
 
 
-def _check_format_of_all(sized: list[tuple[int, ImageRecord]], box_format: str, unit: str, where: str) -> None:
-    boxes = [(obj.bbox, record.width, record.height) for _, record in sized for obj in record.objects]
-    boxes = [(bbox, width, height) for bbox, width, height in boxes if is_box(bbox)]
-    if boxes:
-        given = np.array([bbox for bbox, _, _ in boxes], dtype=np.float64)
-        check_format(given, np.array([size for _, *size in boxes], dtype=np.float64), box_format, unit, where)
-
-
 def _check_objects(record: ImageRecord, box_format: str, unit: str, problems: Problems) -> ImageRecord:
     objects = []
     size = np.array([[record.width, record.height]], dtype=np.float64)
@@ -134,22 +134,20 @@ def _check_objects(record: ImageRecord, box_format: str, unit: str, problems: Pr
         area = obj.area
         if not is_box(obj.bbox):
             problems.add(Kind.BOX, f"{name}: bbox {repr(obj.bbox)[:200]}")
-            continue
-        if not (area is None or is_finite(area)):
+        elif not (area is None or is_finite(area)):
             problems.add(Kind.AREA_NUMBER, f"{name}: area {repr(area)[:100]}")
-            continue
-        if not (obj.iscrowd is None or (isinstance(obj.iscrowd, (bool, int, float)) and obj.iscrowd in (0, 1))):
+        elif not (obj.iscrowd is None or (isinstance(obj.iscrowd, (bool, int, float)) and obj.iscrowd in (0, 1))):
             problems.add(Kind.CROWD, f"{name}: iscrowd {repr(obj.iscrowd)[:100]}")
-            continue
-        xywh = to_xywh([obj.bbox], size, box_format, unit)[0].tolist()
-        if note_box(xywh, record.width or 0, record.height or 0, name, problems):
+        else:
+            xywh = to_xywh([obj.bbox], size, box_format, unit)[0].tolist()
+            if not note_box(xywh, record.width, record.height, name, problems):
+                continue
             # An area in parts of the image isn't told apart from pixels: the box's stands.
             if area is None or unit != "pixel":
                 area = xywh[2] * xywh[3]
             elif area <= 0 < xywh[2] * xywh[3]:
                 problems.add(Kind.AREA, name)
-            area = float(area)
-            objects.append(replace(obj, bbox=xywh, area=area, iscrowd=bool(obj.iscrowd)))
+            objects.append(replace(obj, bbox=xywh, area=float(area), iscrowd=bool(obj.iscrowd)))
     return replace(record, objects=objects)
 
 
@@ -161,11 +159,7 @@ def arrow_row(record: ImageRecord) -> dict[str, Any]:
         "width": record.width,
         "height": record.height,
         "objects": {
-            "id": [obj.id for obj in record.objects],
-            "bbox": [obj.bbox for obj in record.objects],
-            "category": [obj.label for obj in record.objects],
-            "area": [obj.area for obj in record.objects],
-            "iscrowd": [obj.iscrowd for obj in record.objects],
+            key: [getattr(obj, key) for obj in record.objects] for key in ("id", "bbox", "category", "area", "iscrowd")
         },
     }
 

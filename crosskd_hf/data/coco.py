@@ -4,70 +4,21 @@ import glob
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import datasets
 
 from ..utils.files import sha256
-from .cache import CheckedBuilder, open_cache
+from .cache import cached_rows
 from .checks import ImageRecord, ObjectRecord, arrow_row, cache_note, check_records, read_cache_note
 from .errors import DataError, Kind, Problems
-from .split import SPLIT_NAME, DetectionSplit, detection_features, no_such_split, split_and_part
+from .split import DetectionSplit, detection_features, no_such_split, split_and_part
 
 LARGEST_INTEGER = 2**63 - 1  # that Arrow's int64 holds
-
-
-@dataclass
-class CocoConfig(datasets.BuilderConfig):
-    """What one Arrow cache is made from; any change gives another cache.
-
-    Attributes:
-        annotation_file: absolute path of the JSON file.
-        image_dir: absolute path of the folder that `file_name` is relative to.
-        fingerprint: of the file's content, so that an edited file is read again.
-        on_error: `stop` or `skip`.
-    """
-
-    annotation_file: str = ""
-    image_dir: str = ""
-    fingerprint: str = ""
-    on_error: str = "stop"
-
-
-class CocoDetection(CheckedBuilder):
-    """Writes a COCO annotation file to Arrow: paths instead of pixels, see `DetectionSplit` for the columns.
-
-    The file is parsed and every image decoded once, by one process: `datasets` holds a file lock while it writes.
-    Later calls, and the other ranks, map the Arrow file. Raises DataError for data that is not sound.
-    """
-
-    VERSION = datasets.Version("2.0.0")  # part of the cache's path: raise it whenever the columns change
-    BUILDER_CONFIG_CLASS = CocoConfig
-
-    def _info(self) -> datasets.DatasetInfo:
-        return datasets.DatasetInfo()  # the class names are known once the file is read
-
-    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        # Checked here and not while the examples are written, where `datasets` would hide the error inside its own.
-        config, problems = self.config, Problems()
-        records, categories = read_annotations(Path(config.annotation_file), problems)
-        paths = [os.path.join(config.image_dir, record.file_name) for record in records]
-        checked = check_records(records, paths, problems, config.annotation_file)
-        if config.on_error == "stop":
-            problems.raise_if_stopping(config.annotation_file)
-        if not checked:
-            raise DataError(f"{config.annotation_file}: no image is left: {problems.lines(stopping=True)[0]}")
-        self.info.features = detection_features(list(categories.values()))
-        self.info.description = cache_note(categories, problems)
-        rows = [(record, paths[position]) for position, record in checked]
-        return [datasets.SplitGenerator(name=SPLIT_NAME, gen_kwargs={"rows": rows})]
-
-    def _generate_examples(self, rows: list[tuple[ImageRecord, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        for record, path in rows:
-            yield record.id, {**arrow_row(record), "image": {"path": path, "bytes": None}}
 
 
 def load_coco(
@@ -104,18 +55,18 @@ def load_coco(
     fingerprint = sha256(annotation_file)
     if on_error == "skip":  # images that were left out may be put right later
         fingerprint += f"-{files_hash(image_dir)}"
-    builder = open_cache(
-        lambda: CocoDetection(
-            cache_dir=None if cache_dir is None else str(cache_dir),
-            dataset_name="coco_detection",
-            annotation_file=str(annotation_file),
-            image_dir=str(image_dir),
-            fingerprint=fingerprint,
-            on_error=on_error,
-        ),
-        cache_dir,
-    )
-    dataset = builder.as_dataset(split=SPLIT_NAME)
+
+    def make_rows() -> tuple[datasets.Features, str, Iterator[dict[str, Any]]]:
+        problems = Problems()
+        records, categories = read_annotations(annotation_file, problems)
+        paths = [os.path.join(image_dir, record.file_name) for record in records]
+        checked = check_records(records, paths, problems, str(annotation_file), on_error)
+        # Paths instead of pixels.
+        rows = ({**arrow_row(record), "image": {"path": paths[i], "bytes": None}} for i, record in checked)
+        return detection_features(list(categories.values())), cache_note(categories, problems), rows
+
+    made_from = (str(annotation_file), str(image_dir), fingerprint, on_error)
+    dataset = cached_rows("coco_detection", made_from, make_rows, cache_dir)
     names = tuple(dataset.features["objects"]["category"].feature.names)
     category_ids, problems = read_cache_note(dataset.info, str(annotation_file))
     return DetectionSplit(dataset, names, category_ids, problems, split, str(root)).part(part)
@@ -128,20 +79,14 @@ def _what_is_missing(root: Path, annotation_file: Path, image_dir: Path, split: 
     )
     if not root.is_dir():
         return f"data set folder {root} does not exist; {hint}"
-    if not annotation_file.is_file():
-        splits = _splits_there(root, annotations)
-        hint = no_such_split(root, split, splits) if splits else hint
-        return f"annotation file {annotation_file} does not exist; {hint}"
-    return f"image folder {image_dir} does not exist; {hint}"
-
-
-def _splits_there(root: Path, annotations: str) -> list[str]:
-    """The names that have an annotation file."""
-    before, *after = str(root / annotations).split("{split}")
-    if len(after) != 1:
-        return []
-    files = glob.glob(f"{glob.escape(before)}*{glob.escape(after[0])}")
-    return sorted(name.removeprefix(before).removesuffix(after[0]) for name in files)
+    if annotation_file.is_file():
+        return f"image folder {image_dir} does not exist; {hint}"
+    before, placeholder, after = str(root / annotations).partition("{split}")
+    if placeholder:
+        files = glob.glob(f"{glob.escape(before)}*{glob.escape(after)}")
+        if splits := sorted(name.removeprefix(before).removesuffix(after) for name in files):
+            hint = no_such_split(root, split, splits)
+    return f"annotation file {annotation_file} does not exist; {hint}"
 
 
 def files_hash(folder: Path) -> str:
@@ -176,12 +121,9 @@ def read_annotations(path: Path, problems: Problems) -> tuple[list[ImageRecord],
         raise DataError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not a JSON file: {error}") from error
-    missing = [
-        key
-        for key in ("images", "annotations", "categories")
-        if not isinstance(content, dict) or not isinstance(content.get(key), list)
-    ]
-    if missing:
+    lists = content if isinstance(content, dict) else {}
+    keys = ("images", "annotations", "categories")
+    if missing := [key for key in keys if not isinstance(lists.get(key), list)]:
         raise DataError(f"{path} has no list {', '.join(missing)}: it is not a COCO instances file")
     categories = _check_categories(content["categories"], path)
     images, listed = _check_images(content["images"], path, problems)
@@ -198,7 +140,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """
     record = dict(pairs)
     if len(record) != len(pairs):
-        key = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise DataError(f"an object has the key {ascii(key)[:200]} twice; join the two values, or remove one")
     return record
 
@@ -289,14 +231,8 @@ def _check_annotations(
         elif category_id not in labels:
             problems.add(Kind.CATEGORY, f"{name} of category {category_id}")
         else:
-            by_image.setdefault(image_id, []).append(
-                ObjectRecord(
-                    annotation_id,
-                    record.get("bbox"),
-                    labels[category_id],
-                    record.get("area"),
-                    record.get("iscrowd"),
-                )
-            )
+            bbox, area, iscrowd = (record.get(key) for key in ("bbox", "area", "iscrowd"))
+            annotation = ObjectRecord(annotation_id, bbox, labels[category_id], area, iscrowd)
+            by_image.setdefault(image_id, []).append(annotation)
         seen.add(annotation_id)
     return by_image

@@ -1,10 +1,8 @@
 """Items -> batch: resized, with the pixels made by the image processor, whose code inference runs, too."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -12,13 +10,6 @@ from ..data.transforms import resize
 from ..utils.label_checks import check_labels
 
 MIN_PADDED_BOXES = 8
-
-
-class PixelMaker(Protocol):
-    """What the collator needs of an image processor."""
-
-    def normalize_and_pad(self, images: list[torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """`pixel_values` (N, 3, H, W) float32 and `pixel_mask` (N, H, W) bool of resized (3, h, w) uint8 images."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +26,13 @@ class DetectionCollator:
     with the images of a batch, and a compiled model needn't be compiled again for every number of boxes.
 
     Args:
-        processor: whose `normalize_and_pad` makes the pixels of resized images.
+        processor: whose `normalize_and_pad` gives `pixel_values` and `pixel_mask` of resized (3, h, w) uint8 images.
         normalize: False leaves that to `finish`, on the device that trains. Then `pixel_values` are (N, 3, H, W) uint8
             with H and W the largest of the batch, and instead of the mask there are `pixel_sizes` (N, 2), (height,
             width): a sixth of the bytes for a worker to write and send.
     """
 
-    processor: PixelMaker
+    processor: Any
     normalize: bool = True
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -52,7 +43,7 @@ class DetectionCollator:
         """
         if len({"boxes" in item for item in items}) != 1:
             raise ValueError("a batch needs at least one item, and training items only or evaluation items only")
-        batch: dict[str, Any] = _resize_and_stack(items)
+        batch = _resize_and_stack(items)
         if self.normalize:
             sizes = (item["size"] for item in items)
             images = [image[:, :h, :w] for image, (h, w) in zip(batch["pixel_values"], sizes, strict=True)]

@@ -5,10 +5,9 @@ there. It is a dict of lists (as in cppe-5 and detection-datasets/coco) or a lis
 if there are any: `image_id`, `file_name`, `width`, `height`.
 """
 
-import collections
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,60 +18,13 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from ..utils.escaping import printable
 from ..utils.files import CacheError
 from ..utils.images import ImageSource
-from .cache import CheckedBuilder, open_cache
+from .cache import cached_rows, open_cache
 from .checks import ImageRecord, ObjectRecord, arrow_row, cache_note, check_records, read_cache_note
 from .coco import LARGEST_INTEGER, files_hash
 from .column_classes import Vocabulary, build_vocabulary, category_feature, category_key, object_rows, object_values
 from .errors import DataError, Kind, Problems
 from .image_folder import METADATA, check_metadata, open_image_folder
-from .split import SPLIT_NAME, DetectionSplit, annotation_features, no_such_split, split_and_part, take_part
-
-
-@dataclass
-class ColumnsConfig(datasets.BuilderConfig):
-    """What one Arrow cache is made from; `fingerprint` is that of the data set, and of files that it may leave out."""
-
-    fingerprint: str = ""
-    where: str = ""
-    box_format: str = "xywh"
-    box_unit: str = "pixel"
-    names: tuple[str, ...] = ()
-    category_ids: tuple[int, ...] = ()
-    on_error: str = "stop"
-
-
-class ColumnAnnotations(CheckedBuilder):
-    """Writes the checked annotations of a data set to Arrow, without the images, which stay where they are.
-
-    `source` and `vocabulary` must be set before it prepares; the configuration's fingerprint stands for them.
-    """
-
-    VERSION = datasets.Version("1.0.0")
-    BUILDER_CONFIG_CLASS = ColumnsConfig
-    source: datasets.Dataset
-    vocabulary: Vocabulary
-
-    def _info(self) -> datasets.DatasetInfo:
-        names = (*self.config.names,)
-        row = {"row": datasets.Value("int64")}
-        return datasets.DatasetInfo(features=datasets.Features({**annotation_features(names), **row}))
-
-    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        config, problems = self.config, Problems()
-        records = _records(self.source, self.vocabulary, config.where, problems)
-        checked = check_records(
-            records, _sources(self.source), problems, config.where, config.box_format, config.box_unit
-        )
-        if config.on_error == "stop":
-            problems.raise_if_stopping(config.where)
-        if not checked:
-            raise DataError(f"{config.where}: no image is left: {problems.lines(stopping=True)[0]}")
-        self.info.description = cache_note(config.category_ids, problems)
-        return [datasets.SplitGenerator(name=SPLIT_NAME, gen_kwargs={"checked": checked})]
-
-    def _generate_examples(self, checked: list[tuple[int, ImageRecord]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        for position, record in checked:
-            yield position, {**arrow_row(record), "row": position}
+from .split import DetectionSplit, annotation_features, no_such_split, split_and_part, take_part
 
 
 def load_columns(
@@ -106,52 +58,37 @@ def load_columns(
         CacheError: see `open_cache`.
     """
     where = f"{path}, split {split!r}"
-    cache = None if cache_dir is None else str(cache_dir)
-    source = _open(path, split, config, cache)
-    _refuse_foreign_paths(source, where, [path, cache or datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE])
+    source = _open(path, split, config, cache_dir)
+    _refuse_foreign_paths(source, where, [path, cache_dir or datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE])
     splits = {where: source}
     if not (label_names or isinstance(category_feature(source, where), datasets.ClassLabel)):
         for other in sorted({*other_splits} - {split}):
-            splits[f"{path}, split {other!r}"] = _open(path, other, config, cache)
+            splits[f"{path}, split {other!r}"] = _open(path, other, config, cache_dir)
     vocabulary = build_vocabulary(splits, label_names, category_ids, where)
-    fingerprint = source._fingerprint + (_folder_hash(path, split) if on_error == "skip" else "")
+    fingerprint, folder = source._fingerprint, Path(path).expanduser() / split_and_part(split)[0]
+    if on_error == "skip" and (folder / METADATA).is_file():  # images that were left out may be put right later
+        fingerprint += f"-{files_hash(folder)}"
 
-    def make() -> ColumnAnnotations:
-        builder = ColumnAnnotations(
-            cache_dir=cache,
-            dataset_name="crosskd_columns",
-            fingerprint=fingerprint,
-            where=where,
-            box_format=box_format,
-            box_unit=box_unit,
-            names=vocabulary.names,
-            category_ids=vocabulary.category_ids,
-            on_error=on_error,
-        )
-        builder.source, builder.vocabulary = source, vocabulary
-        return builder
+    def make_rows() -> tuple[datasets.Features, str, Iterator[dict[str, Any]]]:
+        """The checked annotations, without the images, which stay where they are."""
+        problems = Problems()
+        records = _records(source, vocabulary, where, problems)
+        checked = check_records(records, _sources(source), problems, where, on_error, box_format, box_unit)
+        columns = {**annotation_features(vocabulary.names), "row": datasets.Value("int64")}
+        rows = ({**arrow_row(record), "row": position} for position, record in checked)
+        return datasets.Features(columns), cache_note(vocabulary.category_ids, problems), rows
 
-    rows = open_cache(make, cache).as_dataset(split=SPLIT_NAME)
-    return DetectionSplit(
-        _with_images(rows, source), vocabulary.names, *read_cache_note(rows.info, where), split, path
-    )
-
-
-def _folder_hash(path: str, split: str) -> str:
-    """Of an image folder's files: images that were left out may be put right later. Empty for other data."""
-    folder = Path(path).expanduser() / split_and_part(split)[0]
-    return f"-{files_hash(folder)}" if (folder / METADATA).is_file() else ""
-
-
-def _with_images(annotations: datasets.Dataset, source: datasets.Dataset) -> datasets.Dataset:
+    made_from = (fingerprint, where, box_format, box_unit, vocabulary.names, vocabulary.category_ids, on_error)
+    rows = cached_rows("crosskd_columns", made_from, make_rows, cache_dir)
     images = source.select_columns(["image"])
-    if len(annotations) != len(images):
-        images = images.select(annotations["row"][:])
-    joined = datasets.concatenate_datasets([annotations.remove_columns(["row"]), images], axis=1)
-    return joined.cast_column("image", datasets.Image())
+    if len(rows) != len(images):
+        images = images.select(rows["row"][:])
+    joined = datasets.concatenate_datasets([rows.remove_columns(["row"]), images], axis=1)
+    dataset = joined.cast_column("image", datasets.Image())
+    return DetectionSplit(dataset, vocabulary.names, *read_cache_note(rows.info, where), split, path)
 
 
-def _open(path: str, split: str, config: str | None, cache_dir: str | None) -> datasets.Dataset:
+def _open(path: str, split: str, config: str | None, cache_dir: str | os.PathLike[str] | None) -> datasets.Dataset:
     """A split with undecoded images in the column `image`."""
     where, folder = f"{path}, split {split!r}", Path(path).expanduser()
     try:
@@ -172,7 +109,9 @@ def _open(path: str, split: str, config: str | None, cache_dir: str | None) -> d
     return _with_image_column(source, where)
 
 
-def _open_anything(path: str, split: str, config: str | None, cache_dir: str | None) -> datasets.Dataset:
+def _open_anything(
+    path: str, split: str, config: str | None, cache_dir: str | os.PathLike[str] | None
+) -> datasets.Dataset:
     folder = Path(path).expanduser()
     base, part = split_and_part(split)
     if folder.is_dir():
@@ -219,14 +158,19 @@ def _with_image_column(source: datasets.Dataset, where: str) -> datasets.Dataset
 def _refuse_foreign_paths(source: datasets.Dataset, where: str, roots: Sequence[str | os.PathLike[str]]) -> None:
     """A row may name an image instead of holding it; only files of the data set itself are opened."""
     allowed = [Path(root).expanduser().resolve() for root in roots]
+    for path, is_embedded in _paths(source):
+        if path and not (is_embedded or any(Path(path).resolve().is_relative_to(root) for root in allowed)):
+            raise DataError(
+                f"{where}: the image {printable(path)} lies outside the data set: put it there, or embed its bytes"
+            )
+
+
+def _paths(source: datasets.Dataset) -> Iterator[tuple[str | None, bool]]:
+    """Path of each image, and whether its bytes are in the row."""
     for batch in source.select_columns(["image"]).with_format("arrow").iter(1000):
         column = batch["image"].combine_chunks()
-        outside = pc.and_(pc.is_valid(column.field("path")), pc.is_null(column.field("bytes")))
-        for name in pc.filter(column.field("path"), outside).to_pylist():
-            if not any(Path(name).resolve().is_relative_to(root) for root in allowed):
-                raise DataError(
-                    f"{where}: the image {printable(name)} lies outside the data set: put it there, or embed its bytes"
-                )
+        is_embedded = pc.is_valid(column.field("bytes"))
+        yield from zip(column.field("path").to_pylist(), is_embedded.to_pylist(), strict=True)
 
 
 def _records(source: datasets.Dataset, vocabulary: Vocabulary, where: str, problems: Problems) -> list[ImageRecord]:
@@ -237,9 +181,11 @@ def _records(source: datasets.Dataset, vocabulary: Vocabulary, where: str, probl
     if not ids or not all(isinstance(i, int) and abs(i) <= LARGEST_INTEGER for i in ids):
         ids = list(range(len(source)))
     if len(set(ids)) != len(ids):
-        twice = collections.Counter(ids).most_common(1)[0][0]
+        twice = Counter(ids).most_common(1)[0][0]
         raise DataError(f"{where}: image id {twice} appears twice; image ids must be unique")
-    names = columns.get("file_name") or _file_names(source)
+    names = columns.get("file_name") or [
+        os.path.basename(path) if path else f"row {row}" for row, (path, _) in enumerate(_paths(source))
+    ]
     records, number = [], 0
     for position, row in enumerate(object_rows(source)):
         objects = []
@@ -264,14 +210,6 @@ def _records(source: datasets.Dataset, vocabulary: Vocabulary, where: str, probl
         size = [columns[name][position] if name in columns else None for name in ("width", "height")]
         records.append(ImageRecord(ids[position], str(names[position]), *size, objects))
     return records
-
-
-def _file_names(source: datasets.Dataset) -> list[str]:
-    names = []
-    for batch in source.select_columns(["image"]).with_format("arrow").iter(1000):
-        paths = batch["image"].combine_chunks().field("path").to_pylist()
-        names += [os.path.basename(path) if path else f"row {len(names) + i}" for i, path in enumerate(paths)]
-    return names
 
 
 def _sources(source: datasets.Dataset) -> Iterable[ImageSource]:

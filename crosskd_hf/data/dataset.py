@@ -9,12 +9,13 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
+from torchvision.transforms.v2 import Compose
 
 from ..data.box_formats import MIN_SIDE
 from ..data.errors import DataError
 from ..data.sampler import SampleKey, stable_seed
 from ..data.split import DetectionSplit
-from ..data.transforms import Multiscale, Sample, build_transform
+from ..data.transforms import Multiscale, RandomFlip, Sample, SizeToFit
 from ..utils.escaping import printable
 from ..utils.images import ImageError, load_tensor
 
@@ -37,11 +38,13 @@ class DetectionDataset(Dataset[dict[str, Any]]):
     Args:
         split: see `load_coco` and `keep_for_training`.
         train: augment, and give boxes.
-        short_side, long_side, multiscale, multiscale_short_sides, flip_probability: see `build_transform`.
+        short_side, long_side: see `SizeToFit`.
+        multiscale, multiscale_short_sides: see `SizeToFit`; evaluation has one size.
+        flip_probability: of a horizontal flip in training.
         seed: of the augmentation.
 
     Raises:
-        ValueError: see `build_transform`.
+        ValueError: see `SizeToFit`; a probability outside [0, 1].
     """
 
     def __init__(
@@ -60,14 +63,11 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         self.train = train
         self.seed = seed
         self.size = short_side, long_side
-        self.transform = build_transform(
-            train=train,
-            short_side=short_side,
-            long_side=long_side,
-            multiscale=multiscale,
-            multiscale_short_sides=multiscale_short_sides,
-            flip_probability=flip_probability,
-        )
+        self.transform = SizeToFit(short_side, long_side)
+        if train:
+            fit = SizeToFit(short_side, long_side, multiscale, multiscale_short_sides)
+            # Flipped first, while the image is small: the pixels are the same.
+            self.transform = Compose([RandomFlip(flip_probability), fit])
         columns = ["image_id", "image", "file_name", "width", "height"]
         rows = split.dataset.select_columns([*columns, "objects"] if train else columns)
         self._rows = rows.cast_column("image", datasets.Image(decode=False))  # decoded by `load_tensor`

@@ -1,5 +1,6 @@
 """What is wrong with a data set: counted by kind, with examples, told together."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -13,7 +14,13 @@ class DataError(ValueError):
 
 
 class Kind(Enum):
-    """A kind of problem: what it is, and what to do or what happens."""
+    """A kind of problem.
+
+    Attributes:
+        thing, what: of which the problem is, and the problem.
+        advice: what to do, or what happens.
+        stops: the data can't be used with it, unless it is left out; otherwise it is only worth knowing.
+    """
 
     IMAGE = ("image", "cannot be read", "restore or remove it")
     IMAGE_SIZE = ("image", "is of another size than annotated", "correct one or the other")
@@ -25,50 +32,24 @@ class Kind(Enum):
     AREA_NUMBER = (
         "annotation",
         "has an area that is not a finite number",
-        "correct it, or leave area out to take the box's",
+        "correct it, or remove it to use the box's",
     )
     CROWD = ("annotation", "has an iscrowd that is neither 0 nor 1", "correct or remove it")
     BOX_NEGATIVE = ("annotation", "has a box of negative width or height", "correct or remove it")
-    BOX_EMPTY = ("annotation", "has a box less than 1 pixel wide or high", "it is not trained on")
-    AREA = ("annotation", "has an area of 0 or less", "it is not trained on; leave area out to take the box's")
-    BOX_OUTSIDE = ("annotation", "has a box wholly outside its image", "it is not trained on")
-    BOX_EDGE = ("annotation", "has a box that reaches over the image's edge", "it is clipped in training")
+    BOX_EMPTY = ("annotation", "has a box less than 1 pixel wide or high", "it is not trained on", False)
+    AREA = ("annotation", "has an area of 0 or less", "it is not trained on; leave area out to take the box's", False)
+    BOX_OUTSIDE = ("annotation", "has a box completely outside its image", "it is not trained on", False)
+    BOX_EDGE = ("annotation", "has a box that reaches over the image's edge", "it is clipped in training", False)
     # What only `crosskd check-data` looks for.
-    FILE_TWICE = ("image file", "is listed under several ids", "list it once, with all of its boxes")
-    ROW_TWICE = ("row", "is there again, with the same image and boxes", "remove one")
-    CONTENT_TWICE = ("image", "has the content of another one in its split", "remove one")
-    IN_BOTH = ("image", "is in both splits by its content", "evaluate on images that aren't trained on")
-    BOX_TWICE = ("annotation", "has the class and the box of another one of its image", "remove one")
-    NO_ROW = (
-        "image file",
-        "has no row in metadata.jsonl",
-        "it isn't used; add a row, without boxes if there are none",
-    )
+    FILE_TWICE = ("image file", "is listed under several ids", "list it once, with all of its boxes", False)
+    ROW_TWICE = ("row", "is there again, with the same image and boxes", "remove one", False)
+    CONTENT_TWICE = ("image", "has the content of another one in its split", "remove one", False)
+    IN_BOTH = ("image", "is in both splits by its content", "evaluate on images that aren't trained on", False)
+    BOX_TWICE = ("annotation", "has the class and the box of another one of its image", "remove one", False)
+    NO_ROW = ("image file", "has no row in metadata.jsonl", "it isn't used; add a row, even without boxes", False)
 
-    @property
-    def stops(self) -> bool:
-        """Whether the data can't be used with it (unless it is left out), or it is only worth knowing."""
-        return self not in NOT_STOPPING
-
-    def describe(self, count: int, examples: list[str]) -> str:
-        """Count, kind, examples and advice in one line."""
-        thing, what, advice = self.value
-        shown = "; ".join(map(printable, examples)) + ("; ..." if count > len(examples) else "")
-        return f"{count} x {thing} {what} ({advice}): {shown}"
-
-
-NOT_STOPPING = (
-    Kind.BOX_EMPTY,
-    Kind.AREA,
-    Kind.BOX_OUTSIDE,
-    Kind.BOX_EDGE,
-    Kind.FILE_TWICE,
-    Kind.ROW_TWICE,
-    Kind.CONTENT_TWICE,
-    Kind.IN_BOTH,
-    Kind.BOX_TWICE,
-    Kind.NO_ROW,
-)
+    def __init__(self, thing: str, what: str, advice: str, stops: bool = True) -> None:
+        self.thing, self.what, self.advice, self.stops = thing, what, advice, stops
 
 
 @dataclass
@@ -80,22 +61,22 @@ class Problems:
         examples: the first few of each kind.
     """
 
-    counts: dict[Kind, int] = field(default_factory=dict)
+    counts: Counter[Kind] = field(default_factory=Counter)
     examples: dict[Kind, list[str]] = field(default_factory=dict)
 
     def add(self, kind: Kind, example: str) -> None:
         """Count a problem; the example names the record."""
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        examples = self.examples.setdefault(kind, [])
-        if len(examples) < EXAMPLES:
-            examples.append(example)
+        self.counts[kind] += 1
+        if self.counts[kind] <= EXAMPLES:
+            self.examples.setdefault(kind, []).append(example)
 
     def lines(self, stopping: bool | None = None) -> list[str]:
-        """A line a kind: all, or only those that stop (True) or don't (False)."""
+        """A line per kind, with count, advice and examples: all, or only those that stop (True) or don't (False)."""
         return [
-            kind.describe(count, self.examples[kind])
+            f"{count} x {kind.thing} {kind.what} ({kind.advice}): "
+            + "; ".join([*map(printable, self.examples[kind]), *["..."] * (count > EXAMPLES)])
             for kind, count in self.counts.items()
-            if stopping is None or kind.stops == stopping
+            if stopping in (None, kind.stops)
         ]
 
     def raise_if_stopping(self, source: str) -> None:
@@ -115,6 +96,6 @@ class Problems:
     def from_dict(cls, content: dict[str, list]) -> "Problems":
         """The inverse of `to_dict`."""
         return cls(
-            {Kind[name]: count for name, (count, _) in content.items()},
+            Counter({Kind[name]: count for name, (count, _) in content.items()}),
             {Kind[name]: examples for name, (_, examples) in content.items()},
         )

@@ -1,6 +1,6 @@
 """Settings of a data set -> splits and data sets."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import pyarrow.compute as pc
 
@@ -28,10 +28,10 @@ def load_split(data: DataSection, name: str, limit: int | None = None) -> Detect
         CacheError: see `open_cache`.
     """
     if data.layout == "shapes":
-        sliced = bool(split_and_part(name)[1])
+        is_slice = bool(split_and_part(name)[1])
         whole = load_shapes(
             name,
-            (data.max_train_images if sliced else limit) or 0,
+            (data.max_train_images if is_slice else limit) or 0,
             side=data.shapes_side,
             difficulty=data.shapes_difficulty,
             seed=data.shapes_seed,
@@ -104,19 +104,13 @@ def check_same_classes(train: DetectionSplit, evaluated: DetectionSplit, names: 
     one, other = train.label_names, evaluated.label_names
     if one == other:
         return
-    texts = [
-        f"only {name!r} has {', '.join(map(repr, classes[:10]))}"
-        for name, classes in zip(names, (_missing(one, other), _missing(other, one)), strict=True)
-        if classes
-    ]
+    texts = []
+    for name, classes, others in ((names[0], one, other), (names[1], other, one)):
+        if only := [repr(label) for label in classes if label not in others]:
+            texts.append(f"only {name!r} has {', '.join(only[:10])}")
     texts += [f"{' and '.join(map(repr, group))} differ only by case or blanks" for group in alike([*one, *other])]
-    if not texts:
-        texts = [f"another order, {', '.join(one[:5])} and {', '.join(other[:5])}"]
-    raise DataError(f"the splits {names[0]!r} and {names[1]!r} have different classes: {'; '.join(texts)}")
-
-
-def _missing(names: Sequence[str], other: Sequence[str]) -> list[str]:
-    return [name for name in names if name not in other]
+    order = f"another order, {', '.join(one[:5])} and {', '.join(other[:5])}"
+    raise DataError(f"the splits {names[0]!r} and {names[1]!r} have different classes: {'; '.join(texts) or order}")
 
 
 def alike(names: Iterable[str]) -> list[list[str]]:

@@ -27,13 +27,11 @@ class EpochSampler(Sampler[SampleKey]):
     Args:
         length: number of items.
         seed: of the shuffle.
-        shuffle: False gives 0, 1, 2, ...
     """
 
-    def __init__(self, length: int, *, seed: int, shuffle: bool = True) -> None:
+    def __init__(self, length: int, seed: int) -> None:
         self.length = length
         self.seed = seed
-        self.shuffle = shuffle
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -45,11 +43,9 @@ class EpochSampler(Sampler[SampleKey]):
 
     def __iter__(self) -> Iterator[SampleKey]:
         epoch = self.epoch  # an epoch that has begun is not changed by `set_epoch`
-        order: Sequence[int] = range(self.length)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(stable_seed(self.seed, epoch))
-            order = torch.randperm(self.length, generator=generator).tolist()
-        return (SampleKey(epoch, index) for index in order)
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, epoch))
+        order = torch.randperm(self.length, generator=generator)
+        return (SampleKey(epoch, index) for index in order.tolist())
 
 
 class OrientationBatchSampler(Sampler[list[SampleKey]]):
@@ -64,7 +60,6 @@ class OrientationBatchSampler(Sampler[list[SampleKey]]):
         orientations: (N,) bool, True where the image is narrower than high.
         batch_size: images per batch and rank.
         seed: of the shuffle.
-        shuffle: False keeps the order of the data set.
         group: False mixes orientations.
         drop_last: leave the short batch out.
 
@@ -78,7 +73,6 @@ class OrientationBatchSampler(Sampler[list[SampleKey]]):
         batch_size: int,
         *,
         seed: int,
-        shuffle: bool = True,
         group: bool = True,
         drop_last: bool = False,
     ) -> None:
@@ -92,7 +86,7 @@ class OrientationBatchSampler(Sampler[list[SampleKey]]):
         upright = torch.as_tensor(orientations, dtype=torch.bool)
         self.upright = upright if group else torch.zeros_like(upright)  # all of one group: nothing is left to join
         # accelerate reads the next three
-        self.sampler = EpochSampler(length, seed=seed, shuffle=shuffle)
+        self.sampler = EpochSampler(length, seed)
         self.batch_size = batch_size
         self.drop_last = drop_last
 

@@ -4,6 +4,7 @@ import string
 from dataclasses import dataclass
 
 from ..utils.recipe_fields import MOST_PIXELS, Problem, default_of, setting, settings_of
+from .box_formats import FORMATS, UNITS
 
 
 @dataclass
@@ -22,8 +23,8 @@ class DataSection:
     annotations: str = setting("annotations/instances_{split}.json", "annotation file inside the folder")
     images: str = setting("{split}", "image folder inside the folder")
     config: str | None = setting(None, "layout datasets: configuration of a Hub data set that has several")
-    box_format: str = setting("xywh", "layout datasets: order of a box's numbers", ("xywh", "xyxy", "cxcywh"))
-    box_unit: str = setting("pixel", "layout datasets: pixel, or relative to the image (0..1)", ("pixel", "relative"))
+    box_format: str = setting("xywh", "layout datasets: order of a box's numbers", FORMATS)
+    box_unit: str = setting("pixel", "layout datasets: pixel, or relative to the image (0..1)", UNITS)
     # setting() copies a list.
     label_names: list[str] = setting([], "layout datasets: class names by label, where the data has none")  # noqa: RUF009
     category_ids: list[int] = setting([], "layout datasets: the data's number of each of label_names")  # noqa: RUF009
@@ -52,7 +53,7 @@ class DataSection:
 
 def data_problems(data: DataSection) -> list[Problem]:
     """Combinations of settings that can't be."""
-    problems: list[Problem] = _layout_problems(data)
+    problems = _layout_problems(data)
     sides = data.multiscale_short_sides
     names = ("data.multiscale", "data.multiscale_short_sides")
     if data.multiscale == "range" and not (len(sides) == 2 and sides[0] < sides[1]):
@@ -84,13 +85,11 @@ def _layout_problems(data: DataSection) -> list[Problem]:
     if data.layout == "shapes":
         for name in ("max_train_images", "max_val_images"):
             if getattr(data, name) is None:
-                problems.append(
-                    ((f"data.{name}",), f"data.{name} is missing: layout shapes generates that many images.")
-                )
+                text = f"data.{name} is missing: layout shapes generates that many images."
+                problems.append(((f"data.{name}",), text))
     if data.layout != "datasets":
         for f in settings_of(DataSection):
-            only = f.metadata["help"].startswith("layout datasets") and getattr(data, f.name) != default_of(f)
-            if only:
+            if f.metadata["help"].startswith("layout datasets") and getattr(data, f.name) != default_of(f):
                 text = f"data.{f.name} is for layout datasets, but data.layout is {data.layout}."
                 problems.append(((f"data.{f.name}", "data.layout"), text))
     if data.category_ids and len(data.category_ids) != len(data.label_names):

@@ -11,89 +11,39 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .cache import CheckedBuilder, open_cache
+from .cache import cached_rows
+from .checks import ImageRecord, ObjectRecord, arrow_row
 from .sampler import stable_seed
-from .split import SPLIT_NAME, DetectionSplit, detection_features, split_and_part
+from .split import DetectionSplit, detection_features, split_and_part
 
 CLASSES = ("disc", "square", "triangle", "star", "ring", "cross")
 EMPTY_FRACTION, CROWD_FRACTION = 0.04, 0.06
+CROSS_ARM = math.hypot(1, 0.35)
+# Corners of a shape: how often they are repeated around it, and their radius (in parts of the shape's) and angle.
+OUTLINES = {
+    "square": (4, [(1, 0)]),
+    "triangle": (3, [(1, 0)]),
+    "star": (5, [(1, 0), (0.45, math.pi / 5)]),
+    "cross": (
+        4,
+        [(1, -math.atan2(0.35, 1)), (1, math.atan2(0.35, 1)), (math.hypot(0.35, 0.35) / CROSS_ARM, math.pi / 4)],
+    ),
+}
 SUPERSAMPLING = 4  # edges are drawn at this many times the resolution
 MIN_VISIBLE = 0.4  # part of a shape that later ones leave visible; a shape that would be hidden more is left out
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One generated image: (H, W, 3) uint8 pixels; boxes (G, 4) [x, y, w, h] in pixels; G labels and crowd flags."""
+    """One generated image: (H, W, 3) uint8 pixels; G boxes [x, y, w, h] in pixels, labels and crowd flags."""
 
     pixels: np.ndarray
-    boxes: np.ndarray
+    boxes: list[list[int]]
     labels: list[int]
     crowds: list[bool]
-
-
-@dataclass
-class ShapesConfig(datasets.BuilderConfig):
-    """What one Arrow cache is made from.
-
-    Attributes:
-        images: number of images.
-        side: longer side of an image, in pixels; the other one is 3/4 of it. Every third image is upright.
-        difficulty: 0 (few, large shapes on a plain background) to 1 (many, small, noisy ones between clutter, of
-            colours near the background's).
-        seed: of all images.
-    """
-
-    split: str = "train"
-    images: int = 100
-    side: int = 128
-    difficulty: float = 0.5
-    seed: int = 0
-
-
-class Shapes(CheckedBuilder):
-    """Writes generated images to Arrow, PNG bytes included; the columns are those of every `DetectionSplit`."""
-
-    VERSION = datasets.Version("1.0.0")  # part of the cache's path: raise it whenever an image would change
-    BUILDER_CONFIG_CLASS = ShapesConfig
-
-    def _info(self) -> datasets.DatasetInfo:
-        return datasets.DatasetInfo(features=detection_features(CLASSES))
-
-    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        return [datasets.SplitGenerator(name=SPLIT_NAME)]
-
-    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        config = self.config
-        number = 0
-        for index in range(config.images):
-            scene = draw_scene(index, config.split, config.side, config.difficulty, config.seed)
-            file = io.BytesIO()
-            Image.fromarray(scene.pixels).save(file, "PNG")
-            height, width = scene.pixels.shape[:2]
-            ids = list(range(number + 1, number + 1 + len(scene.labels)))
-            number += len(ids)
-            boxes = scene.boxes.astype(float).tolist()
-            yield (
-                index,
-                {
-                    "image_id": index,
-                    "image": {"path": None, "bytes": file.getvalue()},
-                    "file_name": f"{config.split}_{index:06d}.png",
-                    "width": width,
-                    "height": height,
-                    "objects": {
-                        "id": ids,
-                        "bbox": boxes,
-                        "category": scene.labels,
-                        "area": [w * h for _, _, w, h in boxes],
-                        "iscrowd": scene.crowds,
-                    },
-                },
-            )
 
 
 def load_shapes(
@@ -104,7 +54,11 @@ def load_shapes(
     Args:
         split: any name; splits of different names have no image in common. A slice such as "train[:80%]" is of the
             `images` of its name.
-        images, side, difficulty, seed: see `ShapesConfig`.
+        images: their number.
+        side: longer side of an image, in pixels; the other one is 3/4 of it. Every third image is upright.
+        difficulty: 0 (few, large shapes on a plain background) to 1 (many, small, noisy ones between clutter, of
+            colours near the background's).
+        seed: of all images.
         cache_dir: where the Arrow file goes; by default the cache of `datasets`.
 
     Raises:
@@ -117,21 +71,29 @@ def load_shapes(
             "generated images need at least 1 image, a side of 32 pixels or more and a difficulty from 0 to 1, "
             f"got {images}, {side} and {difficulty}"
         )
-    builder = open_cache(
-        lambda: Shapes(
-            cache_dir=cache_dir,
-            dataset_name="crosskd_shapes",
-            split=split,
-            images=images,
-            side=side,
-            difficulty=float(difficulty),
-            seed=seed,
-        ),
-        cache_dir,
+    made_from = (split, images, side, float(difficulty), seed)
+    dataset = cached_rows(
+        "crosskd_shapes", made_from, lambda: (detection_features(CLASSES), "", _rows(*made_from)), cache_dir
     )
     ids = tuple(range(1, len(CLASSES) + 1))
-    whole = DetectionSplit(builder.as_dataset(split=SPLIT_NAME), CLASSES, ids, name=split, source="generated shapes")
-    return whole.part(part)
+    return DetectionSplit(dataset, CLASSES, ids, name=split, source="generated shapes").part(part)
+
+
+def _rows(split: str, images: int, side: int, difficulty: float, seed: int) -> Iterator[dict[str, Any]]:
+    """The rows of a `DetectionSplit`, PNG bytes included."""
+    number = 0
+    for index in range(images):
+        scene = draw_scene(index, split, side, difficulty, seed)
+        file = io.BytesIO()
+        Image.fromarray(scene.pixels).save(file, "PNG")
+        objects = [
+            ObjectRecord(number + i, box, label, box[2] * box[3], crowd)
+            for i, (box, label, crowd) in enumerate(zip(scene.boxes, scene.labels, scene.crowds, strict=True), 1)
+        ]
+        number += len(objects)
+        height, width = scene.pixels.shape[:2]
+        record = ImageRecord(index, f"{split}_{index:06d}.png", width, height, objects)
+        yield {**arrow_row(record), "image": {"path": None, "bytes": file.getvalue()}}
 
 
 def draw_scene(index: int, split: str, side: int, difficulty: float, seed: int) -> Scene:
@@ -156,18 +118,19 @@ def draw_scene(index: int, split: str, side: int, difficulty: float, seed: int) 
             label = int(rng.integers(len(CLASSES)))
             # Log-uniform: as many small shapes as large ones.
             size = min(height, width) * math.exp(rng.uniform(math.log(smallest), math.log(0.7)))
-            mask, x, y = _place(rng, label, size, height, width)
-            box = _bounds(mask > 0.5, x, y)
-            if box is None or not _leaves_visible(owner, mask > 0.5, x, y):
+            mask = shape_mask(label, size, rng.uniform(0, 2 * math.pi))[: height - 1, : width - 1]
+            x, y = int(rng.integers(0, width - mask.shape[1])), int(rng.integers(0, height - mask.shape[0]))
+            solid, owners = mask > 0.5, owner[y : y + mask.shape[0], x : x + mask.shape[1]]
+            if not solid.any() or not _leaves_visible(owner, owners[solid]):
                 continue
             _paint(canvas, mask, x, y, _texture(rng, mask.shape, canvas, difficulty))
-            owner[y : y + mask.shape[0], x : x + mask.shape[1]][mask > 0.5] = len(boxes)
-            boxes.append(box)
+            owners[solid] = len(boxes)
+            left, top, right, bottom = Image.fromarray(solid).getbbox()
+            boxes.append([x + left, y + top, right - left, bottom - top])
             labels.append(label)
             crowds.append(False)
     canvas += rng.normal(0, 4 + 14 * difficulty, canvas.shape)
-    pixels = canvas.clip(0, 255).round().astype(np.uint8)
-    return Scene(pixels, np.array(boxes, dtype=np.int64).reshape(-1, 4), labels, crowds)
+    return Scene(canvas.clip(0, 255).round().astype(np.uint8), boxes, labels, crowds)
 
 
 def shape_mask(label: int, size: float, angle: float) -> np.ndarray:
@@ -187,55 +150,17 @@ def shape_mask(label: int, size: float, angle: float) -> np.ndarray:
         if name == "ring":
             disc(0.55, 0)
     else:
-        points = [(centre + radius * r * math.cos(a + angle), centre + radius * r * math.sin(a + angle))
-                  for r, a in _outline(name)]  # fmt: skip
-        draw.polygon(points, fill=255)
+        repeats, corners = OUTLINES[name]
+        turned = [(radius * r, 2 * math.pi * i / repeats + a + angle) for i in range(repeats) for r, a in corners]
+        draw.polygon([(centre + r * math.cos(a), centre + r * math.sin(a)) for r, a in turned], fill=255)
     small = image.resize((side, side), Image.Resampling.BOX)
     return np.asarray(small, dtype=np.float64) / 255
 
 
-def _outline(name: str) -> list[tuple[float, float]]:
-    """Corners of a shape as (radius, angle), the radius in parts of the shape's."""
-    if name == "cross":
-        arm = math.hypot(1, 0.35)
-        inner, outer = math.hypot(0.35, 0.35) / arm, math.atan2(0.35, 1)
-        corners = []
-        for quarter in range(4):
-            a = quarter * math.pi / 2
-            corners += [(1.0, a - outer), (1.0, a + outer), (inner, a + math.pi / 4)]
-        return corners
-    count, inner = {"square": (4, None), "triangle": (3, None), "star": (5, 0.45)}[name]
-    corners = []
-    for i in range(count):
-        a = 2 * math.pi * i / count
-        corners.append((1.0, a))
-        if inner:
-            corners.append((inner, a + math.pi / count))
-    return corners
-
-
-def _place(rng: np.random.Generator, label: int, size: float, height: int, width: int) -> tuple[np.ndarray, int, int]:
-    """A turned shape that lies wholly inside the image, and its upper left corner."""
-    mask = shape_mask(label, size, rng.uniform(0, 2 * math.pi))
-    mask = mask[: height - 1, : width - 1]
-    return mask, int(rng.integers(0, width - mask.shape[1])), int(rng.integers(0, height - mask.shape[0]))
-
-
-def _bounds(solid: np.ndarray, x: int, y: int) -> list[int] | None:
-    rows, columns = np.flatnonzero(solid.any(axis=1)), np.flatnonzero(solid.any(axis=0))
-    if not len(rows):
-        return None
-    left, top = int(columns[0]), int(rows[0])
-    return [x + left, y + top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1]
-
-
-def _leaves_visible(owner: np.ndarray, solid: np.ndarray, x: int, y: int) -> bool:
-    """Whether every shape drawn before stays visible enough under a new one."""
-    below = owner[y : y + solid.shape[0], x : x + solid.shape[1]][solid]
-    for index in np.unique(below[below >= 0]):
-        if (below == index).sum() > (1 - MIN_VISIBLE) * (owner == index).sum():
-            return False
-    return True
+def _leaves_visible(owner: np.ndarray, below: np.ndarray) -> bool:
+    """Whether every shape drawn before stays visible enough under a new one, which covers pixels of these owners."""
+    earlier = np.unique(below[below >= 0])
+    return all((below == index).sum() <= (1 - MIN_VISIBLE) * (owner == index).sum() for index in earlier)
 
 
 def _paint(canvas: np.ndarray, mask: np.ndarray, x: int, y: int, colours: np.ndarray) -> None:

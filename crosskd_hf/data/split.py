@@ -10,8 +10,6 @@ import pyarrow.compute as pc
 
 from .errors import DataError, Problems
 
-SPLIT_NAME = "images"  # one cache holds one split: its own name need not be a valid `datasets` split name
-
 
 @dataclass(frozen=True)
 class DetectionSplit:

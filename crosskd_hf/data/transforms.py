@@ -1,11 +1,10 @@
 """Flip, multi-scale and resizing, on uint8 images and their boxes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import Compose
 from torchvision.transforms.v2.functional import resize_image
 
 from ..utils.images import resized_size
@@ -102,29 +101,3 @@ class RandomFlip:
         width = sample["image"].shape[-1]
         boxes = torch.stack([width - right, top, width - left, bottom], dim=-1)
         return {**sample, "image": sample["image"].flip(-1), "boxes": boxes}
-
-
-def build_transform(
-    *,
-    train: bool,
-    short_side: int = 800,
-    long_side: int = 1333,
-    multiscale: Multiscale = "none",
-    multiscale_short_sides: Sequence[int] = (),
-    flip_probability: float = 0.5,
-) -> Callable[[Sample], Sample]:
-    """The transform of a `Sample`; in training it has boxes.
-
-    Args:
-        train: with False there is neither multi-scale nor flip.
-        short_side, long_side, multiscale, multiscale_short_sides: see `SizeToFit`.
-        flip_probability: of a horizontal flip.
-
-    Raises:
-        ValueError: see `SizeToFit`; a probability outside [0, 1].
-    """
-    if not train:
-        return SizeToFit(short_side, long_side)
-    fit = SizeToFit(short_side, long_side, multiscale, multiscale_short_sides)
-    # Flipped first, while the image is small: the pixels are the same.
-    return Compose([RandomFlip(flip_probability), fit])

@@ -110,7 +110,7 @@ def test_files_of_other_programs_are_no_damage(load, tmp_path, caplog):
 
 def test_an_error_of_the_check_is_no_damage(load, tmp_path, monkeypatch, caplog):
     load()
-    monkeypatch.setattr(cache, "_files", lambda *_: [].missing)
+    monkeypatch.setattr(cache, "filenames_for_dataset_split", lambda *_: [].missing)
     with pytest.raises(AttributeError):
         load()
     assert list((tmp_path / "cache").rglob("*.arrow")) and not caplog.text
