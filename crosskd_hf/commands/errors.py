@@ -1,7 +1,6 @@
 """Errors as one message instead of a traceback, where the user can do something about them."""
 
 import contextlib
-import sys
 from collections.abc import Iterator
 
 from accelerate import PartialState
@@ -26,16 +25,6 @@ RUN_ERRORS = (
     RecipeError,
     UnicodeEncodeError,
 )
-
-
-@contextlib.contextmanager
-def interruptible(hint: str = "") -> Iterator[None]:
-    """End the program at Ctrl-C with a line instead of a traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"\ninterrupted{f': {hint}' if hint else ''}", file=sys.stderr, flush=True)
-        raise SystemExit(130) from None  # 128 + SIGINT, as shells have it
 
 
 @contextlib.contextmanager

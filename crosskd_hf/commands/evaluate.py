@@ -8,10 +8,7 @@ from .arguments import at_least
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `crosskd evaluate`. The data set is the recipe's that was saved beside the model."""
     parser.add_argument("model", help="folder or Hub id of a saved detector")
-    parser.add_argument(
-        "--recipe",
-        help="recipe with the data section (default: recipe.yaml in the model's folder)",
-    )
+    parser.add_argument("--recipe", help="recipe with the data section (default: recipe.yaml in the model's folder)")
     parser.add_argument(
         "--data",
         help="data set of the same layout, instead of the recipe's data.path; COCO's layout if there is none",

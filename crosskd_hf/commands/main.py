@@ -19,7 +19,7 @@ COMMANDS = {
     "info": (info, "size, cost, labels and origin of a model"),
     "export": (export, "a model as an ONNX or torch.export file"),
 }
-TRAINING = ("train", "demo")  # go on from their last checkpoint; what they are for isn't on stdout
+TRAINING = ("train", "demo")  # resume from their last checkpoint; what they are for isn't on stdout
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,15 +39,18 @@ def _run(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from ..utils.progress import set_quiet
-    from .errors import USER_ERRORS, explained, interruptible
+    from .errors import USER_ERRORS, explained
 
     set_quiet(arguments.quiet)
-    hint = "the same command goes on from the last checkpoint" if arguments.command in TRAINING else ""
     # `train` itself tells errors of the preparation from those of the training.
     kinds = () if arguments.command == "train" else USER_ERRORS
     try:
-        with interruptible(hint), explained(kinds):
+        with explained(kinds):
             COMMANDS[arguments.command][0].run(arguments)
+    except KeyboardInterrupt:
+        hint = ": the same command goes on from the last checkpoint" if arguments.command in TRAINING else ""
+        print(f"\ninterrupted{hint}", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None  # 128 + SIGINT, as shells have it
     finally:
         PartialState().destroy_process_group()
         gc.collect()  # DDP's hold on the group: its threads would abort the process while Python ends

@@ -27,8 +27,7 @@ class LenientStream:
 
     def writelines(self, lines: Iterable[str]) -> None:
         """Write, or drop, each text."""
-        for line in lines:
-            self.write(line)
+        self.write("".join(lines))
 
     def flush(self) -> None:
         """Hand over what is buffered, or drop it."""

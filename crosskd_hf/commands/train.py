@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument("--dry-run", action="store_true", help="build everything, print it, and stop")
     parser.add_argument(
-        "--accept-changes", action="store_true", help="go on with a run although the recipe has changed since it began"
+        "--accept-changes", action="store_true", help="resume a run although the recipe has changed since it began"
     )
 
 
@@ -41,7 +41,7 @@ def train_recipe(recipe: "Recipe", dry_run: bool = False, accept_changes: bool =
     Args:
         recipe: what to run.
         dry_run: build and describe it only.
-        accept_changes: go on with a run that was begun with another recipe, where that is possible.
+        accept_changes: resume a run that was begun with another recipe, where that is possible.
 
     Raises:
         SystemExit: with one message about what the user can mend.

@@ -6,7 +6,6 @@ come from outside.
 
 import json
 import logging
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,14 +34,6 @@ COCO_METRICS = {
     "APm": "IoU 0.50:0.95, areas of 32^2 to 96^2 pixels, 100 detections an image",
     "APl": "IoU 0.50:0.95, areas above 96^2 pixels, 100 detections an image",
 }
-CITATION = """@inproceedings{wang2024crosskd,
-  title     = {CrossKD: Cross-Head Knowledge Distillation for Object Detection},
-  author    = {Wang, Jiabao and Chen, Yuming and Zheng, Zhaohui and Li, Xiang and Cheng, Ming-Ming and Hou, Qibin},
-  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
-  year      = {2024},
-  eprint    = {2306.11369},
-  archivePrefix = {arXiv}
-}"""
 
 
 @dataclass(frozen=True)
@@ -136,13 +127,15 @@ def model_card(facts: CardFacts) -> ModelCard:
         ValueError: the metadata isn't one that the Hub's client reads.
     """
     data, teacher = facts.data, facts.teacher
+    hub_id = teacher and teacher.hub_id
     card = ModelCard.from_template(
         card_data(facts),
         template_path=str(TEMPLATE),
         title=markdown(facts.name),
         marker=MARKER,
         detector=_description(facts.detector),
-        teacher=teacher and _teacher_link(teacher),
+        teacher=teacher
+        and (f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else markdown_code(teacher.name)),
         teacher_detector=teacher and _description(teacher.detector),
         # Quoted, whatever it holds.
         source=printable(json.dumps(facts.repo_id or facts.name, ensure_ascii=False)),
@@ -153,7 +146,6 @@ def model_card(facts: CardFacts) -> ModelCard:
         training=facts.training,
         recipe=facts.recipe and markdown_block(facts.recipe, "yaml"),
         license=facts.license,
-        citation=CITATION,
     )
     return ModelCard(without_tokens(str(card)))
 
@@ -183,11 +175,12 @@ def card_data(facts: CardFacts) -> ModelCardData:
 def eval_results(facts: CardFacts) -> list[EvalResult]:
     """The measured metrics; -1, which pycocotools gives where there is nothing to find, and NaN aren't any."""
     data = facts.data
+    slug = re.sub(r"[^a-z0-9._-]+", "-", data.name.lower()).strip("-") or "unknown"
     return [
         EvalResult(
             task_type="object-detection",
             task_name="Object Detection",
-            dataset_type=data.hub_id or _slug(data.name),
+            dataset_type=data.hub_id or slug,
             dataset_name=data.name,
             dataset_config=data.config,
             dataset_split=data.split,
@@ -197,27 +190,13 @@ def eval_results(facts: CardFacts) -> list[EvalResult]:
             metric_config=f"pycocotools COCOeval, bbox, {how}",
         )
         for name, how in COCO_METRICS.items()
-        if _is_measured(facts.metrics.get(name))
+        if facts.metrics.get(name, -1) >= 0
     ]
-
-
-def _is_measured(value: float | None) -> bool:
-    return value is not None and math.isfinite(value) and value >= 0
 
 
 def _description(detector: DetectorFacts) -> str:
     article = "an" if detector.architecture[0] in "AF" else "a"  # ATSS and FCOS, as they are spoken
     return f"{article} {detector.architecture} detector with the backbone `{detector.backbone}`"
-
-
-def _teacher_link(teacher: TeacherFacts) -> str:
-    if teacher.hub_id:
-        return f"[{teacher.hub_id}](https://huggingface.co/{teacher.hub_id})"
-    return markdown_code(teacher.name)
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-") or "unknown"
 
 
 def unique(values: Iterable[str]) -> list[str]:

@@ -102,9 +102,8 @@ def export_detector(
         raise
     except Exception as error:  # exporters raise whatever their parts do, and tracing runs any code of the backbone
         if isinstance(error, OSError) or is_disk_full(error):
-            raise ExportError(
-                f"{path} can't be written ({words(error)}); choose another file with --output"
-            ) from error
+            text = f"{path} can't be written ({words(error)}); choose another file with --output"
+            raise ExportError(text) from error
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ExportError(
             f"a {type(model).__name__} with backbone {model.config.backbone!r} can't be exported "
@@ -115,25 +114,22 @@ def export_detector(
 
 def metadata(model: DenseDetector, processor: DenseDetectorImageProcessor, nms: bool) -> dict[str, str]:
     """What is stored in the file to prepare images and to read its output; what isn't text is JSON."""
-    config, size = model.config, processor.size
-    mean, std = (list(map(float, values)) for values in (processor.image_mean, processor.image_std))
+    config = model.config
     values: dict[str, Any] = {
         "model_type": config.model_type,
         "backbone": config.backbone,
         "id2label": {str(label): name for label, name in config.id2label.items()},
         "size_divisor": processor.size_divisor,
-        "short_side": size["shortest_edge"],
-        "long_side": size["longest_edge"],
-        "image_mean": mean,
-        "image_std": std,
+        "short_side": processor.size["shortest_edge"],
+        "long_side": processor.size["longest_edge"],
+        "image_mean": list(map(float, processor.image_mean)),
+        "image_std": list(map(float, processor.image_std)),
         "rescale_factor": processor.rescale_factor if processor.do_rescale else 1.0,
         "channel_order": "BGR" if processor.do_flip_channel_order else "RGB",
-        "score_threshold": processor.score_threshold,
-        "nms_threshold": processor.nms_threshold,
-        "max_candidates": processor.max_candidates,
-        "max_detections": processor.max_detections,
         "nms": nms,
     }
+    for name in ("score_threshold", "nms_threshold", "max_candidates", "max_detections"):
+        values[name] = getattr(processor, name)
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
 
 
@@ -188,8 +184,7 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(before)

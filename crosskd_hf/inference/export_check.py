@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
-from .export_graph import OUTPUTS, ExportError, Selection, batched_nms_mask, portable
+from .export_graph import OUTPUTS, ExportError, portable, suppress
 
 # Two detections are the same one if they differ by less: pixels and score. More is a wrong file, not rounding.
 SAME_BOX, SAME_SCORE = 1.0, 0.01
@@ -90,22 +90,22 @@ def check_export(
         inputs = processor([_random_image(height, width) for height, width in sizes], return_tensors="pt")
         with torch.no_grad():
             expected += processor.post_process_object_detection(model(**inputs), threshold=0.0)
-        exported += detections(runner(**inputs), None if nms else Selection.of(processor, nms))
+        exported += detections(runner(**inputs), None if nms else processor)
     return compare(expected, exported)
 
 
-def detections(outputs: Sequence[Tensor], suppress: "Selection | None" = None) -> list[Detections]:
+def detections(outputs: Sequence[Tensor], processor: DenseDetectorImageProcessor | None = None) -> list[Detections]:
     """An exported file's output without padding: one dict per image, `scores` (K,), `labels` (K,), `boxes` (K, 4).
 
     Args:
         outputs: scores (N, K), labels (N, K), boxes (N, K, 4).
-        suppress: do the non-maximum suppression that the file doesn't do.
+        processor: do the non-maximum suppression that the file doesn't do, by these thresholds and numbers.
     """
     scores, labels, boxes = outputs
     keep = scores > 0
-    if suppress:
-        keep = batched_nms_mask(boxes, scores, labels, suppress.nms_threshold, int(labels.max()) + 1)
-    most = suppress.max_detections if suppress else scores.shape[1]
+    if processor:
+        keep = suppress(processor, boxes, scores, labels, int(labels.max()) + 1)
+    most = processor.max_detections if processor else scores.shape[1]
     return [
         {"scores": scores[i, kept][:most], "labels": labels[i, kept][:most], "boxes": boxes[i, kept][:most]}
         for i, kept in enumerate(keep)

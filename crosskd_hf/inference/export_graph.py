@@ -1,7 +1,6 @@
 """The part of an exported file that computes: a detector and the selection of its detections as one traced graph."""
 
 import copy
-from dataclasses import dataclass
 
 import torch
 import torch.fx.experimental._config as symbolic_config
@@ -51,46 +50,41 @@ def _(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, num_l
     return torch.empty_like(scores, dtype=torch.bool)
 
 
-@dataclass(frozen=True)
-class Selection:
-    """How predictions are cut down: the image processor's numbers, and whether by non-maximum suppression too."""
-
-    score_threshold: float
-    nms_threshold: float
-    max_candidates: int
-    max_detections: int
-    nms: bool
-
-    @classmethod
-    def of(cls, processor: DenseDetectorImageProcessor, nms: bool) -> "Selection":
-        """The numbers of an image processor."""
-        # Rounded as the IoUs are, see `select_detections`.
-        iou = torch.tensor(processor.nms_threshold, dtype=torch.float32).item()
-        return cls(processor.score_threshold, iou, processor.max_candidates, processor.max_detections, nms)
+def suppress(
+    processor: DenseDetectorImageProcessor, boxes: Tensor, scores: Tensor, labels: Tensor, num_labels: int
+) -> Tensor:
+    """`batched_nms_mask` at the threshold of an image processor."""
+    # Rounded as the IoUs are, see `select_detections`.
+    threshold = torch.tensor(processor.nms_threshold, dtype=torch.float32).item()
+    return batched_nms_mask(boxes, scores, labels, threshold, num_labels)
 
 
 class ExportableDetector(nn.Module):
     """A detector and the selection of its detections, for batches of any size, in operations that can be traced.
 
     Nothing in it depends on the data but inside the suppression: candidates that drop out get score 0.
+
+    Args:
+        model: the detector.
+        processor: whose thresholds and numbers of candidates and detections count.
+        nms: do non-maximum suppression, too.
     """
 
-    def __init__(self, model: DenseDetector, selection: Selection):
+    def __init__(self, model: DenseDetector, processor: DenseDetectorImageProcessor, nms: bool):
         super().__init__()
         self.model = model
-        self.selection = selection
+        self.processor = processor
+        self.nms = nms
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, 3, H, W) and (N, H, W) -> scores (N, K), labels (N, K), boxes (N, K, 4), as the module describes."""
-        model, selection = self.model, self.selection
+        model, most = self.model, self.processor.max_detections
         head = model.head(model.fpn(model.backbone(pixel_values)))
         score, label, boxes = self._candidates(head, unpadded_sizes(pixel_values, pixel_mask))
         count = score.shape[1]
-        if selection.nms:
-            keep = batched_nms_mask(boxes, score, label, selection.nms_threshold, model.config.num_labels)
-            score = score * keep
-            missing = max(selection.max_detections - count, 0)
-            count = selection.max_detections
+        if self.nms:
+            score = score * suppress(self.processor, boxes, score, label, model.config.num_labels)
+            missing, count = max(most - count, 0), most
             score, label = F.pad(score, (0, missing)), F.pad(label, (0, missing))
             boxes = F.pad(boxes, (0, 0, 0, missing))
         score, order = score.topk(count)
@@ -115,12 +109,12 @@ class ExportableDetector(nn.Module):
 
     def _best_pairs(self, head: HeadOutput) -> tuple[Tensor, Tensor]:
         """Class scores and (prior, class) numbers, both (N, levels * max_candidates), of each level's best pairs."""
-        spec, most = self.model.head.spec, self.selection.max_candidates
+        spec, most = self.model.head.spec, self.processor.max_candidates
         scores, pairs, start = [], [], 0
         for level in head.logits:
             flat = flatten_levels([level], spec.num_labels).float().sigmoid().flatten(1)
             best, index = F.pad(flat, (0, most), value=-1.0).topk(most)  # padded, since levels may have fewer
-            keep = best > self.selection.score_threshold
+            keep = best > self.processor.score_threshold
             scores.append(best * keep)
             pairs.append(torch.where(keep, index, 0) + start)
             start = start + flat.shape[1]
@@ -134,7 +128,7 @@ def _rows(boxes: Tensor, index: Tensor) -> Tensor:
 
 def trace(model: DenseDetector, processor: DenseDetectorImageProcessor, nms: bool) -> torch.export.ExportedProgram:
     """The graph, for any number and size of images."""
-    exportable = ExportableDetector(portable(model), Selection.of(processor, nms)).eval()
+    exportable = ExportableDetector(portable(model), processor, nms).eval()
     # No map of this batch has a side of 1, and no two sizes are the same: both would be taken for rules.
     multiple, stride = processor.size_divisor, model.config.strides[-1]
     cells = -(-2 * stride // multiple)

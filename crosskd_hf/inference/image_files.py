@@ -48,10 +48,7 @@ def find_images(sources: Sequence[str], recursive: bool = False) -> list[Path]:
     Raises:
         PredictionError: a source that matches no image, or a folder that can't be listed.
     """
-    images: dict[str, Path] = {}
-    for source in sources:
-        for path in _matches(source, recursive):
-            images.setdefault(os.path.abspath(path), path)
+    images = {os.path.abspath(path): path for source in reversed(sources) for path in _matches(source, recursive)}
     return sorted(images.values())
 
 
@@ -81,22 +78,17 @@ def read_annotated(path: str | os.PathLike[str]) -> Annotated:
     except (ValueError, RecursionError) as error:
         raise PredictionError(f"the annotation file {path} is no JSON ({error}).") from error
     try:
-        images = [
-            ImageEntry(image["id"], image["file_name"], (image["width"], image["height"]))
-            for image in content["images"]
-        ]
+        images = [ImageEntry(i["id"], i["file_name"], (i["width"], i["height"])) for i in content["images"]]
         categories = [(category["name"], category["id"]) for category in content["categories"]]
     except (KeyError, TypeError) as error:
         raise PredictionError(
             f"{path} is no COCO instances file: it needs a list of images with id, file_name, width and height, and a "
             f"list of categories with id and name ({type(error).__name__}: {error})."
         ) from error
-    for what, names in (
-        ("file_name", [image.file_name for image in images]),
-        ("category", [name for name, _ in categories]),
-    ):
-        if len(set(names)) < len(names):
-            twice = Counter(names).most_common(1)[0][0]
+    names = {"file_name": [image.file_name for image in images], "category": [name for name, _ in categories]}
+    for what, values in names.items():
+        if len(set(values)) < len(values):
+            twice = Counter(values).most_common(1)[0][0]
             raise PredictionError(f"{path} lists the {what} {twice!r} twice, so that its id is open.")
     return Annotated({image.file_name: image for image in images}, dict(categories))
 
@@ -146,19 +138,18 @@ def _matches(source: str, recursive: bool) -> list[Path]:
     path = Path(source).expanduser()
     endings = " ".join(IMAGE_EXTENSIONS)
     if path.is_dir():
-        images = _images_in(path, recursive)
-        hint = "" if recursive else "; --recursive looks into its folders, too"
-        if not images:
-            raise PredictionError(f"the folder {source} holds no images ({endings}){hint}.")
-        return images
-    if path.exists():
+        images, hint = _images_in(path, recursive), "" if recursive else "; --recursive looks into its folders, too"
+        problem = f"the folder {source} holds no images ({endings}){hint}."
+    elif path.exists():
         return [path]
-    if not glob.has_magic(source):
+    elif glob.has_magic(source):
+        matches = map(Path, glob.glob(str(path), recursive=True))
+        images = [match for match in matches if _is_image_name(match) and match.is_file()]
+        problem = f"the pattern {source} matches no images ({endings})."
+    else:
         raise PredictionError(f"there is no file or folder {source}: give an image, a folder, or a pattern in quotes.")
-    images = [Path(match) for match in glob.glob(str(path), recursive=True) if _is_image_name(match)]
-    images = [image for image in images if image.is_file()]
     if not images:
-        raise PredictionError(f"the pattern {source} matches no images ({endings}).")
+        raise PredictionError(problem)
     return images
 
 
@@ -168,14 +159,13 @@ def _images_in(folder: Path, recursive: bool) -> list[Path]:
 
     images: list[Path] = []
     for place, folders, files in os.walk(folder, onerror=fail):
-        images += [Path(place, name) for name in files if _is_image_name(name)]
+        images += filter(_is_image_name, (Path(place, name) for name in files))
         if not recursive:
             folders.clear()
     return images
 
 
-def _is_image_name(name: str) -> bool:
-    path = PurePath(name)
+def _is_image_name(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")
 
 

@@ -12,8 +12,8 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -27,7 +27,13 @@ from .detect import detect_images
 from .image_files import PredictionError
 from .prediction_writer import Prediction
 
-ErrorHandler = Callable[[Path, ImageError], None]
+
+class Sample(NamedTuple):
+    """An image and what the model takes of it: `pixel_values` (1, 3, H, W) and `pixel_mask` (1, H, W)."""
+
+    path: Path
+    image: Image.Image
+    inputs: Mapping[str, Tensor]
 
 
 def predict(
@@ -38,7 +44,7 @@ def predict(
     threshold: float = 0.0,
     batch_size: int = 4,
     workers: int = 2,
-    on_error: ErrorHandler | None = None,
+    on_error: Callable[[Path, ImageError], None] | None = None,
 ) -> Iterator[Prediction]:
     """Detections of image files, in the order of the files, read and computed while they are asked for.
 
@@ -56,44 +62,23 @@ def predict(
             it, the first such image ends the predictions.
 
     Raises:
-        PredictionError: an argument is out of its range; while iterating and without `on_error`, an image can't be
-            read.
+        PredictionError: an argument is out of its range; without `on_error`, an image can't be read.
     """
     check_numbers(batch_size, workers, threshold)
-    return _predict(model, processor, paths, threshold, batch_size, workers, on_error)
 
-
-@dataclass(frozen=True)
-class _Sample:
-    """An image and what the model takes of it: `pixel_values` (1, 3, H, W) and `pixel_mask` (1, H, W)."""
-
-    path: Path
-    image: Image.Image
-    inputs: Mapping[str, Tensor]
-
-
-def _predict(
-    model: DenseDetector,
-    processor: DenseDetectorImageProcessor,
-    paths: Iterable[str | os.PathLike[str]],
-    threshold: float,
-    batch_size: int,
-    workers: int,
-    on_error: ErrorHandler | None,
-) -> Iterator[Prediction]:
-    def read(path: Path) -> _Sample | ImageError:
+    def read(path: Path) -> Sample | ImageError:
         try:
             image = load_rgb(path)
         except ImageError as error:
             return error
-        return _Sample(path, image, processor(image, return_tensors="pt"))
+        return Sample(path, image, processor(image, return_tensors="pt"))
 
     model.eval()
-    batch: list[_Sample] = []
+    batch: list[Sample] = []
     samples = _read_ahead(map(Path, paths), read, workers, max(batch_size, workers) if workers else 0)
     with contextlib.closing(samples):  # its threads end when the caller stops asking
         for path, sample in samples:
-            if isinstance(sample, _Sample):
+            if isinstance(sample, Sample):
                 batch.append(sample)
             elif on_error is None:
                 raise unreadable(path, sample) from sample
@@ -107,10 +92,10 @@ def _predict(
 
 
 def _read_ahead(
-    paths: Iterator[Path], read: Callable[[Path], _Sample | ImageError], workers: int, ahead: int
-) -> Iterator[tuple[Path, _Sample | ImageError]]:
+    paths: Iterator[Path], read: Callable[[Path], Sample | ImageError], workers: int, ahead: int
+) -> Iterator[tuple[Path, Sample | ImageError]]:
     """What `read` gives for each path, in their order; up to `ahead` are read before they are asked for."""
-    pending: deque[tuple[Path, Future[_Sample | ImageError]]] = deque()
+    pending: deque[tuple[Path, Future[Sample | ImageError]]] = deque()
     pool = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="crosskd-read")
     try:
         for path in paths:
@@ -118,15 +103,14 @@ def _read_ahead(
             if len(pending) > ahead:
                 first, future = pending.popleft()
                 yield first, future.result()
-        while pending:
-            first, future = pending.popleft()
+        for first, future in pending:
             yield first, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _detect(
-    model: DenseDetector, processor: DenseDetectorImageProcessor, batch: Sequence[_Sample], threshold: float
+    model: DenseDetector, processor: DenseDetectorImageProcessor, batch: Sequence[Sample], threshold: float
 ) -> list[Prediction]:
     """Predictions of a batch, in its order."""
     inputs = [sample.inputs for sample in batch]

@@ -8,8 +8,9 @@ category_id is then the model's label, counted from 0.
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,6 @@ import torch
 from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
 from ..utils.escaping import printable
-from ..utils.files import folder_problem
 from ..utils.images import ImageError
 from ..utils.progress import Progress
 from ..weights.loading import load_detector, load_processor
@@ -32,7 +32,15 @@ from .image_files import (
     relative_names,
 )
 from .predict import check_numbers, predict, unreadable
-from .prediction_writer import PICTURES_FOLDER, RESULTS_FILE, PredictionWriter, ResultsFile, check_output
+from .prediction_writer import (
+    PICTURES_FOLDER,
+    PICTURES_MARKER,
+    RESULTS_FILE,
+    Prediction,
+    PredictionWriter,
+    check_output,
+    results_file,
+)
 
 
 @dataclass(frozen=True)
@@ -96,29 +104,25 @@ def predict_files(
     check_numbers(batch_size, workers, threshold, json_threshold)
     paths = find_images(sources, recursive)
     names = relative_names(paths)
-    folder = Path(output)
-    picture_folder = folder / PICTURES_FOLDER if pictures else None
-    if problem := folder_problem(output):
-        raise PredictionError(f"{problem} with --output-dir.")
-    check_output(folder, picture_folder, paths, picture_names(names))
+    pictures_of = picture_names(names)
+    results = Path(output) / RESULTS_FILE
+    picture_folder = Path(output) / PICTURES_FOLDER if pictures else None
+    check_output(output, picture_folder, paths, pictures_of)
     annotated = read_annotated(annotations) if annotations else None
     entries = match_images(paths, annotated) if annotated else number_images(names)
     detector, processor = _load(model, device)
     id2label = detector.config.id2label
-    writer = PredictionWriter(
-        ResultsFile(folder / RESULTS_FILE),
-        picture_folder,
-        dict(zip(paths, entries, strict=True)),
-        dict(zip(paths, picture_names(names), strict=True)),
-        id2label,
-        category_ids_of(id2label, annotated),
-        threshold,
-        json_threshold,
-    )
-    options = {"batch_size": batch_size, "workers": workers}
+    category_ids = category_ids_of(id2label, annotated)
+    entry_of, name_of = (dict(zip(paths, values, strict=True)) for values in (entries, pictures_of))
     start = time.perf_counter()
-    detections, left_out = _write_all(writer, detector, processor, paths, options, stop_at_errors)
-    return Written(folder / RESULTS_FILE, picture_folder, detections, left_out, time.perf_counter() - start)
+    with results_file(results) as add_results:
+        thresholds = threshold, json_threshold
+        writer = PredictionWriter(add_results, picture_folder, entry_of, name_of, id2label, category_ids, *thresholds)
+        predict_all = partial(predict, detector, processor, paths, batch_size=batch_size, workers=workers)
+        detections, left_out = _write_all(writer, predict_all, len(paths), stop_at_errors)
+    if picture_folder:
+        (picture_folder / PICTURES_MARKER).unlink(missing_ok=True)  # from now on the results show it
+    return Written(results, picture_folder, detections, left_out, time.perf_counter() - start)
 
 
 def _load(source: str, device: str | None) -> tuple[DenseDetector, DenseDetectorImageProcessor]:
@@ -132,12 +136,7 @@ def _load(source: str, device: str | None) -> tuple[DenseDetector, DenseDetector
 
 
 def _write_all(
-    writer: PredictionWriter,
-    model: DenseDetector,
-    processor: DenseDetectorImageProcessor,
-    paths: Sequence[Path],
-    options: Mapping[str, int],
-    stop: bool,
+    writer: PredictionWriter, predict_all: Callable[..., Iterator[Prediction]], images: int, stop: bool
 ) -> tuple[list[int], dict[Path, str]]:
     """The number of results of each written image, and path -> name and reason of each that was left out."""
     counts: list[int] = []
@@ -149,14 +148,14 @@ def _write_all(
         left_out[path] = printable(f"{path} {error}")
         bar.update()
 
-    with writer, Progress("predict", len(paths), "images") as bar:
-        for prediction in predict(model, processor, paths, on_error=leave_out, **options):
+    with Progress("predict", images, "images") as bar:
+        for prediction in predict_all(on_error=leave_out):
             try:
                 counts.append(writer.write(prediction))
             except ImageError as error:
                 leave_out(prediction.path, error)
             else:
                 bar.update()
-        if not counts:  # raised in here, so that no results are written
-            raise PredictionError("none of the images could be used:\n  " + "\n  ".join(left_out.values()))
+    if not counts:
+        raise PredictionError("none of the images could be used:\n  " + "\n  ".join(left_out.values()))
     return counts, left_out

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,40 +68,24 @@ def coco_results(
     ]
 
 
-def _save(picture: Image.Image, path: Path) -> None:
-    """Write a picture; a file is there complete or not at all."""
-    with _writing(path), replacing(path, flush=False) as temporary:
-        picture.save(temporary, format=PICTURE_FORMATS[path.suffix.lower()])
+@contextlib.contextmanager
+def results_file(path: Path) -> Iterator[Callable[[Sequence[Mapping[str, Any]]], None]]:
+    """A JSON list, that takes its place when the block ends without an error. Gives the function that appends items.
 
+    Raises:
+        PredictionError: it can't be written.
+    """
+    separator = "[\n"
+    with _writing(path), replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
 
-class ResultsFile:
-    """A JSON list that is written item by item, and takes its place when the block ends without an error."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._separator = "[\n"
-
-    def __enter__(self) -> "ResultsFile":
-        with _writing(self._path), contextlib.ExitStack() as stack:
-            temporary = stack.enter_context(replacing(self._path))
-            self._file = stack.enter_context(temporary.open("w", encoding="utf-8"))
-            self._stack = stack.pop_all()
-        return self
-
-    def add(self, items: Sequence[Mapping[str, Any]]) -> None:
-        """Append items."""
-        with _writing(self._path):
+        def add(items: Sequence[Mapping[str, Any]]) -> None:
+            nonlocal separator
             for item in items:
-                self._file.write(self._separator + json.dumps(item))
-                self._separator = ",\n"
+                file.write(separator + json.dumps(item))
+                separator = ",\n"
 
-    def __exit__(self, *raised: Any) -> None:
-        if raised[0] is not None:
-            with contextlib.suppress(OSError):  # a full disk fails again here
-                self._stack.__exit__(*raised)
-            return
-        with _writing(self._path), self._stack:
-            self._file.write("[]\n" if self._separator == "[\n" else "\n]\n")
+        yield add
+        file.write("[]\n" if separator == "[\n" else "\n]\n")
 
 
 @dataclass(frozen=True)
@@ -109,14 +93,14 @@ class PredictionWriter:
     """Where predictions go.
 
     Attributes:
-        results: opened and closed with the writer.
+        add_results: appends to the results.
         pictures: folder, or None for no pictures.
         entries, picture_names: of each image.
         id2label, category_ids: names and COCO category ids of the model's labels.
         threshold, json_threshold: of what is drawn, and of what goes into the results.
     """
 
-    results: ResultsFile
+    add_results: Callable[[Sequence[Mapping[str, Any]]], None]
     pictures: Path | None
     entries: Mapping[Path, ImageEntry]
     picture_names: Mapping[Path, str]
@@ -124,15 +108,6 @@ class PredictionWriter:
     category_ids: Mapping[int, int]
     threshold: float
     json_threshold: float
-
-    def __enter__(self) -> "PredictionWriter":
-        self.results.__enter__()
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        self.results.__exit__(*raised)
-        if raised[0] is None and self.pictures:
-            (self.pictures / PICTURES_MARKER).unlink(missing_ok=True)  # from now on the results show it
 
     def write(self, prediction: Prediction) -> int:
         """Write the results and the picture of an image: the number of results.
@@ -143,28 +118,22 @@ class PredictionWriter:
         """
         entry = self.entries[prediction.path]
         if entry.size is not None and prediction.image.size != entry.size:
-            (width, height), (listed_width, listed_height) = prediction.image.size, entry.size
-            raise ImageError(
-                f"is {width} x {height} pixels, but the annotation file says {listed_width} x {listed_height}"
-            )
+            size, listed = (f"{width} x {height}" for width, height in (prediction.image.size, entry.size))
+            raise ImageError(f"is {size} pixels, but the annotation file says {listed}")
         rows = coco_results(prediction, entry, self.id2label, self.category_ids, self.json_threshold)
-        self.results.add(rows)
+        self.add_results(rows)
         if self.pictures:
-            _save(self._picture(prediction), self.pictures / self.picture_names[prediction.path])
-            with _writing(self.pictures):
+            path = self.pictures / self.picture_names[prediction.path]
+            with _writing(path), replacing(path, flush=False) as temporary:
+                self._draw(prediction).save(temporary, format=PICTURE_FORMATS[path.suffix.lower()])
                 (self.pictures / PICTURES_MARKER).touch()
         return len(rows)
 
-    def _picture(self, prediction: Prediction) -> Image.Image:
+    def _draw(self, prediction: Prediction) -> Image.Image:
         keep = prediction.scores > self.threshold
         labels = prediction.labels[keep].tolist()
-        return draw_boxes(
-            prediction.image,
-            prediction.boxes[keep],
-            [self.id2label[label] for label in labels],
-            prediction.scores[keep].tolist(),
-            [label_color(label) for label in labels],
-        )
+        names, colors = [self.id2label[label] for label in labels], [label_color(label) for label in labels]
+        return draw_boxes(prediction.image, prediction.boxes[keep], names, prediction.scores[keep].tolist(), colors)
 
 
 @contextlib.contextmanager
@@ -177,7 +146,7 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def check_output(output: Path, pictures: Path | None, paths: Sequence[Path], names: Sequence[str] = ()) -> None:
+def check_output(output: str, pictures: Path | None, paths: Sequence[Path], names: Sequence[str]) -> None:
     """Refuse folders that can't be written to, and to write over what isn't of an earlier call; name what is.
 
     Args:
@@ -189,10 +158,10 @@ def check_output(output: Path, pictures: Path | None, paths: Sequence[Path], nam
     Raises:
         PredictionError: naming what stands in the way.
     """
-    for folder in filter(None, (output, pictures)):
-        if problem := folder_problem(str(folder)):
+    for folder in (output, *([str(pictures)] if pictures else [])):
+        if problem := folder_problem(folder):
             raise PredictionError(f"{problem} with --output-dir.")
-    results = output / RESULTS_FILE
+    results = Path(output) / RESULTS_FILE
     if earlier := results.exists():
         with open(results, "rb") as file:
             start = file.read(100)
@@ -201,16 +170,14 @@ def check_output(output: Path, pictures: Path | None, paths: Sequence[Path], nam
         say(f"{results} is of an earlier call, and will be replaced")
     if pictures is None:
         return
-    place = pictures.resolve()
-    for path in paths:
-        if path.resolve().is_relative_to(place):
-            raise PredictionError(
-                f"the image {path} lies where pictures are written, and could be overwritten: name another folder "
-                "with --output-dir, or use --no-pictures."
-            )
+    if inside := [path for path in paths if path.resolve().is_relative_to(pictures.resolve())]:
+        raise PredictionError(
+            f"the image {inside[0]} lies where pictures are written, and could be overwritten: name another folder "
+            "with --output-dir, or use --no-pictures."
+        )
     there = {p.relative_to(pictures).as_posix() for p in pictures.rglob("*") if p.is_file() and not p.is_symlink()}
+    of_earlier_call = earlier or PICTURES_MARKER in there
     there.discard(PICTURES_MARKER)
-    of_earlier_call = earlier or (pictures / PICTURES_MARKER).exists()
     if not of_earlier_call and (lost := sorted(there.intersection(names))):
         raise PredictionError(
             f"{pictures} isn't of an earlier call, and holds pictures that would be written over, such as {lost[0]}: "

@@ -16,7 +16,7 @@ from crosskd_hf.commands import export as command
 from crosskd_hf.inference import export
 from crosskd_hf.inference.export import ExportError, export_detector
 from crosskd_hf.inference.export_check import Difference, compare, detections, load_exported
-from crosskd_hf.inference.export_graph import ExportableDetector, Selection, batched_nms_mask, trace
+from crosskd_hf.inference.export_graph import ExportableDetector, batched_nms_mask, trace
 from crosskd_hf.models import MODELS, DenseDetector
 from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
 
@@ -89,7 +89,7 @@ def check_detections(model, processor, nms: bool, runner, sizes: list[tuple[int,
         expected = processor.post_process_object_detection(model(**inputs), 0.0)
     outputs = runner(**inputs)
     assert outputs[0].shape == (len(sizes), processor.max_detections if nms else 3 * processor.max_candidates)
-    found = detections(outputs, None if nms else Selection.of(processor, nms))
+    found = detections(outputs, None if nms else processor)
     difference = compare(expected, found)
     assert difference.detections > 0 and difference.unmatched == 0, difference
     assert difference.box < 1e-3 and difference.score < 1e-5
@@ -137,7 +137,7 @@ def test_detections_are_padded_where_there_are_fewer_candidates() -> None:
     processor = processor_of(model, max_candidates=5, max_detections=40)
     inputs = processor(noise([(64, 64)]), return_tensors="pt")
     with torch.no_grad():
-        outputs = ExportableDetector(model, Selection.of(processor, nms=True))(**inputs)
+        outputs = ExportableDetector(model, processor, nms=True)(**inputs)
         expected = processor.post_process_object_detection(model(**inputs), 0.0)
     assert [tuple(output.shape) for output in outputs] == [(1, 40), (1, 40), (1, 40, 4)]
     difference = compare(expected, detections(outputs))

@@ -186,7 +186,7 @@ def test_broken_images(tmp_path: Path, detector) -> None:
 )
 def test_wrong_arguments_raise_at_the_call(detector, options: dict, message: str) -> None:
     with pytest.raises(PredictionError, match=message):
-        predict(*detector, [], **options)
+        list(predict(*detector, [], **options))
 
 
 def test_extreme_arguments_are_fine(detector) -> None:
