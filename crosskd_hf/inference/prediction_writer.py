@@ -123,9 +123,9 @@ class PredictionWriter:
         rows = coco_results(prediction, entry, self.id2label, self.category_ids, self.json_threshold)
         self.add_results(rows)
         if self.pictures:
-            path = self.pictures / self.picture_names[prediction.path]
+            picture, path = self._draw(prediction), self.pictures / self.picture_names[prediction.path]
             with _writing(path), replacing(path, flush=False) as temporary:
-                self._draw(prediction).save(temporary, format=PICTURE_FORMATS[path.suffix.lower()])
+                picture.save(temporary, format=PICTURE_FORMATS[path.suffix.lower()])
                 (self.pictures / PICTURES_MARKER).touch()
         return len(rows)
 
