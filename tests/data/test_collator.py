@@ -1,12 +1,7 @@
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from crosskd_hf.data.coco import load_coco
 from crosskd_hf.data.collator import DetectionCollator, padded_number
-from crosskd_hf.data.dataset import DetectionDataset
-from crosskd_hf.data.sampler import OrientationBatchSampler
-from crosskd_hf.data.split import keep_for_training
 from crosskd_hf.data.transforms import resize
 from crosskd_hf.models.image_processing import BGR_CAFFE, DenseDetectorImageProcessor
 
@@ -50,7 +45,7 @@ def test_training_batch(collator):
 
 
 @pytest.mark.parametrize(
-    ("boxes", "length"), [(0, 8), (1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (100, 128), (500, 512), (513, 1024)]
+    ("boxes", "length"), [(0, 8), (1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (512, 512), (513, 1024)]
 )
 def test_boxes_are_padded_to_few_lengths(collator, boxes, length):
     assert padded_number(boxes) == length
@@ -105,24 +100,6 @@ def test_finishing_on_the_device_gives_the_same_batch(settings, boxes):
     assert set(done) == set(expected)
     done, expected = ({**b.pop("labels", {}), **b} for b in (done, expected))
     assert all(torch.equal(done[name], expected[name]) for name in expected)
-
-
-def test_from_files_to_batches(coco_mini, tmp_path):
-    split = keep_for_training(load_coco(coco_mini, "train2017", cache_dir=tmp_path))
-    dataset = DetectionDataset(split, train=True, short_side=96, long_side=160)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=OrientationBatchSampler(dataset.orientations(), 8, seed=0),
-        collate_fn=DetectionCollator(DenseDetectorImageProcessor()),
-        num_workers=2,
-    )
-    batches = list(loader)
-    assert len(batches) == len(loader) == 10
-    seen = [image_id for batch in batches for image_id in batch["labels"]["image_id"].tolist()]
-    assert sorted(seen) == sorted(split.dataset["image_id"][:])
-    for batch in batches:
-        sizes = [(int(mask.any(1).sum()), int(mask.any(0).sum())) for mask in batch["pixel_mask"]]
-        assert sizes == [tuple(size) for size in batch["labels"]["size"].tolist()]
 
 
 @pytest.mark.parametrize("boxes", [[[30, 20, 10, 9]], [[50, 5, 60, 9]]])

@@ -1,10 +1,10 @@
 import os
 import pickle
+from operator import itemgetter
 
 import pytest
 import torch
 from PIL import Image
-from processes import CONTEXT
 from torch.utils.data import DataLoader
 
 from crosskd_hf.data.coco import load_coco
@@ -106,27 +106,14 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(split):
     assert augmented(split, 0)["size"] == augmented(split, SampleKey(0, 0))["size"]
 
 
-def test_both_flips_occur(split):
-    dataset = DetectionDataset(split, train=True, **SMALL)
-    lefts = [dataset[SampleKey(epoch, 0)]["boxes"][0, 0].item() for epoch in range(40)]
-    assert set(lefts) == {4.0, 26.0} and 10 < lefts.count(4.0) < 30
-
-
 def test_workers_change_nothing(split):
     dataset = DetectionDataset(
         split, train=True, short_side=8, long_side=400, multiscale="choice", multiscale_short_sides=range(8, 200)
     )
     keys = [SampleKey(epoch, index) for epoch in range(2) for index in range(3)]
     here = [dataset[key]["size"] for key in keys]
-    for context in ("fork", CONTEXT):
-        loader = DataLoader(
-            dataset, sampler=keys, batch_size=None, num_workers=2, multiprocessing_context=context, collate_fn=_size
-        )
-        assert list(loader) == here
-
-
-def _size(item):
-    return item["size"]
+    loader = DataLoader(dataset, sampler=keys, batch_size=None, num_workers=2, collate_fn=itemgetter("size"))
+    assert list(loader) == here
 
 
 def test_dataset_is_light_to_send_to_workers(split):
@@ -162,39 +149,3 @@ def test_unreadable_images_are_named(split):
     Image.new("RGB", (30, 29)).save(paths[2])
     with pytest.raises(ValueError, match=r"image 3 \(3\.png\) is 30 x 29 pixels, but .* says 30 x 30"):
         dataset[2]
-
-
-@pytest.mark.parametrize(("mode", "color"), [("L", 90), ("RGBA", (90, 90, 90, 255)), ("1", 1), ("P", 3), ("CMYK", 0)])
-def test_images_become_rgb(split, mode, color):
-    path = split.dataset.with_format("arrow")[0]["image"][0].as_py()["path"]
-    image = Image.new(mode, (40, 20), color)
-    image.save(path, format="TIFF" if mode == "CMYK" else "PNG")
-    item = DetectionDataset(split, train=False, **SMALL)[0]
-    pixel = torch.tensor(image.convert("RGB").getpixel((0, 0)), dtype=torch.uint8)
-    assert torch.equal(item["image"], pixel[:, None, None].expand(3, 20, 40))
-
-
-def test_rotation_in_the_file_is_undone(split):
-    path = split.dataset.with_format("arrow")[0]["image"][0].as_py()["path"]
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: stored 20 x 40, meant 40 x 20
-    image = Image.new("RGB", (20, 40))
-    image.paste((255, 255, 255), (0, 0, 20, 20))
-    image.save(path, format="PNG", exif=exif)
-    item = DetectionDataset(split, train=False, **SMALL)[0]
-    assert item["original_size"] == item["size"] == (20, 40)
-    assert item["image"][0, 0, [0, 19, 20, 39]].tolist() == [0, 0, 255, 255]  # up goes right
-
-
-def test_real_coco(coco_mini, tmp_path):
-    split = load_coco(coco_mini, "train2017", cache_dir=tmp_path)
-    dataset = DetectionDataset(split, train=True)
-    upright = dataset.orientations()
-    for index in range(0, len(dataset), 5):
-        item = dataset[index]
-        height, width = item["size"]
-        assert (min(height, width) == 800 and max(height, width) <= 1333) or max(height, width) == 1333
-        assert bool(upright[index]) == (width < height)
-        boxes = item["boxes"]
-        assert (boxes >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
-        assert (boxes[:, 2:] > boxes[:, :2]).all()

@@ -17,31 +17,26 @@ def scene(index=0, split="train", side=96, difficulty=0.5, seed=0):
 
 def test_an_image_is_a_function_of_its_settings():
     first = scene()
-    assert np.array_equal(first.pixels, scene().pixels) and np.array_equal(first.boxes, scene().boxes)
+    assert np.array_equal(first.pixels, scene().pixels) and first.boxes == scene().boxes
     for other in ({"index": 1}, {"split": "val"}, {"seed": 1}, {"difficulty": 0.6}):
         assert not np.array_equal(first.pixels, scene(**other).pixels), other
 
 
-@pytest.mark.parametrize("difficulty", [0.0, 1.0])
-def test_boxes_are_whole_pixels_inside_the_image(difficulty):
-    scenes = [scene(i, difficulty=difficulty) for i in range(120)]
-    for s in scenes:
+def test_what_scenes_hold():
+    """Boxes of whole pixels inside the image; crowds and empty images; with difficulty, more and smaller shapes."""
+    easy, hard = ([scene(i, difficulty=difficulty) for i in range(60)] for difficulty in (0.0, 1.0))
+    for s in (*easy, *hard):
         height, width = s.pixels.shape[:2]
         assert s.pixels.dtype == np.uint8 and (height, width) in ((72, 96), (96, 72))
-        assert len(s.boxes) == len(s.labels) == len(s.crowds)
-        assert (s.boxes[:, :2] >= 0).all() and (s.boxes[:, 2:] >= 1).all()
-        assert (s.boxes[:, :2] + s.boxes[:, 2:] <= [width, height]).all()
-    assert sum(s.pixels.shape[0] > s.pixels.shape[1] for s in scenes) == 40  # every third is upright
-    assert {label for s in scenes for label in s.labels} == set(range(len(CLASSES)))
-    assert any(any(s.crowds) for s in scenes) and any(not s.labels for s in scenes)
-    assert all(s.crowds.count(True) <= 1 for s in scenes)
-
-
-def test_difficulty_makes_shapes_smaller_and_more():
-    easy, hard = ([scene(i, difficulty=d) for i in range(60)] for d in (0.0, 1.0))
-    assert np.mean([len(s.labels) for s in hard]) > 1.5 * np.mean([len(s.labels) for s in easy])
-    sizes = [np.median(np.concatenate([s.boxes[:, 2] for s in scenes])) for scenes in (easy, hard)]
-    assert sizes[1] < 0.8 * sizes[0]
+        assert len(s.boxes) == len(s.labels) == len(s.crowds) and s.crowds.count(True) <= 1
+        for x, y, w, h in s.boxes:
+            assert min(x, y) >= 0 and min(w, h) >= 1 and x + w <= width and y + h <= height
+    assert sum(s.pixels.shape[0] > s.pixels.shape[1] for s in easy) == 20  # every third is upright
+    assert {label for s in hard for label in s.labels} == set(range(len(CLASSES)))
+    assert any(any(s.crowds) for s in hard) and any(not s.labels for s in hard)
+    assert sum(len(s.boxes) for s in hard) > 1.5 * sum(len(s.boxes) for s in easy)
+    widths = [np.median([box[2] for s in scenes for box in s.boxes]) for scenes in (easy, hard)]
+    assert widths[1] < 0.8 * widths[0]
 
 
 @pytest.mark.parametrize(("name", "part"), [("disc", np.pi / 4), ("ring", np.pi / 4 * (1 - 0.55**2)), ("square", 0.5)])

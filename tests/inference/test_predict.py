@@ -3,8 +3,6 @@ import errno
 import json
 import os
 import threading
-import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ from tiny import LABELS, tiny_model, tiny_processor, write_tiny_coco
 
 from crosskd_hf.commands.predict import add_arguments, run
 from crosskd_hf.inference import predict as module
-from crosskd_hf.inference import prediction_writer as prediction_files
+from crosskd_hf.inference import prediction_writer
 from crosskd_hf.inference.image_files import (
     Annotated,
     ImageEntry,
@@ -26,10 +24,11 @@ from crosskd_hf.inference.image_files import (
     find_images,
     match_images,
     number_images,
+    picture_names,
     read_annotated,
 )
 from crosskd_hf.inference.predict import predict
-from crosskd_hf.inference.prediction_writer import Prediction, coco_results
+from crosskd_hf.inference.prediction_writer import Prediction, check_output, coco_results
 from crosskd_hf.utils.images import load_rgb
 from crosskd_hf.weights.mmdet import CheckpointError
 
@@ -78,8 +77,7 @@ def alone(detector: tuple, path: Path, threshold: float = 0.0) -> dict[str, torc
 # predict
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (3, 2), (8, 1)])
 def test_predictions_are_those_of_each_image_alone(tmp_path: Path, detector, batch_size: int, workers: int) -> None:
     """Four padded sizes, so that one batch has images of the same and of other sizes."""
     sizes = [(96, 64), (64, 96), (192, 128), (96, 40), (33, 33), (96, 64)]
@@ -95,28 +93,12 @@ def test_predictions_are_those_of_each_image_alone(tmp_path: Path, detector, bat
         torch.testing.assert_close(prediction.boxes, expected["boxes"], rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["gfl", "fcos", "atss"])
-def test_every_detector(tmp_path: Path, name: str) -> None:
-    model = tiny_model(name).eval()
-    paths = [noise(tmp_path / "a.png"), noise(tmp_path / "b.png", 64, 96, seed=1)]
-    for prediction in predict(model, tiny_processor(model), paths):
-        expected = alone((model, tiny_processor(model)), prediction.path)
-        torch.testing.assert_close(prediction.boxes, expected["boxes"], rtol=0, atol=1e-3)
-
-
 def test_the_threshold_is_exclusive(tmp_path: Path, detector) -> None:
     path = noise(tmp_path / "a.png")
     scores = next(predict(*detector, [path])).scores
     third = scores[2].item()
     assert len(next(predict(*detector, [path], threshold=third)).scores) == 2
     assert len(next(predict(*detector, [path], threshold=np.nextafter(np.float32(third), np.float32(0)))).scores) == 3
-
-
-def test_evaluation_mode_and_no_gradients(tmp_path: Path) -> None:
-    model = tiny_model("retinanet").train()
-    prediction = next(predict(model, tiny_processor(model), [noise(tmp_path / "a.png")]))
-    assert not model.training
-    assert not prediction.scores.requires_grad
 
 
 @pytest.mark.parametrize(("workers", "limit"), [(0, 2), (1, 5), (2, 5)])
@@ -149,16 +131,6 @@ def test_images_are_read_only_when_they_are_needed(
     assert threading.active_count() == threads
 
 
-def test_memory_is_let_go(tmp_path: Path, detector) -> None:
-    """Only the images of two batches are alive, however many went by."""
-    path = noise(tmp_path / "a.png")
-    seen = []
-    for prediction in predict(*detector, [path] * 12, batch_size=2, workers=1):
-        seen.append(weakref.ref(prediction.scores))
-        del prediction
-        assert sum(ref() is not None for ref in seen) <= 4
-
-
 def test_broken_images(tmp_path: Path, detector) -> None:
     good, broken = noise(tmp_path / "a.png"), tmp_path / "b.png"
     broken.write_bytes(good.read_bytes()[:100])
@@ -189,15 +161,10 @@ def test_wrong_arguments_raise_at_the_call(detector, options: dict, message: str
         list(predict(*detector, [], **options))
 
 
-def test_extreme_arguments_are_fine(detector) -> None:
-    assert list(predict(*detector, [], threshold=1.0, batch_size=1, workers=0)) == []
-    assert list(predict(*detector, [], threshold=0.0)) == []
-
-
 # sources
 
 
-def test_files_folders_and_patterns(tmp_path: Path) -> None:
+def test_files_folders_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("b.JPG", "a.png", "notes.txt", ".hidden.png", "deep/c.png", "deep/deeper/d.webp"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -215,16 +182,8 @@ def test_files_folders_and_patterns(tmp_path: Path) -> None:
     assert found("deep/c.png", "a.png", ".", "*.png") == ["a.png", "b.JPG", "deep/c.png"]
     assert found("notes.txt") == ["notes.txt"], "a file that is named is taken at its word"
     assert found("deep") == ["deep/c.png"]
-
-
-def test_a_name_with_brackets_is_a_file_first(tmp_path: Path) -> None:
-    path = tmp_path / "a[1].png"
-    path.touch()
-    assert find_images([str(path)]) == [path]
-
-
-def test_relative_and_absolute_are_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.png").touch()
+    (tmp_path / "a[1].png").touch()
+    assert found("a[1].png") == ["a[1].png"], "first of all a name"
     monkeypatch.chdir(tmp_path)
     assert find_images(["a.png", str(tmp_path / "a.png"), "./a.png"]) == [Path("a.png")]
 
@@ -274,9 +233,14 @@ def test_annotated_images_are_found_by_the_end_of_the_path(tmp_path: Path) -> No
         match_images([tmp_path / "c" / "b.png", tmp_path / "d" / "b.png"], annotated)
 
 
+IMAGE = '{"id": 1, "file_name": "a.png", "width": 1, "height": 1}'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (None, r"can't be read \(No such file"),
+        (f'{{"images": [{IMAGE}, {IMAGE}], "categories": []}}', r"lists the file_name 'a\.png' twice"),
         ("{", "is no JSON"),
         ("[]", "is no COCO instances file"),
         ('{"images": []}', "is no COCO instances file: .* 'categories'"),
@@ -289,21 +253,9 @@ def test_annotated_images_are_found_by_the_end_of_the_path(tmp_path: Path) -> No
 )
 def test_annotation_files_that_are_none(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "wrong.json"
-    path.write_text(text)
+    if text is not None:
+        path.write_text(text)
     with pytest.raises(PredictionError, match=f"wrong.json.*{message}"):
-        read_annotated(path)
-
-
-def test_missing_annotation_file(tmp_path: Path) -> None:
-    with pytest.raises(PredictionError, match=r"annotation file .*none\.json can't be read \(No such file"):
-        read_annotated(tmp_path / "none.json")
-
-
-def test_repeated_file_name(tmp_path: Path) -> None:
-    image = {"id": 1, "file_name": "a.png", "width": 1, "height": 1}
-    path = tmp_path / "twice.json"
-    path.write_text(json.dumps({"images": [image, image | {"id": 2}], "categories": []}))
-    with pytest.raises(PredictionError, match=r"lists the file_name 'a\.png' twice"):
         read_annotated(path)
 
 
@@ -349,7 +301,7 @@ def test_the_command_writes_what_predict_gives(tmp_path: Path, saved: str, detec
 
 
 def test_thresholds_of_the_command(tmp_path: Path, saved: str, detector) -> None:
-    path = noise(tmp_path / "a.png")
+    path = noise(tmp_path / "a.png", 512, 512)
     scores = alone(detector, path)["scores"]
     middle = scores[4].item() / 2 + scores[5].item() / 2
     options = ["--no-pictures", "--output-dir", tmp_path / "out"]
@@ -358,81 +310,94 @@ def test_thresholds_of_the_command(tmp_path: Path, saved: str, detector) -> None
     assert not (tmp_path / "out" / "pictures").exists()
     command(saved, path, *options, "--json-threshold", 1)
     assert results(tmp_path / "out") == []
-
-
-def test_only_detections_above_the_threshold_are_drawn(tmp_path: Path, saved: str) -> None:
-    path = noise(tmp_path / "a.png", 512, 512)
-    for threshold in (0, 1):
-        command(saved, path, "--threshold", threshold, "--output-dir", tmp_path / str(threshold))
-    with Image.open(tmp_path / "1" / "pictures" / "a.png") as plain, Image.open(path) as image:
-        assert plain.tobytes() == image.tobytes()
-    with Image.open(tmp_path / "0" / "pictures" / "a.png") as drawn, Image.open(path) as image:
-        assert drawn.tobytes() != image.tobytes()
-
-
-def test_same_names_and_formats(tmp_path: Path, saved: str) -> None:
-    source = tmp_path / "in"
-    for name in ("x/a.jpg", "y/a.jpg", "y/b.JPEG", "c.bmp", "c.png", "c.bmp.png"):
-        noise(source / name, seed=len(name))
-    before = {path: path.read_bytes() for path in source.rglob("*.*")}
-    command(saved, source, "--recursive", "--output-dir", tmp_path / "out")
-    pictures = tmp_path / "out" / "pictures"
-    written = {path.relative_to(pictures).as_posix(): path for path in pictures.rglob("*") if path.is_file()}
-    assert set(written) == {"x/a.jpg", "y/a.jpg", "y/b.JPEG", "c.bmp.png.png", "c.png", "c.bmp.png"}
-    for name, path in written.items():
-        with Image.open(path) as picture:
-            assert picture.format == ("PNG" if name.endswith("png") else "JPEG")
-    assert {row["file_name"] for row in results(tmp_path / "out")} == {
-        p.relative_to(source).as_posix() for p in before
-    }
-    assert {path: path.read_bytes() for path in before} == before
-
-
-def test_inputs_are_never_overwritten(tmp_path: Path, saved: str) -> None:
-    path = noise(tmp_path / "pictures" / "a.png")
-    content = path.read_bytes()
-    with pytest.raises(PredictionError, match=r"a\.png lies where pictures are written"):
-        command(saved, path, "--output-dir", tmp_path)
-    command(saved, path, "--output-dir", tmp_path, "--no-pictures")
-    # A picture that is a link to the input: the link is replaced, not what it points to.
-    out = tmp_path / "out" / "pictures"
-    out.mkdir(parents=True)
-    (out / "a.png").symlink_to(path)
-    command(saved, path, "--output-dir", tmp_path / "out")
-    assert path.read_bytes() == content
-    assert not (out / "a.png").is_symlink()
-    # The folder itself as a link.
-    (tmp_path / "linked").mkdir()
-    (tmp_path / "linked" / "pictures").symlink_to(path.parent)
-    with pytest.raises(PredictionError, match="lies where pictures are written"):
-        command(saved, path, "--output-dir", tmp_path / "linked")
-    # The input as a link to where its picture would go, or below such a link.
-    (tmp_path / "file.png").symlink_to(path)
-    (tmp_path / "folder").symlink_to(path.parent)
-    for source in (tmp_path / "file.png", tmp_path / "folder"):
-        with pytest.raises(PredictionError, match="lies where pictures are written"):
-            command(saved, source, "--output-dir", tmp_path)
-    assert path.read_bytes() == content
+    command(saved, path, "--output-dir", tmp_path / "plain", "--threshold", 1)
+    command(saved, path, "--output-dir", tmp_path / "drawn", "--threshold", 0)
+    plain, drawn = (load_rgb(tmp_path / name / "pictures" / "a.png").tobytes() for name in ("plain", "drawn"))
+    assert plain == load_rgb(path).tobytes() != drawn
 
 
 def test_broken_images_are_skipped_and_named(tmp_path: Path, saved: str, capsys) -> None:
     for i in (1, 2, 3):
         noise(tmp_path / "in" / f"{i}.png", seed=i)
-    (tmp_path / "in" / "2.png").write_bytes(b"")
+    bad = tmp_path / "in" / "2.png"
+    bad.write_bytes(b"")
     command(saved, tmp_path / "in", "--output-dir", tmp_path / "out", "--batch-size", 2)
     assert {row["image_id"] for row in results(tmp_path / "out")} == {1, 3}
     text = capsys.readouterr().out
     assert "2 images," in text
-    assert f"1 of 3 images were left out:\n  {tmp_path / 'in' / '2.png'} is an empty file" in text
-
-
-def test_a_named_file_that_is_left_out_is_a_status(tmp_path: Path, saved: str) -> None:
-    good, bad = noise(tmp_path / "1.png"), tmp_path / "2.png"
-    bad.write_bytes(b"")
-    with pytest.raises(SystemExit, match="1"):
-        command(saved, good, bad, "--output-dir", tmp_path / "out")
+    assert f"1 of 3 images were left out:\n  {bad} is an empty file" in text
+    with pytest.raises(SystemExit, match="1"):  # since it is a source itself
+        command(saved, bad.with_name("1.png"), bad, "--output-dir", tmp_path / "out")
     assert {row["image_id"] for row in results(tmp_path / "out")} == {1}
-    command(saved, good, tmp_path / "*.png", "--output-dir", tmp_path / "out")
+    with pytest.raises(PredictionError, match=r"none of the images could be used:\n.*2\.png is an empty"):
+        command(saved, bad, "--output-dir", tmp_path / "none")
+    assert os.listdir(tmp_path / "none") == []
+
+
+def test_pictures_have_the_names_of_images() -> None:
+    names = ["x/a.jpg", "y/a.jpg", "y/b.JPEG", "c.bmp", "c.png", "c.bmp.png", "d.gif"]
+    expected = ["x/a.jpg", "y/a.jpg", "y/b.JPEG", "c.bmp.png.png", "c.png", "c.bmp.png", "d.gif.png"]
+    assert picture_names(names) == expected
+
+
+@pytest.mark.parametrize("link", ["output", "file", "folder", "none"])
+def test_inputs_are_never_overwritten(tmp_path: Path, link: str) -> None:
+    path, out = noise(tmp_path / "pictures" / "a.png"), tmp_path
+    if link == "output":
+        out = tmp_path / "linked"
+        out.mkdir()
+        (out / "pictures").symlink_to(path.parent)
+    elif link != "none":
+        (tmp_path / "link").symlink_to(path if link == "file" else path.parent)
+        path = tmp_path / "link" if link == "file" else tmp_path / "link" / "a.png"
+    with pytest.raises(PredictionError, match="lies where pictures are written"):
+        check_output(str(out), out / "pictures", [path], ["a.png"])
+    check_output(str(out), None, [path], ["a.png"])
+
+
+def test_a_picture_replaces_a_link_and_not_what_it_points_to(tmp_path: Path, saved: str) -> None:
+    path, pictures = noise(tmp_path / "a.png"), tmp_path / "out" / "pictures"
+    content = path.read_bytes()
+    pictures.mkdir(parents=True)
+    (pictures / "a.png").symlink_to(path)
+    command(saved, path, "--output-dir", tmp_path / "out")
+    assert path.read_bytes() == content and not (pictures / "a.png").is_symlink()
+
+
+def test_output_folders_that_can_be_none(tmp_path: Path) -> None:
+    image = noise(tmp_path / "a.png")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "pictures").touch()
+    for folder, reason in (
+        ("", "names no folder"),
+        (tmp_path / "link", "is a link to .*gone"),
+        (image, r"a\.png is a file"),
+        (image / "below", r"a\.png is a file"),
+        (tmp_path / "out", "pictures is a file"),
+    ):
+        with pytest.raises(PredictionError, match=f"{reason}.*--output-dir"):
+            check_output(str(folder), Path(folder) / "pictures", [image], ["a.png"])
+
+
+def test_an_old_folder_is_named_and_nothing_of_others_is_written_over(tmp_path: Path, capsys) -> None:
+    image, pictures = noise(tmp_path / "1.png"), tmp_path / "out" / "pictures"
+    results = tmp_path / "out" / "predictions.json"
+    noise(pictures / "1.png")
+    arguments = str(tmp_path / "out"), pictures, [image]
+    with pytest.raises(PredictionError, match=r"written over, such as 1\.png"):
+        check_output(*arguments, ["1.png"])
+    check_output(*arguments, ["2.png"])
+    (pictures / ".crosskd_predict").touch()  # of a call that was interrupted
+    check_output(*arguments, ["1.png"])
+    results.write_text("[]\n")
+    capsys.readouterr()
+    check_output(*arguments, ["2.png"])
+    printed = capsys.readouterr().out
+    assert f"{results} is of an earlier call" in printed and "1 other pictures, such as 1.png" in printed
+    results.write_text("my notes")
+    with pytest.raises(PredictionError, match=r"predictions\.json is no file of this command"):
+        check_output(*arguments, ["1.png"])
 
 
 def test_stop_leaves_the_earlier_results(tmp_path: Path, saved: str) -> None:
@@ -451,53 +416,26 @@ def test_stop_leaves_the_earlier_results(tmp_path: Path, saved: str) -> None:
     assert {row["image_id"] for row in results(tmp_path / "out")} == {1, 2}
 
 
-def test_no_image_can_be_read(tmp_path: Path, saved: str) -> None:
-    for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes(b"")
-    with pytest.raises(PredictionError, match=r"none of the images could be used:\n.*a\.png is an .*\n.*b\.png is an"):
-        command(saved, tmp_path, "--output-dir", tmp_path / "out")
-    assert os.listdir(tmp_path / "out") == []
-
-
-def test_a_bug_leaves_no_part_either(tmp_path: Path, saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_or_a_full_disk_leaves_no_part(tmp_path: Path, saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prediction_files, "draw_boxes", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        command(saved, noise(tmp_path / "a.png"), "--output-dir", tmp_path / "out")
-    assert os.listdir(tmp_path / "out") == []
-
-
-def test_a_full_disk(tmp_path: Path, saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    path = noise(tmp_path / "a.png")
-    message = r"can't be written \(No space left on device\)\. Make room, or name another folder with --output-dir"
+    arguments = [saved, noise(tmp_path / "a.png"), "--output-dir", tmp_path / "out"]
     with monkeypatch.context() as patch:
-        patch.setattr(Image.Image, "save", full)
-        with pytest.raises(PredictionError, match=r"pictures/a\.png " + message):
-            command(saved, path, "--output-dir", tmp_path / "out")
-    assert os.listdir(tmp_path / "out") == ["pictures"]
-    assert os.listdir(tmp_path / "out" / "pictures") == []
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(PredictionError, match=r"predictions\.json " + message):
-            command(saved, path, "--output-dir", tmp_path / "out")
-    assert os.listdir(tmp_path / "out") == ["pictures"]
-
-
-def test_output_that_is_a_file(tmp_path: Path, saved: str) -> None:
-    path = noise(tmp_path / "a.png")
-    with pytest.raises(PredictionError, match=r"a\.png is a file: name a folder with --output-dir"):
-        command(saved, path, "--output-dir", path)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "pictures").touch()
-    with pytest.raises(PredictionError, match=r"pictures is a file"):
-        command(saved, path, "--output-dir", tmp_path / "out")
-    with pytest.raises(PredictionError, match=r"a\.png is a file"):
-        command(saved, path, "--output-dir", path / "below")
+        patch.setattr(prediction_writer, "draw_boxes", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            command(*arguments)
+    assert os.listdir(tmp_path / "out") == []
+    message = r" can't be written \(No space left on device\)\. Make room, or name another folder with --output-dir"
+    for owner, name, file in ((Image.Image, "save", r"pictures/a\.png"), (os, "fsync", r"predictions\.json")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            with pytest.raises(PredictionError, match=file + message):
+                command(*arguments)
+        assert os.listdir(tmp_path / "out") == ["pictures"]
 
 
 @pytest.mark.parametrize(
@@ -585,75 +523,7 @@ def test_annotations_that_do_not_fit(tmp_path: Path, saved: str, capsys) -> None
         command(saved, tmp_path / "mini", *options)
 
 
-# kinds of images
-
-
-def grey(path: Path) -> None:
-    noise(path, mode="L")
-
-
-def sixteen_bit(path: Path) -> None:
-    levels = np.random.default_rng(0).integers(0, 65535, (64, 96), dtype=np.uint16)
-    Image.fromarray(levels).save(path)
-
-
-def transparent(path: Path) -> None:
-    noise(path, mode="RGBA")
-
-
-def palette(path: Path) -> None:
-    noise(path, mode="P", transparency=0)
-
-
-def cmyk(path: Path) -> None:
-    noise(path, mode="CMYK")
-
-
-@pytest.mark.parametrize(
-    ("name", "write"),
-    [
-        ("a.png", grey),
-        ("a.png", sixteen_bit),
-        ("a.png", transparent),
-        ("a.png", palette),
-        ("a.jpg", cmyk),
-        ("a.gif", palette),
-        ("a.webp", noise),
-        ("a.tiff", cmyk),
-    ],
-)
-def test_kinds_of_images(tmp_path: Path, saved: str, detector, name: str, write: Callable) -> None:
-    path = tmp_path / name
-    write(path)
-    command(saved, path, "--output-dir", tmp_path / "out")
-    expected = alone(detector, path)["scores"]
-    assert len(expected) > 0
-    assert [row["score"] for row in results(tmp_path / "out")] == pytest.approx(expected.tolist(), abs=1e-5)
-    (picture,) = (tmp_path / "out" / "pictures").iterdir()
-    with Image.open(picture) as drawn:
-        assert (drawn.mode, drawn.size) == ("RGB", (96 * 6, 64 * 6))
-
-
-def test_turned_by_exif(tmp_path: Path, saved: str, detector) -> None:
-    """Orientation 6: the file is 96 x 64, people see 64 x 96, and boxes and picture are as people see it."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    turned = noise(tmp_path / "turned.png", exif=exif)
-    upright = tmp_path / "upright.png"
-    with Image.open(turned) as image:
-        assert image.size == (96, 64)
-        image.transpose(Image.Transpose.ROTATE_270).save(upright)
-    command(saved, turned, upright, "--output-dir", tmp_path / "out")
-    rows = results(tmp_path / "out")
-    first, second = ([row["bbox"] for row in rows if row["image_id"] == i] for i in (1, 2))
-    assert len(first) > 0
-    np.testing.assert_allclose(first, second, atol=2e-3)
-    assert max(box[1] + box[3] for box in first) > 64, "boxes reach below the height of the file"
-    with Image.open(tmp_path / "out" / "pictures" / "turned.png") as drawn:
-        assert drawn.size == (64 * 6, 96 * 6)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (2000, 100), (100, 2000), (700, 1), (1, 2)])
+@pytest.mark.parametrize("size", [(1, 1), (2000, 100)])
 def test_extreme_sizes(tmp_path: Path, saved: str, size: tuple[int, int]) -> None:
     path = noise(tmp_path / "a.png", *size)
     command(saved, path, noise(tmp_path / "b.png"), "--output-dir", tmp_path / "out", "--threshold", 0)
@@ -662,47 +532,6 @@ def test_extreme_sizes(tmp_path: Path, saved: str, size: tuple[int, int]) -> Non
         limit = size if row["image_id"] == 1 else (96, 64)
         assert x >= 0 and y >= 0 and x + width <= limit[0] + 2e-3 and y + height <= limit[1] + 2e-3
     assert (tmp_path / "out" / "pictures" / "a.png").is_file()
-
-
-def test_an_old_folder_is_named_and_nothing_of_others_is_written_over(
-    saved: str, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    first, second, out = noise(tmp_path / "1.png"), noise(tmp_path / "2.png"), tmp_path / "out"
-    command(saved, first, "--output-dir", out)
-    assert "earlier" not in capsys.readouterr().out
-    command(saved, second, "--output-dir", out)
-    printed = capsys.readouterr().out
-    assert f"{out / 'predictions.json'} is of an earlier call" in printed
-    assert "1 other pictures, such as 1.png" in printed and (out / "pictures" / "1.png").exists()
-
-    (tmp_path / "3.png").write_bytes(b"no image")
-    ended = tmp_path / "ended"
-    with pytest.raises(PredictionError, match=r"3\.png"):  # 1 is drawn by then, as in a call that is interrupted
-        command(saved, first, tmp_path / "3.png", "--output-dir", ended, "--on-error", "stop", "--batch-size", 1)
-    command(saved, first, "--output-dir", ended)
-    assert os.listdir(ended / "pictures") == ["1.png"]
-
-    (out / "predictions.json").write_text("my own")
-    with pytest.raises(PredictionError, match=r"predictions\.json is no file of this command"):
-        command(saved, second, "--output-dir", out)
-    assert (out / "predictions.json").read_text() == "my own"
-
-    mine = tmp_path / "mine" / "pictures"
-    mine.mkdir(parents=True)
-    (mine / "1.png").write_text("my own")
-    with pytest.raises(PredictionError, match=r"written over, such as 1\.png"):
-        command(saved, first, "--output-dir", mine.parent)
-    assert (mine / "1.png").read_text() == "my own"
-    command(saved, second, "--output-dir", mine.parent)
-    assert (mine / "1.png").read_text() == "my own"
-
-
-def test_output_folders_that_can_be_none(saved: str, tmp_path: Path) -> None:
-    image = noise(tmp_path / "1.png")
-    (tmp_path / "link").symlink_to(tmp_path / "gone")
-    for folder, reason in (("", "names no folder"), (tmp_path / "link", "is a link to .*gone"), (image, "is a file")):
-        with pytest.raises(PredictionError, match=f"{reason}.*--output-dir"):
-            command(saved, image, "--output-dir", folder)
 
 
 def test_out_of_memory_names_batch_and_option(detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
