@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -57,12 +56,20 @@ def command(broken: Callable, tmp_path: Path) -> Callable[..., list[str]]:
     return make
 
 
-def set_box(box: list[float]) -> Edit:
-    return lambda folder, content: content["annotations"][0].update(bbox=box)
+def first_box(**values: Any) -> Edit:
+    return lambda folder, content: content["annotations"][0].update(values)
 
 
 def overwrite(data: bytes) -> Edit:
     return lambda folder, content: (folder / "1.png").write_bytes(data)
+
+
+def new_size(width: int, height: int) -> Edit:
+    def edit(folder: Path, content: dict) -> None:
+        Image.new("RGB", (width, height)).save(folder / "1.png")
+        content["images"][0].update(width=width, height=height)
+
+    return edit
 
 
 def cut_off(folder: Path, content: dict) -> None:
@@ -88,16 +95,7 @@ def as_xyxy(folder: Path, content: dict) -> None:
         record["bbox"] = [x + 20, y + 10, x + w + 20, y + h + 10]
 
 
-def no_boxes(folder: Path, content: dict) -> None:
-    content["annotations"].clear()
-
-
-def all_crowds(folder: Path, content: dict) -> None:
-    for record in content["annotations"]:
-        record["iscrowd"] = 1
-
-
-# what is wrong -> what the message says, and whether on_error=skip goes on without it
+# What is wrong -> what the message says, and whether on_error=skip loads the rest. Wrong values are in tests/data.
 REFUSED = {
     "missing image": (lambda f, c: (f / "1.png").unlink(), "1.png (image id 1) does not exist", True),
     "empty image": (overwrite(b""), "1.png (image id 1) is an empty file", True),
@@ -106,23 +104,10 @@ REFUSED = {
     "truncated JPEG": (cut_off_jpeg, "1.jpg (image id 1) cannot be read (the JPEG has no end", True),
     "rotated, annotated as stored": (turn, "a quarter turn: boxes belong to the image as people see it", True),
     "other size": (lambda f, c: c["images"][0].update(width=95), "is 96 x 64 pixels, annotated as 95 x 64", True),
-    "name that escapes": (
-        lambda f, c: c["images"][0].update(file_name="../1.png"),
-        "leaves the image folder (make it relative, without ..): ../1.png",
-        True,
-    ),
-    "NaN in a box": (set_box([float("nan"), 0, 9, 9]), "not four finite numbers (correct or remove it)", True),
-    "three numbers": (set_box([1, 2, 3]), "not four finite numbers (correct or remove it)", True),
-    "negative width": (set_box([40, 5, -9, 9]), "box of negative width or height (correct or remove it)", True),
-    "annotation of no image": (lambda f, c: c["annotations"][0].update(image_id=99), "of image 99", True),
-    "unknown category": (lambda f, c: c["annotations"][0].update(category_id=4), "of category 4", True),
+    "negative width": (first_box(bbox=[40, 5, -9, 9]), "box of negative width or height (correct or remove it)", True),
     "boxes are xyxy": (as_xyxy, "as xyxy (pixel) 0 don't", False),
-    "image id twice": (lambda f, c: c["images"][1].update(id=1), "image id 1 appears twice", False),
-    "no image": (lambda f, c: c["images"].clear(), "lists no images: the split is empty", False),
-    "no box": (no_boxes, "has 5 images, but no box", False),
-    "only crowds": (all_crowds, "has 5 images, but no box (crowds don't count)", False),
-    "no COCO": (lambda f, c: "[1, 2]", "has no list images, annotations, categories", False),
-    "no JSON": (lambda f, c: "{", "is not a JSON file", False),
+    "no box": (lambda f, c: c["annotations"].clear(), "has 5 images, but no box", False),
+    "only crowds": (lambda f, c: [a.update(iscrowd=1) for a in c["annotations"]], "crowds don't count", False),
 }
 
 
@@ -156,16 +141,6 @@ def test_the_commands_end_with_the_same_message(command: Callable, tmp_path: Pat
     assert {"mini.png", "mini_samples.png"} <= {path.name for path in report.iterdir()}
 
 
-def one_pixel(folder: Path, content: dict) -> None:
-    Image.new("RGB", (1, 1)).save(folder / "1.png")
-    content["images"][0].update(width=1, height=1)
-
-
-def panorama(folder: Path, content: dict) -> None:
-    Image.new("RGB", (640, 32)).save(folder / "1.png")
-    content["images"][0].update(width=640, height=32)
-
-
 def ids_from_zero_with_gaps(folder: Path, content: dict) -> None:
     ids = {3: 0, 7: 90}
     for record in content["categories"]:
@@ -174,17 +149,14 @@ def ids_from_zero_with_gaps(folder: Path, content: dict) -> None:
         record["category_id"] = ids[record["category_id"]]
 
 
-# what is unusual -> the problem that is told, if any
+# What is unusual -> the problem that is told, if any.
 ACCEPTED = {
-    "box without area": (set_box([5, 5, 0, 9]), "less than 1 pixel wide or high (it is not trained on)"),
-    "box outside": (set_box([200, 5, 9, 9]), "completely outside its image (it is not trained on)"),
-    "box over the edge": (set_box([-9, 5, 30, 30]), "reaches over the image's edge (it is clipped in training)"),
-    "area 0": (
-        lambda f, c: c["annotations"][0].update(area=0),
-        "area of 0 or less (it is not trained on; leave area out to take the box's)",
-    ),
-    "one pixel": (one_pixel, None),
-    "panorama 20:1": (panorama, None),
+    "box without area": (first_box(bbox=[5, 5, 0, 9]), "less than 1 pixel wide or high (it is not trained on)"),
+    "box outside": (first_box(bbox=[200, 5, 9, 9]), "completely outside its image (it is not trained on)"),
+    "box over the edge": (first_box(bbox=[-9, 5, 30, 30]), "over the image's edge (it is clipped in training)"),
+    "area 0": (first_box(area=0), "area of 0 or less (it is not trained on; leave area out to take the box's)"),
+    "one pixel": (new_size(1, 1), None),
+    "panorama 20:1": (new_size(640, 32), None),
     "ids 0 and 90": (ids_from_zero_with_gaps, None),
 }
 
@@ -199,30 +171,6 @@ def test_what_is_accepted(name: str, broken: Callable) -> None:
     if name == "ids 0 and 90":
         assert train_dataset.split.category_ids == (0, 90)
         assert {label for item in train_dataset for label in item["class_labels"].tolist()} == {0, 1}
-
-
-GREY = Image.linear_gradient("L").resize((96, 64))
-MODES = {
-    "grey": GREY,
-    "grey + alpha": GREY.convert("LA"),
-    "colour + alpha": GREY.convert("RGBA"),
-    "palette": GREY.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE),
-    "CMYK": GREY.convert("RGB").convert("CMYK"),
-    "16 bits": Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257),
-}
-
-
-@pytest.mark.parametrize("name", MODES)
-def test_images_of_every_mode_look_alike(name: str, broken: Callable) -> None:
-    extension = "tiff" if name == "CMYK" else "png"
-
-    def edit(folder: Path, content: dict) -> None:
-        MODES[name].save(folder / f"1.{extension}")
-        content["images"][0]["file_name"] = f"1.{extension}"
-
-    item = load_datasets(broken(edit), 0)[1][0]
-    pixels = resize(item["image"], item["size"]).int()
-    assert abs(pixels.numpy() - np.asarray(GREY).astype(int)[None]).max() <= 2
 
 
 def test_a_box_stays_on_the_thing_that_people_see_when_the_camera_was_turned(broken: Callable) -> None:
@@ -240,12 +188,6 @@ def test_a_box_stays_on_the_thing_that_people_see_when_the_camera_was_turned(bro
     (x1, y1, x2, y2), pixels = item["boxes"][0].tolist(), resize(item["image"], item["size"])[0]
     assert (pixels > 128).nonzero().min(0).values.tolist() == pytest.approx([y1, x1], abs=1)
     assert (pixels > 128).nonzero().max(0).values.tolist() == pytest.approx([y2 - 1, x2 - 1], abs=1)
-
-
-def test_a_decompression_bomb_is_refused(broken: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
-    with pytest.raises(ValueError, match=r"has more than 4,000 pixels, which could be a decompression bomb"):
-        load_datasets(broken(lambda folder, content: None), 0)
 
 
 def test_a_teacher_of_other_labels_is_refused_and_of_some_told(command: Callable, tmp_path: Path, capsys) -> None:

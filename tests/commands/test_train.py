@@ -114,16 +114,11 @@ def test_the_resolved_copy_of_a_recipe_runs_again(finished: list[str], run: Path
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.backbon=resnet50"], "backbon"),
         (["data.path=nowhere"], "nowhere"),
         (["teacher.checkpoint=nowhere.pth"], "nowhere.pth doesn't exist"),
-        (["teacher.head_blocks=2"], "head_blocks"),
         (["model.backbone=resnet5"], "resnet5"),
         (["model.backbone=vit_tiny_patch16_224"], "strides"),
-        (["training.max_steps=many"], "max_steps"),
-        (["training.output_dir="], "training.output_dir"),
         (["training.learning_rate=90", "training.base_batch_size=1"], "learning_rate 90 at a batch of 1 is 180"),
-        (["training.max_steps=0"], "training.max_steps is 0"),
         (["training.max_steps=-1", "training.warmup_steps=100"], "training.warmup_steps=3"),  # 12 x 3 steps
         (["model.backbone_weights=nowhere.pth"], "model.backbone_weights nowhere.pth"),
     ],
@@ -405,14 +400,6 @@ def test_a_message_from_a_data_worker_is_the_message_alone() -> None:
     error = DataError(text + "crosskd_hf.data.errors.DataError: image 3 (3.png) does not exist")
     assert explain(error) == "DataError: image 3 (3.png) does not exist"
     assert explain(DataError("plain: text")) == "DataError: plain: text"
-
-
-def test_the_same_seed_gives_the_same_new_weights(recipe: Path) -> None:
-    def weights(seed: int) -> torch.Tensor:
-        overrides = [f"training.seed={seed}", "teacher=null", "distillation=null"]
-        return build_trainer(load_recipe(recipe, overrides)).model.head.cls_tower[0].conv.weight.detach()
-
-    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
 
 
 def test_a_detector_is_fine_tuned_to_other_classes(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:

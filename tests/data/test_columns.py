@@ -80,30 +80,26 @@ def with_classes(data: datasets.Dataset) -> datasets.Dataset:
 def save(coco: DetectionSplit, folder: Path, kind: str) -> None:
     """The data set as `kind`."""
     data = datasets.Dataset.from_list(rows(coco)).cast_column("image", datasets.Image())
-    if kind == "parquet":
-        folder.mkdir()
-        with_classes(data).to_parquet(folder / "train.parquet")
-    elif kind == "list of dicts":
-        folder.mkdir()
-        listed = rows(coco, names=True)
-        for row in listed:
-            values = zip(*row["objects"].values(), strict=True)
-            row["objects"] = [dict(zip(row["objects"], value, strict=True)) for value in values]
-        pq.write_table(pa.Table.from_pylist(listed), folder / "train.parquet")
-    elif kind == "plain parquet":
-        folder.mkdir()
-        pq.write_table(pa.Table.from_pylist(rows(coco, names=True)), folder / "train.parquet")
-    elif kind == "save_to_disk":
+    named = rows(coco, names=True)
+    if kind == "save_to_disk":
         with_classes(data).save_to_disk(folder)
     elif kind == "save_to_disk of splits":
         datasets.DatasetDict(train=with_classes(data)).save_to_disk(folder)
     elif kind == "image folder":
         (folder / "train").mkdir(parents=True)
-        lines = []
-        for row in rows(coco, names=True):
+        for row in named:
             (folder / "train" / row["file_name"]).write_bytes(row.pop("image")["bytes"])
-            lines.append(json.dumps(row))
-        (folder / "train" / "metadata.jsonl").write_text("\n".join(lines))
+        (folder / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, named)))
+    else:
+        folder.mkdir()
+        if kind == "parquet":
+            with_classes(data).to_parquet(folder / "train.parquet")
+            return
+        if kind == "list of dicts":
+            for row in named:
+                values = zip(*row["objects"].values(), strict=True)
+                row["objects"] = [dict(zip(row["objects"], value, strict=True)) for value in values]
+        pq.write_table(pa.Table.from_pylist(named), folder / "train.parquet")
 
 
 KINDS = ("parquet", "list of dicts", "plain parquet", "save_to_disk", "save_to_disk of splits", "image folder")
@@ -157,12 +153,6 @@ def test_categories(tmp_path, load, categories, options, names, ids, labels):
     assert [row["objects"]["category"][0] for row in contents(split)] == labels
     assert contents(split)[0]["objects"]["area"] == [200.0] and contents(split)[0]["objects"]["iscrowd"] == [False]
     assert [row["image_id"] for row in contents(split)] == [0, 1, 2]
-
-
-def test_unlisted_categories_are_named(tmp_path, load):
-    folder = small_set(tmp_path / "set", [{"bbox": [BOX], "category": [3]}])
-    with pytest.raises(DataError, match=r"categories \[3\], which aren't among"):
-        load(folder, label_names=["a", "b", "c"])
 
 
 def test_a_split_that_lacks_a_class_has_the_classes_of_all(tmp_path, load):
@@ -258,15 +248,16 @@ def test_what_is_refused(tmp_path, load, objects, columns, message):
         load(folder)
 
 
-def test_missing_columns_are_named(tmp_path, load):
-    (tmp_path / "set").mkdir()
-    pq.write_table(pa.table({"pixels": [1], "objects": [{"bbox": [BOX]}]}), tmp_path / "set" / "train.parquet")
+def test_what_is_missing_is_named(tmp_path, load):
+    folder = small_set(tmp_path / "set", [{"bbox": [BOX], "category": [3]}])
+    with pytest.raises(DataError, match=r"categories \[3\], which aren't among"):
+        load(folder, label_names=["a", "b", "c"])
+    pq.write_table(pa.table({"pixels": [1], "objects": [{"bbox": [BOX]}]}), folder / "train.parquet")
     with pytest.raises(DataError, match=r"no column 'image', but pixels, objects"):
-        load(tmp_path / "set")
+        load(folder)
 
 
-def test_what_cannot_be_opened_is_named(coco, load, tmp_path, monkeypatch):
-    save(coco, tmp_path / "set", "save_to_disk of splits")
+def test_what_cannot_be_opened_is_named(load, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"can't be opened as a data set .* data.path must be"):
         load(tmp_path / "empty")
@@ -278,7 +269,6 @@ def test_what_cannot_be_opened_is_named(coco, load, tmp_path, monkeypatch):
     ("line", "message"),
     [
         ('{"file_name": "../1.png"}', r"line 2: file_name '../1.png' leaves the image folder"),
-        ('{"file_name": "/etc/hostname"}', r"line 2: file_name '/etc/hostname' leaves the image folder"),
         ('{"name": "1.png"}', "line 2 has no file_name"),
         ('{"file_name": ', "line 2 is no JSON object"),
         ("[1]", "line 2 is no JSON object"),
@@ -291,6 +281,9 @@ def test_metadata_is_checked(coco, load, tmp_path, line, message):
     lines = file.read_text().splitlines()
     file.write_text("\n".join([lines[0], line, *lines[2:]]))
     with pytest.raises(DataError, match=message):
+        load(tmp_path / "set")
+    file.write_text("\n \n")
+    with pytest.raises(DataError, match=f"{file} is empty"):
         load(tmp_path / "set")
 
 
@@ -344,11 +337,3 @@ def test_what_is_skipped_is_told_at_every_load(tmp_path, load, caplog, monkeypat
     assert [row["image_id"] for row in contents(split)] == [0, 2]
     assert [len(row["objects"]["bbox"]) for row in contents(split)] == [1, 1]
     assert split.dataset[1]["image"].size == (40, 30)
-
-
-def test_an_empty_metadata_file_is_named(coco, load, tmp_path):
-    save(coco, tmp_path / "set", "image folder")
-    file = tmp_path / "set" / "train" / "metadata.jsonl"
-    file.write_text("\n \n")
-    with pytest.raises(DataError, match=f"{file} is empty"):
-        load(tmp_path / "set")

@@ -30,7 +30,6 @@ from crosskd_hf.inference.image_files import (
 from crosskd_hf.inference.predict import predict
 from crosskd_hf.inference.prediction_writer import Prediction, check_output, coco_results
 from crosskd_hf.utils.images import load_rgb
-from crosskd_hf.weights.mmdet import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +92,7 @@ def test_predictions_are_those_of_each_image_alone(tmp_path: Path, detector, bat
         torch.testing.assert_close(prediction.boxes, expected["boxes"], rtol=0, atol=1e-3)
 
 
-def test_the_threshold_is_exclusive(tmp_path: Path, detector) -> None:
-    path = noise(tmp_path / "a.png")
-    scores = next(predict(*detector, [path])).scores
-    third = scores[2].item()
-    assert len(next(predict(*detector, [path], threshold=third)).scores) == 2
-    assert len(next(predict(*detector, [path], threshold=np.nextafter(np.float32(third), np.float32(0)))).scores) == 3
-
-
-@pytest.mark.parametrize(("workers", "limit"), [(0, 2), (1, 5), (2, 5)])
+@pytest.mark.parametrize(("workers", "limit"), [(0, 2), (2, 5)])
 def test_images_are_read_only_when_they_are_needed(
     tmp_path: Path, detector, monkeypatch: pytest.MonkeyPatch, workers: int, limit: int
 ) -> None:
@@ -149,7 +140,6 @@ def test_broken_images(tmp_path: Path, detector) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threshold": -0.01}, "threshold must be from 0 to 1, got -0.01"),
         ({"threshold": 1.01}, "threshold must be from 0 to 1"),
         ({"threshold": float("nan")}, "threshold must be from 0 to 1, got nan"),
         ({"batch_size": 0}, "batch size must be at least 1, got 0"),
@@ -441,10 +431,7 @@ def test_a_bug_or_a_full_disk_leaves_no_part(tmp_path: Path, saved: str, monkeyp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--threshold", "1.5"], "threshold must be from 0 to 1, got 1.5"),
         (["--json-threshold", "-0.5"], "threshold must be from 0 to 1, got -0.5"),
-        (["--batch-size", "0"], "batch size must be at least 1"),
-        (["--workers", "-1"], "number of workers must be at least 0"),
         (["--device", "abacus"], "the device 'abacus' can't be used .*--device cpu"),
         (["--annotations", "none.json"], "annotation file none.json can't be read"),
     ],
@@ -453,15 +440,6 @@ def test_wrong_options(tmp_path: Path, saved: str, options: list[str], message: 
     with pytest.raises(PredictionError, match=message):
         command(saved, noise(tmp_path / "a.png"), "--output-dir", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
-
-
-def test_no_such_model(tmp_path: Path, saved: str) -> None:
-    path = noise(tmp_path / "a.png")
-    with pytest.raises(CheckpointError, match="can't be loaded as a detector"):
-        command(tmp_path / "nothing", path)
-    tiny_model().save_pretrained(tmp_path / "bare")
-    with pytest.raises(CheckpointError, match=r"bare' has no image processor"):
-        command(tmp_path / "bare", path)
 
 
 # annotations
@@ -481,15 +459,11 @@ def test_scored_by_pycocotools(tmp_path: Path, saved: str) -> None:
     rows = results(tmp_path / "out")
     assert {row["image_id"] for row in rows} == {101, 102, 103, 104, 105}
     assert {(row["category"], row["category_id"]) for row in rows} == {("cat", 3), ("dog", 7)}
-    # Our own best detections become the truth, so that they score 1.
-    best: dict[int, dict] = {}
-    for row in rows:
-        if row["image_id"] not in best or row["score"] > best[row["image_id"]]["score"]:
-            best[row["image_id"]] = row
+    # The best detection of each image becomes the truth, so that it scores 1.
+    best = {row["image_id"]: row for row in sorted(rows, key=lambda row: row["score"])}
     for i, row in enumerate(best.values(), start=1):
-        area = row["bbox"][2] * row["bbox"][3]
-        truth = {"id": i, "image_id": row["image_id"], "category_id": row["category_id"], "bbox": row["bbox"]}
-        content["annotations"].append(truth | {"area": area, "iscrowd": 0})
+        truth = {key: row[key] for key in ("image_id", "category_id", "bbox")}
+        content["annotations"].append(truth | {"id": i, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0})
     file.write_text(json.dumps(content))
     truth = COCO(str(file))
     evaluation = COCOeval(truth, truth.loadRes(str(tmp_path / "out" / "predictions.json")), "bbox")
