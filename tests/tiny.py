@@ -1,13 +1,17 @@
 """Tiny models and data sets for tests of the training machinery."""
 
+import contextlib
 import copy
 import io
 import json
 import os
+import signal
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -137,3 +141,16 @@ def tiny_processor(model: DenseDetector):
 
     size = {"shortest_edge": 64, "longest_edge": 96}
     return DenseDetectorImageProcessor(size=size, nms_threshold=model.config.nms_threshold)
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """What is longer, in bytes, can't be written, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    previous, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, previous[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
+        signal.signal(signal.SIGXFSZ, handler)

@@ -9,16 +9,8 @@ from . import check_data, convert, demo, evaluate, export, info, predict, train
 from .arguments import parse
 from .stdout import lenient_output
 
-COMMANDS = {
-    "train": (train, "run a recipe"),
-    "evaluate": (evaluate, "COCO metrics of a saved model"),
-    "convert": (convert, "MMDetection checkpoint to a model of this package"),
-    "demo": (demo, "teacher, student alone and distilled, offline"),
-    "check-data": (check_data, "report on a recipe's data before training"),
-    "predict": (predict, "detections of image files"),
-    "info": (info, "size, cost, labels and origin of a model"),
-    "export": (export, "a model as an ONNX or torch.export file"),
-}
+MODULES = (train, evaluate, convert, demo, check_data, predict, info, export)
+COMMANDS = {module.__name__.rpartition(".")[2].replace("_", "-"): module for module in MODULES}
 TRAINING = ("train", "demo")  # resume from their last checkpoint; what they are for isn't on stdout
 
 
@@ -26,8 +18,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `crosskd`."""
     parser = argparse.ArgumentParser(prog="crosskd", description="Cross-head knowledge distillation of detectors.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (module, help) in COMMANDS.items():
-        command = commands.add_parser(name, help=help)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(name, help=module.__doc__)
         module.add_arguments(command)
         command.add_argument("--quiet", action="store_true", help="print results, warnings and errors only")
     trains = (sys.argv[1:] if argv is None else argv)[:1] in [[name] for name in TRAINING]
@@ -46,7 +38,7 @@ def _run(arguments: argparse.Namespace) -> None:
     kinds = () if arguments.command == "train" else USER_ERRORS
     try:
         with explained(kinds):
-            COMMANDS[arguments.command][0].run(arguments)
+            COMMANDS[arguments.command].run(arguments)
     except KeyboardInterrupt:
         hint = ": the same command goes on from the last checkpoint" if arguments.command in TRAINING else ""
         print(f"\ninterrupted{hint}", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """The Arrow caches of `datasets`: a damaged one is named and built again; one that can't be written is explained."""
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -13,7 +14,6 @@ from typing import Any, TypeVar
 
 import datasets
 import pyarrow as pa
-from datasets.fingerprint import Hasher
 from datasets.naming import filenames_for_dataset_split
 from datasets.utils._filelock import FileLock
 
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 INFO = "dataset_info.json"
 SPLIT_NAME = "images"  # one cache holds one split: its own name need not be a valid `datasets` split name
 SETTINGS = "data.cache_dir, HF_DATASETS_CACHE or HF_HOME"
+CacheDir = str | os.PathLike[str] | None  # folder of all caches; None is that of `datasets`
 MakeRows = Callable[[], tuple[datasets.Features, str, Iterable[dict[str, Any]]]]
 Builder = TypeVar("Builder", bound=datasets.DatasetBuilder)
 
@@ -61,14 +62,12 @@ class RowsBuilder(datasets.GeneratorBasedBuilder):
         super()._save_info()
 
 
-def cached_rows(
-    name: str, made_from: tuple, make_rows: MakeRows, cache_dir: str | os.PathLike[str] | None
-) -> datasets.Dataset:
+def cached_rows(name: str, made_from: tuple, make_rows: MakeRows, cache_dir: CacheDir) -> datasets.Dataset:
     """Rows from an Arrow cache, that is made at the first call.
 
     Args:
         name: of the cache's folder.
-        made_from: all that the rows depend on; any change gives another cache.
+        made_from: text and numbers, all that the rows depend on; any change gives another cache.
         make_rows: gives features, a free text to keep beside the rows, and the rows.
         cache_dir: see `open_cache`.
 
@@ -76,22 +75,24 @@ def cached_rows(
         CacheError: see `open_cache`.
     """
 
+    fingerprint = hashlib.sha256(repr(made_from).encode()).hexdigest()
+
     def make() -> RowsBuilder:
-        builder = RowsBuilder(cache_dir=cache_dir, dataset_name=name, fingerprint=Hasher.hash(made_from))
+        builder = RowsBuilder(cache_dir=cache_dir, dataset_name=name, fingerprint=fingerprint)
         builder.make_rows = make_rows
         return builder
 
     return open_cache(make, cache_dir).as_dataset(split=SPLIT_NAME)
 
 
-def open_cache(make: Callable[[], Builder], cache_dir: str | os.PathLike[str] | None) -> Builder:
+def open_cache(make: Callable[[], Builder], cache_dir: CacheDir) -> Builder:
     """A builder whose cache is complete: from earlier, or made now. A damaged cache is removed and built again.
 
     Processes may call this at once: all find the same damage, and the first of them repairs it.
 
     Args:
         make: gives the builder.
-        cache_dir: folder of all caches; None is that of `datasets`.
+        cache_dir: of all caches.
 
     Raises:
         CacheError: the folder can't be made, read or written, or the disk is full.

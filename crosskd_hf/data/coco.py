@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 
 from ..utils.files import sha256
-from .cache import cached_rows
+from .cache import CacheDir, cached_rows
 from .checks import ImageRecord, ObjectRecord, arrow_row, cache_note, check_records, read_cache_note
 from .errors import DataError, Kind, Problems
 from .split import DetectionSplit, detection_features, no_such_split, split_and_part
@@ -28,7 +28,7 @@ def load_coco(
     annotations: str = "annotations/instances_{split}.json",
     images: str = "{split}",
     on_error: str = "stop",
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: CacheDir = None,
 ) -> DetectionSplit:
     """Load one split of a data set in COCO layout, from the Arrow cache when its annotation file has not changed.
 

@@ -18,7 +18,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from ..utils.escaping import printable
 from ..utils.files import CacheError
 from ..utils.images import ImageSource
-from .cache import cached_rows, open_cache
+from .cache import CacheDir, cached_rows, open_cache
 from .checks import ImageRecord, ObjectRecord, arrow_row, cache_note, check_records, read_cache_note
 from .coco import LARGEST_INTEGER, files_hash
 from .column_classes import Vocabulary, build_vocabulary, category_feature, category_key, object_rows, object_values
@@ -38,7 +38,7 @@ def load_columns(
     label_names: Sequence[str] = (),
     category_ids: Sequence[int] = (),
     on_error: str = "stop",
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: CacheDir = None,
 ) -> DetectionSplit:
     """Load one split of a `datasets` data set.
 
@@ -88,7 +88,7 @@ def load_columns(
     return DetectionSplit(dataset, vocabulary.names, *read_cache_note(rows.info, where), split, path)
 
 
-def _open(path: str, split: str, config: str | None, cache_dir: str | os.PathLike[str] | None) -> datasets.Dataset:
+def _open(path: str, split: str, config: str | None, cache_dir: CacheDir) -> datasets.Dataset:
     """A split with undecoded images in the column `image`."""
     where, folder = f"{path}, split {split!r}", Path(path).expanduser()
     try:
@@ -109,9 +109,7 @@ def _open(path: str, split: str, config: str | None, cache_dir: str | os.PathLik
     return _with_image_column(source, where)
 
 
-def _open_anything(
-    path: str, split: str, config: str | None, cache_dir: str | os.PathLike[str] | None
-) -> datasets.Dataset:
+def _open_anything(path: str, split: str, config: str | None, cache_dir: CacheDir) -> datasets.Dataset:
     folder = Path(path).expanduser()
     base, part = split_and_part(split)
     if folder.is_dir():

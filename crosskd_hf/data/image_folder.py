@@ -8,7 +8,7 @@ import datasets
 
 from ..utils.files import sha256
 from ..utils.images import IMAGE_EXTENSIONS
-from .cache import open_cache
+from .cache import CacheDir, open_cache
 from .coco import leaves_folder, unique_keys
 from .errors import DataError
 from .split import split_and_part
@@ -16,7 +16,7 @@ from .split import split_and_part
 METADATA = "metadata.jsonl"
 
 
-def open_image_folder(folder: Path, cache_dir: str | os.PathLike[str] | None) -> datasets.Dataset:
+def open_image_folder(folder: Path, cache_dir: CacheDir) -> datasets.Dataset:
     """The rows of a `metadata.jsonl`. An image that isn't there is one that can't be read, found later with others."""
     file = folder / METADATA
     # The name is a part of the cache's: `datasets` itself knows a file by its time of modification.

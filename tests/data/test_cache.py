@@ -1,16 +1,13 @@
 """Arrow caches: whatever is wrong with one is named and mended, and one that can't be written is explained."""
 
-import contextlib
-import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny import write_tiny_coco
+from tiny import files_of_at_most, write_tiny_coco
 
 from crosskd_hf.data import cache
 from crosskd_hf.data.coco import load_coco
@@ -121,19 +118,6 @@ def test_a_cache_that_may_not_be_read_is_not_called_damaged(load, tmp_path, monk
     with pytest.raises(CacheError, match=rf"{tmp_path / 'cache'} can't be used .*{file.name}: Permission denied"):
         load()
     assert file.exists() and not caplog.text
-
-
-@contextlib.contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """What is longer can't be written, as on a full disk."""
-    resource = pytest.importorskip("resource")
-    previous, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, previous[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_full_disk_is_told_with_its_folder_and_the_setting(load, tmp_path):

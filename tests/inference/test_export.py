@@ -3,13 +3,12 @@
 import argparse
 import importlib.util
 import json
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import files_of_at_most, tiny_model
 from torchvision.ops import batched_nms
 
 from crosskd_hf.commands import export as command
@@ -215,18 +214,12 @@ def test_the_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_a_full_disk_is_told_by_pytorch_itself(monkeypatch, tmp_path: Path) -> None:
     """By a limit for files. PyTorch's own writer ended the process here."""
-    resource = pytest.importorskip("resource")
     program = torch.export.export(torch.nn.Linear(100, 100), (torch.zeros(2, 100),))
     monkeypatch.setattr(export, "trace", lambda *options: program)
     path, model = tmp_path / "m.pt2", small_model()
-    previous, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, previous[1]))
-    try:
-        with pytest.raises(ExportError, match=rf"{path} can't be written \(File too large\).*--output"):
-            export_detector(model, processor_of(model), path, format="torch")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
-        signal.signal(signal.SIGXFSZ, handler)
+    message = rf"{path} can't be written \(File too large\).*--output"
+    with files_of_at_most(4096), pytest.raises(ExportError, match=message):
+        export_detector(model, processor_of(model), path, format="torch")
     assert not list(tmp_path.iterdir())
 
 
