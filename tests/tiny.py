@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from crosskd_hf.data.coco import load_coco
@@ -106,6 +107,24 @@ def write_tiny_coco(folder: Path, images: int = 5, name: str = "mini") -> None:
             record = {"id": 10 * i + j, "image_id": i, "category_id": 3 if j else 7, "bbox": box}
             content["annotations"].append(record | {"area": box[2] * box[3], "iscrowd": 0})
     write_if_changed(folder / "annotations" / f"instances_{name}.json", json.dumps(content).encode())
+
+
+def write_tiny_recipe(folder: Path, **training) -> Path:
+    """A recipe of CrossKD, GFL -> GFL, on five noise images, three steps; and the images."""
+    write_tiny_coco(folder / "data")
+    small = {"backbone": "resnet18", "fpn_channels": 32, "head_channels": 32}
+    splits = {"path": str(folder / "data"), "train_split": "mini", "val_split": "mini"}
+    steps = {"max_steps": 3, "warmup_steps": 0, "learning_rate": 1e-4, "save_strategy": "no", "logging_steps": 1}
+    content = {
+        "model": {"detector": "gfl", "backbone_weights": "random", **small},
+        "teacher": {"checkpoint": "random", "detector": "gfl", **small},
+        "distillation": {"crosskd": {"tap_index": 3}},
+        "data": {**splits, "short_side": 64, "long_side": 96, "cache_dir": str(folder / "cache")},
+        "training": {"output_dir": str(folder / "run"), "use_cpu": True, "disable_tqdm": True, **steps, **training},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
 
 
 def write_if_changed(path: Path, content: bytes) -> None:

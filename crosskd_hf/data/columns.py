@@ -129,10 +129,8 @@ def _open_anything(path: str, split: str, config: str | None, cache_dir: CacheDi
 
 def _from_disk(folder: Path, split: str) -> datasets.Dataset:
     saved = datasets.load_from_disk(str(folder))
-    if isinstance(saved, datasets.Dataset):
-        if split != "train":
-            raise DataError(f"{no_such_split(folder, split, ['train'])} (a data set without splits is called train)")
-        return saved
+    if isinstance(saved, datasets.Dataset):  # without splits
+        saved = {"train": saved}
     if split not in saved:
         raise DataError(no_such_split(folder, split, list(saved)))
     return saved[split]

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from tiny import tiny_model, tiny_split, write_tiny_coco
+from tiny import tiny_model, tiny_split, write_tiny_recipe
 from transformers import AutoModelForObjectDetection
 
 from crosskd_hf.commands import main as cli
@@ -24,41 +24,16 @@ from crosskd_hf.recipe.build import build_trainer
 from crosskd_hf.recipe.load import load_recipe
 from crosskd_hf.weights.mmdet import reference_keys, to_reference
 
-SMALL = {"backbone": "resnet18", "fpn_channels": 32, "head_channels": 32}
-
-
-def write_recipe(folder: Path) -> Path:
-    """CrossKD GFL -> GFL on five noise images, three steps."""
-    write_tiny_coco(folder / "data")
-    data = {
-        "path": str(folder / "data"),
-        "train_split": "mini",
-        "val_split": "mini",
-        "short_side": 64,
-        "long_side": 96,
-    }
-    training = {"output_dir": str(folder / "run"), "max_steps": 3, "warmup_steps": 0, "learning_rate": 1e-4}
-    content = {
-        "model": {"detector": "gfl", "backbone_weights": "random", **SMALL},
-        "teacher": {"checkpoint": "random", "detector": "gfl", **SMALL},
-        "distillation": {"crosskd": {"tap_index": 3}},
-        "data": {**data, "cache_dir": str(folder / "cache")},
-        "training": {**training, "save_strategy": "no", "logging_steps": 1, "use_cpu": True, "disable_tqdm": True},
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
-
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    return write_recipe(tmp_path)
+    return write_tiny_recipe(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The command of a run that is over; its last checkpoint and its teacher are there."""
-    recipe = write_recipe(tmp_path_factory.mktemp("finished"))
+    recipe = write_tiny_recipe(tmp_path_factory.mktemp("finished"))
     tiny_model().save_pretrained(recipe.parent / "teacher")
     saving = ["training.save_strategy=steps", "training.save_steps=3"]
     command = [str(recipe), f"teacher.checkpoint={recipe.parent / 'teacher'}", *saving]

@@ -202,32 +202,11 @@ def distilled(hub: HubServer, client: Client, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    """CrossKD GFL -> GFL on five noise images, two steps, pushed as it is trained."""
-    import yaml
-    from tiny import write_tiny_coco
+    """Of two steps, pushed as it is trained; otherwise it would be over before its first upload."""
+    from tiny import write_tiny_recipe
 
-    write_tiny_coco(tmp_path / "data")
-    small = {"detector": "gfl", "backbone": "resnet18", "fpn_channels": 32, "head_channels": 32}
-    sides = {"short_side": 64, "long_side": 96}
-    splits = {"path": str(tmp_path / "data"), "train_split": "mini", "val_split": "mini"}
-    steps = {"max_steps": 2, "warmup_steps": 0, "learning_rate": 1e-4, "save_strategy": "steps", "save_steps": 1}
-    content = {
-        "model": {"backbone_weights": "random", **small},
-        "teacher": {"checkpoint": "random", **small},
-        "distillation": {"crosskd": {"tap_index": 3}},
-        "data": {**splits, **sides, "cache_dir": str(tmp_path / "cache")},
-        "training": {
-            "output_dir": str(tmp_path / "run"),
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "push_to_hub": True,
-            "hub_always_push": True,  # a tiny run would be over before its first upload
-            **steps,
-        },
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    pushed = {"push_to_hub": True, "hub_always_push": True}
+    return write_tiny_recipe(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, **pushed)
 
 
 def test_a_trained_student_arrives_with_exactly_its_files(hub: HubServer, distilled: dict) -> None:
