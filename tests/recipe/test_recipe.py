@@ -354,7 +354,7 @@ def test_sections_can_be_taken_out_and_put_in():
         ("training.sede=1", "unknown key training.sede (value 1)"),
         ("training.seed=one", "training.seed: 'one' is no whole number"),
         ("training.num_train_epochs=many", "training.num_train_epochs: 'many' is no number"),
-        ("training.resume_from_checkpoint=true", "training.resume_from_checkpoint is True"),
+        ("training.resume_from_checkpoint=true", "training.resume_from_checkpoint is 'true'"),
         ("training.resume_from_checkpoint=a/checkpoint-3", "resumes by itself"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Schedule, parameter groups and optimizer, against values worked out by hand."""
+"""Schedule, parameter groups and optimizer, against values worked out by hand; `test_schedules.py` has COCO's."""
 
 import copy
 
@@ -14,12 +14,7 @@ from crosskd_hf.training.optimization import (
     warmup_multistep_factor,
 )
 
-# COCO train2017 has 117266 images left after filtering; at batch 16 that is ceil(117266 / 16) updates.
-STEPS_PER_EPOCH = 7330
-WARMUP = {"warmup_steps": 500, "start_factor": 0.001, "style": "linear"}
-ONE_X = {**WARMUP, "milestone_steps": [58640, 80630], "gamma": 0.1}
-TWO_X = {**ONE_X, "milestone_steps": [117280, 161260]}
-FCOS = {**TWO_X, "start_factor": 1 / 3, "style": "constant"}
+SCHEDULE = {"start_factor": 0.001, "milestone_steps": [50], "gamma": 0.1}
 
 
 class Block(nn.Module):
@@ -44,35 +39,6 @@ def arguments(tmp_path, **values) -> DetectionTrainingArguments:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "step", "factor"),
-    [
-        (ONE_X, 0, 0.001),
-        (ONE_X, 1, 0.001 + 0.999 / 499),
-        (ONE_X, 249, 0.001 + 0.999 * 249 / 499),
-        (ONE_X, 498, 0.001 + 0.999 * 498 / 499),
-        (ONE_X, 499, 1.0),
-        (ONE_X, 500, 1.0),
-        (ONE_X, 8 * STEPS_PER_EPOCH - 1, 1.0),
-        (ONE_X, 8 * STEPS_PER_EPOCH, 0.1),
-        (ONE_X, 11 * STEPS_PER_EPOCH - 1, 0.1),
-        (ONE_X, 11 * STEPS_PER_EPOCH, 0.01),
-        (ONE_X, 12 * STEPS_PER_EPOCH - 1, 0.01),
-        (TWO_X, 16 * STEPS_PER_EPOCH - 1, 1.0),
-        (TWO_X, 16 * STEPS_PER_EPOCH, 0.1),
-        (TWO_X, 22 * STEPS_PER_EPOCH - 1, 0.1),
-        (TWO_X, 22 * STEPS_PER_EPOCH, 0.01),
-        (FCOS, 0, 1 / 3),
-        (FCOS, 498, 1 / 3),
-        (FCOS, 499, 1.0),
-        (FCOS, 16 * STEPS_PER_EPOCH, 0.1),
-        (FCOS, 22 * STEPS_PER_EPOCH, 0.01),
-    ],
-)
-def test_factor_of_the_published_schedules(schedule, step, factor):
-    assert warmup_multistep_factor(step, **schedule) == pytest.approx(factor, rel=1e-12)
-
-
-@pytest.mark.parametrize(
     ("style", "warmup_steps", "factors"),
     [
         *[(style, steps, [1, 1, 1]) for style in ("linear", "constant") for steps in (0, 1)],
@@ -80,12 +46,12 @@ def test_factor_of_the_published_schedules(schedule, step, factor):
     ],
 )
 def test_the_shortest_warmups(style, warmup_steps, factors):
-    schedule = {**ONE_X, "style": style, "warmup_steps": warmup_steps}
+    schedule = {**SCHEDULE, "style": style, "warmup_steps": warmup_steps}
     assert [warmup_multistep_factor(step, **schedule) for step in range(3)] == factors
 
 
 def test_milestone_within_warmup_applies_too():
-    schedule = {**ONE_X, "warmup_steps": 11, "start_factor": 0.0, "milestone_steps": [5]}
+    schedule = {"style": "linear", "warmup_steps": 11, "start_factor": 0.0, "milestone_steps": [5], "gamma": 0.1}
     assert warmup_multistep_factor(4, **schedule) == pytest.approx(0.4)
     assert warmup_multistep_factor(5, **schedule) == pytest.approx(0.05)
 
