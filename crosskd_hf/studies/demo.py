@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from ..data.dataset import DetectionDataset
 from ..data.load import load_split
+from ..inference.detect import detect_images
 from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
 from ..recipe.load import load_recipe
@@ -133,12 +133,10 @@ def draw_contact_sheet(runs: list[Stage], path: Path) -> None:
     contact_sheet(rows, ["ground truth", *(stage.name for stage in students)]).save(path)
 
 
-@torch.no_grad()
 def detect(model: DenseDetector, processor: DenseDetectorImageProcessor, image: Image.Image) -> Boxes:
     """What a model finds, above the sheet's threshold."""
-    outputs = model(**processor(image, return_tensors="pt"))
-    sizes = [(image.height, image.width)]
-    (detections,) = processor.post_process_object_detection(outputs, THRESHOLD, sizes)
+    inputs, sizes = [processor(image, return_tensors="pt")], [(image.height, image.width)]
+    (detections,) = detect_images(model, processor, inputs, sizes, THRESHOLD)
     labels = detections["labels"].tolist()
     names = [model.config.id2label[label] for label in labels]
     return Boxes(detections["boxes"], labels, names, detections["scores"].tolist())

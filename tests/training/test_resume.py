@@ -156,15 +156,6 @@ def test_a_run_resumed_between_epochs_ends_as_an_undisturbed_one(tmp_path: Path,
     assert_same(whole, resumed(tmp_path, expected, **options))
 
 
-def test_dropout_matters_to_these_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the random state the weights differ: the tests above would notice."""
-    whole = undisturbed(tmp_path)
-    interrupted(tmp_path, 5)
-    monkeypatch.setattr(DetectionTrainer, "_load_rng_state", lambda trainer, folder: None)
-    with pytest.raises(AssertionError, match="differ"):
-        assert_same(whole, resumed(tmp_path, "checkpoint-3"))
-
-
 def test_a_damaged_checkpoint_costs_steps_but_no_difference(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = undisturbed(tmp_path)
     trainer = build(tmp_path, "cut")

@@ -138,11 +138,14 @@ def test_an_infinite_loss_of_finite_gradients_stops_the_run(tmp_path: Path) -> N
     assert not list(trainer.run_folder.glob("checkpoint-*"))
 
 
-def after_step(action) -> TrainerCallback:
-    """A callback that calls `action(step)` after each step."""
-    callback = TrainerCallback()
-    callback.on_step_end = lambda args, state, control, **kwargs: action(state.global_step)
-    return callback
+class AfterStep(TrainerCallback):
+    """Calls `action(step)` after each step."""
+
+    def __init__(self, action):
+        self.action = action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.action(state.global_step)
 
 
 @pytest.mark.parametrize(("where", "logging"), [("parameter", 2), ("buffer", 99), ("average", 99)])
@@ -156,7 +159,7 @@ def test_a_tensor_that_is_not_finite_is_not_saved(tmp_path: Path, where: str, lo
             model = trainer.average.model if where == "average" else trainer.model
             model.state_dict()[name].view(-1)[-1] = float("nan")
 
-    trainer.add_callback(after_step(plant))
+    trainer.add_callback(AfterStep(plant))
     told = f"the average of {name}" if where == "average" else f"student.{name}"
     with pytest.raises(NonFiniteLossError, match=rf"^{told} is not finite .*after step 2.*checkpoint-1,"):
         trainer.train()
