@@ -249,11 +249,13 @@ def check_labels(model: DenseDetector, checkpoint: str | None) -> None:
         return
     pairs = zip_longest(map(repr, before), map(repr, now), fillvalue="absent")
     index, old, new = next((i, old, new) for i, (old, new) in enumerate(pairs) if old != new)
-    raise RecipeError(
-        f"{checkpoint} was trained on {len(before)} classes, the data has {len(now)}, and class {index} was "
-        f"{printable(old)}, is {printable(new)}: a run can't resume with other classes, or the same in another order. "
-        "Name another training.output_dir, or bring the data's classes back."
+    of_checkpoint, of_data = (f"{len(names)} classes ({listed(names, SHOWN)})" for names in (before, now))
+    text = (
+        f"{checkpoint} was trained on {of_checkpoint}, the data has {of_data}, and class {index} was {old}, is {new}: "
+        "a run can't resume with other classes, or the same in another order. Name another training.output_dir, or "
+        "bring the data's classes back."
     )
+    raise RecipeError(printable(text))
 
 
 def is_finished(output: Path) -> bool:

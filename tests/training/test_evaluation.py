@@ -289,31 +289,6 @@ def test_category_ids_in_any_order() -> None:
     assert evaluator.results()[0]["category_id"] == 9
 
 
-# --- what is kept ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("given", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_kept_as_small_numpy_copies(given: torch.dtype) -> None:
-    detection = detected((0.5, 1, BOX))
-    detection |= {name: detection[name].to(given) for name in ("scores", "boxes")}
-    detection["boxes"].requires_grad_()
-    evaluator = evaluator_of({1: []}, {1: detection})
-    stored = evaluator.detections_of(1)
-    assert stored.scores.dtype == stored.boxes.dtype == (np.float64 if given == torch.float64 else np.float32)
-    assert stored.labels.dtype == np.int32
-    assert all(array.base is None for array in stored)
-    detection["scores"].zero_()
-    assert evaluator.results()[0]["score"] == 0.5
-
-
-def test_widths_of_float32_corners_are_not_rounded_to_float32() -> None:
-    detection = detected((0.5, 1, [0.1, 0.1, 100.3, 70.7]))
-    x1, y1, x2, y2 = detection["boxes"][0].tolist()
-    (annotation,) = evaluator_of({1: []}, {1: detection})._predictions().anns.values()
-    assert annotation["bbox"] == [x1, y1, x2 - x1, y2 - y1]
-    assert annotation["area"] == (x2 - x1) * (y2 - y1)
-
-
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
