@@ -10,12 +10,10 @@ from unittest import mock
 import equality
 import torch
 from processes import run_processes
-from tiny import tiny_args, tiny_batch, tiny_model, tiny_split
-from torch.nn.parallel import DistributedDataParallel
+from tiny import tiny_args, tiny_model, tiny_split
 
 from crosskd_hf.commands import evaluate
 from crosskd_hf.commands.errors import USER_ERRORS
-from crosskd_hf.distillation import PKD, CrossKD, DistillationPair
 from crosskd_hf.hub.upload import RECIPE_FILE
 from crosskd_hf.recipe import run_folder
 from crosskd_hf.recipe.load import load_recipe
@@ -44,38 +42,6 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
     for detector, distil in CASES:
         error = equality.error(equality.gradients(detector, distil, 0, 1), of_two[f"{(detector, distil)}"])
         assert error > 1e-3 if distil or detector == "retinanet" else error < equality.EQUAL, (detector, distil)
-
-
-def gradients_of_methods(rank: int, world: int, store: str, output: str) -> None:
-    """Gradients of what methods train: of this rank alone, and as DDP leaves them."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    student = tiny_model(seed=1, head_channels=16, fpn_channels=16)
-    pair = DistillationPair(student, tiny_model(seed=5), [CrossKD(), PKD()])
-    model = DistributedDataParallel(pair.train())
-    inputs = {name: values[2 * rank : 2 * rank + 2] for name, values in tiny_batch(images=4).items()}
-
-    def gradients() -> list[torch.Tensor]:
-        model.zero_grad()
-        model(**inputs).loss.backward()
-        return [parameter.grad.clone() for parameter in pair.methods.parameters()]
-
-    with model.no_sync():
-        alone = gradients()
-    torch.save({"alone": alone, "averaged": gradients()}, f"{output}.{rank}")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_average_the_gradients_of_methods(tmp_path: Path) -> None:
-    output = tmp_path / "gradients"
-    run_processes(gradients_of_methods, (2, str(tmp_path / "store"), str(output)), 2)
-    first, second = (torch.load(f"{output}.{rank}", weights_only=True) for rank in range(2))
-    assert len(first["alone"]) == 3
-    for one, other, averaged, again in zip(
-        first["alone"], second["alone"], first["averaged"], second["averaged"], strict=True
-    ):
-        assert torch.equal(averaged, again) and not torch.allclose(one, other)
-        torch.testing.assert_close(averaged, (one + other) / 2)
 
 
 def test_two_processes_give_the_evaluation_files_of_one(tmp_path: Path) -> None:

@@ -67,9 +67,16 @@ def test_the_pair_is_trained_and_the_model_is_the_student(tmp_path: Path) -> Non
     assert set(load_file(checkpoint / "model.safetensors")) == names
     assert set(load_file(checkpoint / METHODS_FILE)) == set(before)
     assert {key.removeprefix("module.") for key in load_file(checkpoint / AVERAGE_FILE)} == names | {"n_averaged"}
+    # The average of the weights is what is saved for users, and evaluated.
     trainer.save_model()
-    assert set(load_file(trainer.run_folder / "model.safetensors")) == names
+    saved, weights = load_file(trainer.run_folder / "model.safetensors"), student.state_dict()
+    assert_same(saved, trainer.average.model.state_dict())
+    assert any(not torch.equal(value, weights[name]) for name, value in saved.items())
     assert not (trainer.run_folder / METHODS_FILE).exists()
+    detect, evaluated = trainer.detect, []
+    trainer.detect = lambda model, batch: (evaluated.append(model), detect(model, batch))[1]
+    trainer.evaluate()
+    assert evaluated and all(model is trainer.average.model for model in evaluated)
 
 
 def test_it_is_resumed_bit_for_bit(tmp_path: Path) -> None:
@@ -112,13 +119,6 @@ def test_a_method_that_is_not_finite_is_found(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLossError, match=r"methods\.crosskd\."):
         trainer.train()
     assert not list(trainer.run_folder.glob("checkpoint-*"))
-
-
-def test_the_pair_runs_in_the_precision_of_training(tmp_path: Path) -> None:
-    trainer, types = build(tmp_path, bf16=True, max_steps=1, save_strategy="no"), []
-    trainer.model.head.register_forward_hook(lambda module, args, output: types.append(output.logits[0].dtype))
-    trainer.train()
-    assert types == [torch.bfloat16] and trainer.model.dtype == torch.float32
 
 
 def one_of_two(rank: int, port: int, root: str) -> None:
