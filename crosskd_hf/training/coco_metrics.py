@@ -232,7 +232,9 @@ class CocoEvaluator:
             OSError: a file or the folder could not be written; the message names it.
             ValueError: a metric is not finite, which JSON has no word for. Nothing is written then.
         """
-        values = dict(metrics) if settings is None else {**metrics, SETTINGS: dict(settings)}
+        values: dict[str, Any] = {name: float(value) for name, value in metrics.items()}
+        if settings is not None:
+            values[SETTINGS] = dict(settings)
         metrics_text = json.dumps(values, indent=2, allow_nan=False) + "\n"
         for name, text in (("predictions", json.dumps(self.results())), ("metrics", metrics_text)):
             path = Path(folder, f"{prefix}{name}.json")
