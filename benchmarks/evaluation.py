@@ -96,7 +96,7 @@ def evaluate(
         evaluator.update(image_ids[start : start + BATCH], detections[start : start + BATCH])
     times.append(time.perf_counter())
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluator._ground_truth(set(image_ids))
+        evaluator._ground_truth()
     times.append(time.perf_counter())
     metrics = evaluator.compute()
     times.append(time.perf_counter())

@@ -1,14 +1,12 @@
-"""A recipe -> everything that it describes, built once: models, data sets, image processor, training arguments."""
+"""A recipe -> the trainer that it describes, with its models, data sets, image processor and training arguments."""
 
 import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from transformers import set_seed
 
-from ..data.dataset import DetectionDataset
 from ..data.load import load_datasets
 from ..distillation.methods import method_class
 from ..distillation.weight_inheritance import inherit_weights
@@ -28,28 +26,8 @@ from .sections import ModelSection, Recipe, TeacherSection
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Run:
-    """Everything that a recipe describes.
-
-    Attributes:
-        arguments: of the training.
-        model: what is trained; its labels are the data's.
-        processor: the model's image processor, with the recipe's image sizes.
-        train_dataset, eval_dataset: the two splits.
-        teacher: None without distillation.
-    """
-
-    arguments: DetectionTrainingArguments
-    model: DenseDetector
-    processor: DenseDetectorImageProcessor
-    train_dataset: DetectionDataset
-    eval_dataset: DetectionDataset
-    teacher: DenseDetector | None = None
-
-
-def build(recipe: Recipe, arguments: DetectionTrainingArguments | None = None) -> Run:
-    """Build what a recipe describes. The same recipe gives the same weights.
+def build_trainer(recipe: Recipe, arguments: DetectionTrainingArguments | None = None) -> DetectionTrainer:
+    """Build everything that a recipe describes, ready to train. The same recipe gives the same weights.
 
     Args:
         recipe: what to build.
@@ -58,32 +36,20 @@ def build(recipe: Recipe, arguments: DetectionTrainingArguments | None = None) -
     Raises:
         RecipeError, CheckpointError, ValueError, OSError: data, weights or arguments can't be used.
     """
-    arguments = arguments or recipe.training_arguments()
-    set_seed(arguments.seed)  # new weights are drawn before the Trainer seeds for itself
-    train_dataset, eval_dataset = load_datasets(recipe.data, arguments.seed)
+    args = arguments or recipe.training_arguments()
+    set_seed(args.seed)  # new weights are drawn before the Trainer seeds for itself
+    train_dataset, eval_dataset = load_datasets(recipe.data, args.seed)
     names = train_dataset.split.label_names
     model = build_model(recipe.model, names)
     processor = DenseDetectorImageProcessor.for_model(model.config, recipe.data.short_side, recipe.data.long_side)
-    teacher = load_teacher(recipe.teacher, names) if recipe.teacher else None
-    if teacher is not None and recipe.model.inherit:
-        say(inherit_weights(model, teacher, recipe.model.inherit))
-    return Run(arguments, model, processor, train_dataset, eval_dataset, teacher)
-
-
-def build_trainer(recipe: Recipe, arguments: DetectionTrainingArguments | None = None) -> DetectionTrainer:
-    """Everything a recipe describes, ready to train; see `build`."""
-    run = build(recipe, arguments)
-    parts = {
-        "args": run.arguments,
-        "train_dataset": run.train_dataset,
-        "eval_dataset": run.eval_dataset,
-        "processing_class": run.processor,
-    }
-    if run.teacher is None:
-        trainer = DetectionTrainer(run.model, **parts)
+    if recipe.teacher is None:
+        trainer = DetectionTrainer(model, args, train_dataset, eval_dataset, processor)
     else:
+        teacher = load_teacher(recipe.teacher, names)
+        if recipe.model.inherit:
+            say(inherit_weights(model, teacher, recipe.model.inherit))
         methods = [method_class(name)(settings) for name, settings in recipe.distillation.methods.items()]
-        trainer = DistillationTrainer(run.model, run.teacher, methods=methods, **parts)
+        trainer = DistillationTrainer(model, teacher, args, train_dataset, eval_dataset, processor, methods)
     use_run_log(trainer)
     return trainer
 

@@ -14,12 +14,10 @@ from typing import Any
 
 from ..distillation.methods import method_class, method_names
 from ..utils.messages import nearest
-from ..utils.recipe_fields import Problem
+from ..utils.recipe_fields import Problem, settings_of
 from .reading import cast_section
 
 DEFAULT = ("crosskd",)
-# Until methods had sections of their own, these keys were the section's.
-CROSSKD_KEYS = ("tap_index", "student_tap_index", "tap")
 TERM_WEIGHTS = ("cls_weight", "box_weight", "centerness_weight")
 
 
@@ -69,7 +67,7 @@ def read_distillation(values: Any, problems: list[str], refused: set[str]) -> Di
                 "leave its section out."
             )
         else:
-            problems.append(_new_spelling(key, value, known) or _unknown_key(key, value, known))
+            problems.append(_wrong_key(key, value, known))
     if len(problems) > before:
         refused.add("distillation")
     sections = {}
@@ -92,26 +90,16 @@ def _read_methods(value: Any, known: list[str], problems: list[str]) -> list[str
     return [name for name in dict.fromkeys(value) if name in known]
 
 
-def _new_spelling(key: Any, value: Any, known: list[str]) -> str | None:
-    """How to write what an earlier version had in the section itself; None if the key is none of those."""
+def _wrong_key(key: Any, value: Any, known: list[str]) -> str:
     if key in known:
-        problem = f"distillation.{key}: {value!r} is no section"
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            return f"{problem}: it must hold keys and values."
-        if not value:
-            return f"{problem}: to turn {key} off, leave it out of distillation.methods."
-        return f"{problem}: add {key} to distillation.methods, and write distillation.{key}: {{weight: {value}}}."
-    if key in CROSSKD_KEYS:
-        return f"distillation.{key} is a key of CrossKD: write distillation.crosskd: {{{key}: {value}}}."
-    if key in TERM_WEIGHTS:
         return (
-            f"distillation.{key} is a key of each method: write distillation.crosskd: {{{key}: {value}}}, and the "
-            "same for mimic if that is among the methods."
+            f"distillation.{key}: {value!r} is no section: add {key} to distillation.methods, and write keys and "
+            f"values, such as distillation.{key}: {{weight: 1.0}}; to turn {key} off, leave it out of the methods."
         )
-    return None
-
-
-def _unknown_key(key: Any, value: Any, known: list[str]) -> str:
+    if owners := [name for name in known if key in {f.name for f in settings_of(settings_class(name))}]:
+        return (
+            f"distillation.{key} is a key of {', '.join(owners)}: write distillation.{owners[0]}: {{{key}: {value}}}."
+        )
     return f"unknown key distillation.{key} (value {value!r}). {nearest(str(key), ['methods', *known])}"
 
 

@@ -1,21 +1,17 @@
 """Recipes from YAML files, read strictly: all problems are found before anything is built, and told together."""
 
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..data.settings import DataSection
-from ..distillation.methods import method_names
-from ..training.arguments import DetectionTrainingArguments
 from ..utils.messages import nearest
-from ..utils.recipe_fields import default_of, settings_of
 from ..utils.strict_yaml import RecipeError, read_yaml
 from .checks import impossible_combinations
-from .distillation import DEFAULT, read_distillation, settings_class
+from .distillation import read_distillation
 from .overrides import apply_override, leave_out_methods
 from .packaged import find_recipe
-from .reading import cast_section, type_name
+from .reading import cast_section
 from .sections import OPTIONAL_SECTIONS, SECTIONS, Recipe
 from .shorter_runs import follow_length
 
@@ -59,10 +55,10 @@ def parse_recipe(content: dict[str, Any], source: str = "recipe", problems: Sequ
     Raises:
         RecipeError: with all problems.
     """
-    told = list(problems)
+    all_problems = list(problems)
     refused: set[str] = set()
     for unknown in [key for key in content if key not in SECTIONS]:
-        told.append(f"unknown section {unknown!r}. {nearest(str(unknown), list(SECTIONS))}")
+        all_problems.append(f"unknown section {unknown!r}. {nearest(str(unknown), list(SECTIONS))}")
         refused.update(OPTIONAL_SECTIONS)  # it may be one of them, misspelt
     sections: dict[str, Any] = {}
     for name, section_class in SECTIONS.items():
@@ -71,18 +67,18 @@ def parse_recipe(content: dict[str, Any], source: str = "recipe", problems: Sequ
             sections[name] = None
             continue
         if name == "distillation":
-            sections[name] = read_distillation(values, told, refused)
+            sections[name] = read_distillation(values, all_problems, refused)
             continue
-        cast = cast_section(name, values, section_class, told, refused)
+        cast = cast_section(name, values, section_class, all_problems, refused)
         sections[name] = cast if name == "training" else section_class(**cast)
     recipe = Recipe(**sections)
     if not problems:
         # A refused value stands at its default here, about which nothing must be said.
         for fields, message in impossible_combinations(recipe):
             if not any(f"{field}.".startswith(f"{name}.") for field in fields for name in refused):
-                told.append(message)
-    if told:
-        raise RecipeError(f"{source} can't be run:\n  - " + "\n  - ".join(told))
+                all_problems.append(message)
+    if all_problems:
+        raise RecipeError(f"{source} can't be run:\n  - " + "\n  - ".join(all_problems))
     return recipe
 
 
@@ -96,26 +92,9 @@ def load_data_section(name_or_path: str | Path) -> DataSection:
     return parse_recipe({"data": _read_sections(path).get("data")}, str(path)).data
 
 
-def describe_fields() -> str:
-    """Every key of a recipe with type, default and meaning, a line each; `training` only what transformers lacks."""
-    sections = {name: section for name, section in SECTIONS.items() if name != "distillation"}
-    sections |= {f"distillation.{name}": settings_class(name) for name in method_names()}
-    lines = [f"distillation.methods (list of {' | '.join(method_names())}, {list(DEFAULT)}): what is distilled with"]
-    for name, section in sections.items():
-        hints = typing.get_type_hints(section)
-        for f in settings_of(section):
-            if name == "training" and f.name not in DetectionTrainingArguments.__annotations__:
-                continue
-            kind, text = type_name(hints[f.name]), f.metadata.get("help", "")
-            if f.metadata.get("choices"):
-                kind = " | ".join(f.metadata["choices"])
-            lines.append(f"{name}.{f.name} ({kind}, {default_of(f)!r}): {text}")
-    return "\n".join(lines)
-
-
 def _read_sections(path: Path) -> dict[str, Any]:
     content = read_yaml(path)
     if not isinstance(content, dict):
-        found = "nothing" if content is None else f"{content!r:.50}"
-        raise RecipeError(f"{path} must hold the sections {', '.join(SECTIONS)}, but holds {found}.")
+        held = "nothing" if content is None else f"{content!r:.50}"
+        raise RecipeError(f"{path} must hold the sections {', '.join(SECTIONS)}, but holds {held}.")
     return content

@@ -33,7 +33,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     value = _override_value(parts, text, override) if text else ""
     if len(parts) == 1:
         if value is not None:
-            raise RecipeError(f"override {override!r}: a whole section can only be set to null.")
+            raise RecipeError(f"override {override!r}: a section can only be set to null.")
         if key not in OPTIONAL_SECTIONS:
             choice = " and ".join(OPTIONAL_SECTIONS)
             raise RecipeError(f"override {override!r}: only {choice} can be taken out of a recipe.")

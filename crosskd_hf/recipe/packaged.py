@@ -16,26 +16,19 @@ def find_recipe(name: str | Path) -> Path:
     Raises:
         RecipeError: if there is none, with close names.
     """
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.parent != Path("."):
-        if path.is_file():
-            return path
-        if path.is_dir():
-            raise RecipeError(_not_a_folder(path))
-        raise RecipeError(f"recipe file {path} doesn't exist. {nearest(path.stem, sorted(carried_recipes()))}")
-    recipes = carried_recipes()
-    if str(name) not in recipes:
-        if path.is_dir():
-            raise RecipeError(_not_a_folder(path))
-        if path.is_file():
-            raise RecipeError(f"the file {path} is no recipe: the name of one ends in .yaml or .yml.")
-        raise RecipeError(f"there is no recipe {str(name)!r}. {nearest(str(name), sorted(recipes))}")
-    return recipes[str(name)]
-
-
-def _not_a_folder(path: Path) -> str:
-    found = [str(file) for file in sorted(path.glob("*.y*ml"))[:5]]
-    return f"recipe {path} is a folder: name a file{' in it, such as ' + ', '.join(found) if found else ''}."
+    path, recipes = Path(name), carried_recipes()
+    is_path = path.suffix in (".yaml", ".yml") or path.parent != Path(".")
+    if is_path and path.is_file():
+        return path
+    if not is_path and str(name) in recipes:
+        return recipes[str(name)]
+    if path.is_dir():
+        files = ", ".join(str(file) for file in sorted(path.glob("*.y*ml"))[:5])
+        raise RecipeError(f"recipe {path} is a folder: name a file{' in it, such as ' + files if files else ''}.")
+    if path.is_file():
+        raise RecipeError(f"the file {path} is no recipe: the name of one ends in .yaml or .yml.")
+    problem = f"recipe file {path} doesn't exist" if is_path else f"there is no recipe {str(name)!r}"
+    raise RecipeError(f"{problem}. {nearest(path.stem if is_path else str(name), sorted(recipes))}")
 
 
 def carried_recipes() -> dict[str, Path]:
@@ -43,6 +36,6 @@ def carried_recipes() -> dict[str, Path]:
     package = Path(str(importlib.resources.files("crosskd_hf")))
     # Not files("crosskd_hf.recipes"): a folder without __init__.py is a namespace package, whose path can't be used.
     for folder in (package / "recipes", package.parent / "recipes"):
-        if found := {path.stem: path for path in folder.glob("*.yaml")}:
-            return found
+        if recipes := {path.stem: path for path in folder.glob("*.yaml")}:
+            return recipes
     return {}

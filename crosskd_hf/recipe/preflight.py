@@ -5,7 +5,6 @@ import math
 import torch
 
 from ..training.arguments import LIMITS
-from ..training.disk_space import check_disk_space, checkpoint_bytes, checkpoints_at_once
 from ..training.distillation_trainer import DistillationTrainer
 from ..training.trainer import DetectionTrainer
 from ..utils.strict_yaml import RecipeError
@@ -47,8 +46,8 @@ def precision(trainer: DetectionTrainer) -> str:
     """The precision that a run computes in, and what chose it."""
     mixed = trainer.precision
     if mixed != "fp32":
-        own = getattr(trainer.args, mixed, False)
-        source = f"training.{mixed}" if own else "accelerate's configuration, ACCELERATE_MIXED_PRECISION"
+        by_recipe = getattr(trainer.args, mixed, False)
+        source = f"training.{mixed}" if by_recipe else "accelerate's configuration, ACCELERATE_MIXED_PRECISION"
         return f"{mixed}, mixed with fp32 ({source})"
     if trainer.args.device.type == "cuda":
         parts = [("convolutions", torch.backends.cudnn), ("matrix products", torch.backends.cuda.matmul)]
@@ -87,11 +86,3 @@ def planned_steps(trainer: DetectionTrainer) -> int:
     """Optimizer steps of a complete run."""
     args = trainer.args
     return args.max_steps if args.max_steps > 0 else math.ceil(trainer.steps_per_epoch * args.num_train_epochs)
-
-
-def check_space(trainer: DetectionTrainer) -> None:
-    """Refuse a run whose checkpoints don't fit on the disk."""
-    args = trainer.args
-    keeps_best = args.eval_strategy != "no"
-    count = checkpoints_at_once(args.save_total_limit, keeps_best) if args.save_strategy != "no" else 1
-    check_disk_space(args.output_dir, checkpoint_bytes(trainer.model, args) * count, count)

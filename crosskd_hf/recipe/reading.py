@@ -26,43 +26,36 @@ def cast(value: Any, hint: Any) -> Any:
         ValueError: worded to follow the value.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if value is None and hint in (bool, int, float, str):
-        raise ValueError("must have a value: leave the key out for its default")
-    if origin in (typing.Union, types.UnionType):
-        return _cast_union(value, arguments)
-    if origin is list:
-        if not isinstance(value, list):
-            raise ValueError(f"is no list of {type_name(arguments[0])}")
-        return [cast(item, arguments[0]) for item in value]
-    if hint is bool:
-        if not isinstance(value, bool):
-            raise ValueError("is neither true nor false")
-    elif hint in (int, float):
-        return _cast_number(value, hint)
-    elif hint is str:
-        if not isinstance(value, str):
-            raise ValueError("is no text: put it in quotes")
-    elif _is_enum(hint):
-        if value is False and "no" in [member.value for member in hint]:
-            return "no"  # which YAML reads as false
-        if not isinstance(value, str):
-            raise ValueError("is no text: put it in quotes")
-        if value not in (allowed := [str(member.value) for member in hint]):
-            raise ValueError(f"must be one of {', '.join(allowed)}")
-    elif origin is typing.Literal:
-        if not any(value is literal or (type(value) is type(literal) and value == literal) for literal in arguments):
-            raise ValueError(f"must be one of {', '.join(map(repr, arguments))}")
-    elif origin is dict or hint is dict:
-        if not isinstance(value, dict):
-            raise ValueError("is no mapping")
-    return value
-
-
-def _cast_union(value: Any, members: Sequence[Any]) -> Any:
+    members = arguments if origin in (typing.Union, types.UnionType) else (hint,)
     if value is None:
         if type(None) in members:
             return None
         raise ValueError("must have a value: leave the key out for its default")
+    if len(members) > 1:
+        return _cast_union(value, members)
+    if origin is list:
+        if not isinstance(value, list):
+            raise ValueError(f"is no list of {type_name(arguments[0])}")
+        return [cast(item, arguments[0]) for item in value]
+    if hint in (int, float):
+        return _cast_number(value, hint)
+    choices = [str(member.value) for member in hint] if _is_enum(hint) else None
+    if choices and value is False and "no" in choices:
+        return "no"  # which YAML reads as false
+    if hint is bool and not isinstance(value, bool):
+        raise ValueError("is neither true nor false")
+    if (hint is str or choices) and not isinstance(value, str):
+        raise ValueError("is no text: put it in quotes")
+    if choices and value not in choices:
+        raise ValueError(f"must be one of {', '.join(choices)}")
+    if origin is typing.Literal and not any(type(value) is type(known) and value == known for known in arguments):
+        raise ValueError(f"must be one of {', '.join(map(repr, arguments))}")
+    if dict in (origin, hint) and not isinstance(value, dict):
+        raise ValueError("is no mapping")
+    return value
+
+
+def _cast_union(value: Any, members: Sequence[Any]) -> Any:
     members = [member for member in members if member is not type(None)]
     if any(map(_is_enum, members)):
         # transformers declares `Enum | str` but takes only the Enum's values.
@@ -97,11 +90,11 @@ def _cast_number(value: Any, hint: type) -> Any:
         raise ValueError("is too large") from None
     if not math.isfinite(number):
         raise ValueError("is not finite")
-    if hint is int:
-        if number != int(number) or (isinstance(value, float) and not number.is_integer()):
-            raise ValueError("is no whole number")
-        return int(value) if not isinstance(value, str) else int(number)
-    return number
+    if hint is float:
+        return number
+    if not number.is_integer():
+        raise ValueError("is no whole number")
+    return value if isinstance(value, int) else int(number)
 
 
 def check_range(value: Any, metadata: typing.Mapping[str, Any]) -> None:

@@ -1,28 +1,31 @@
-"""A run's output folder: whether a recipe may go on with what is in it, and what a finished run says."""
+"""A run's output folder: whether a recipe may resume what is in it, and the metrics of a finished run."""
 
 import dataclasses
 import json
+import math
+from itertools import zip_longest
 from pathlib import Path
 
 from transformers import TrainerState
 
 from ..hub.upload import RECIPE_FILE, UPLOADED
 from ..models.base import DenseDetector
-from ..recipe.load import load_recipe
-from ..recipe.sections import Recipe
-from ..training.checkpoints import MARKER, NAME, checkpoint_folders, last_complete_checkpoint
+from ..training.checkpoints import MARKER, NAME, checkpoint_folders
 from ..training.run_lock import LOCK
 from ..utils.escaping import printable
 from ..utils.files import flush_to_disk, folder_problem, write_atomically
+from ..utils.messages import listed
 from ..utils.progress import say
 from ..utils.redact import without_credentials
 from ..utils.strict_yaml import RecipeError
 from ..weights.loading import weights_digest
+from .load import load_recipe
+from .sections import Recipe
 
 TEACHER_FILE = "teacher.json"  # of which weights a run learns
 WEIGHTS = "model.safetensors"
 STATE_FILE = "trainer_state.json"  # written last: a run that has it beside its model is finished
-# Training arguments that don't change what is computed, so that a run can go on with other values.
+# Training arguments that don't change what is computed, so that a run can resume with other values.
 MAY_CHANGE = (
     *("output_dir", "disable_tqdm", "report_to", "run_name", "push_to_hub", "hub_model_id", "hub_strategy"),
     *("logging_steps", "logging_strategy", "eval_steps", "eval_strategy", "save_steps", "save_strategy"),
@@ -35,7 +38,7 @@ BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # What a checkpoint can't be fitted to: weights, and the optimizer's values a parameter group.
 FIXED = ("training.optim", "training.optim_args", "training.bias_lr_factor", "training.bias_weight_decay")
 ACCEPT = "--accept-changes"
-SHOWN = 10  # class names in a message
+SHOWN = 10  # names in a message
 
 
 def check_folder(path: str | None, key: str) -> None:
@@ -51,28 +54,21 @@ def check_others_files(output: Path) -> None:
         RecipeError: naming it.
     """
     # Hidden ones are nobody's work, and the lock is of a run that was killed before it wrote its recipe.
-    found = [path for path in sorted(output.glob("[!.]*")) if path.name != LOCK]
+    others = [path for path in sorted(output.glob("[!.]*")) if path.name != LOCK]
     written = (*UPLOADED, TEACHER_FILE, "training_args.bin", "evaluation")
-    lost = [p.name for p in found if NAME.fullmatch(p.name) or any(p.match(pattern) for pattern in written)]
+    lost = [p.name for p in others if NAME.fullmatch(p.name) or any(p.match(pattern) for pattern in written)]
     if lost:
         raise RecipeError(
-            f"{output} holds {_names(lost)}, which a run would write over, but no {RECIPE_FILE} of a run: name "
+            f"{output} holds {listed(lost, SHOWN)}, which a run would write over, but no {RECIPE_FILE} of a run: name "
             "another training.output_dir."
         )
-    if found:
-        names = _names([path.name for path in found])
+    if others:
+        names = listed([path.name for path in others], SHOWN)
         say(f"{output} holds {names}, of no run: they stay as they are, and the run is written beside them")
 
 
-def _names(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-
-
-def check_output(recipe: Recipe, output: Path, accept_changes: bool = False) -> bool:
-    """Refuse a folder that holds another run, unless its changes are accepted and possible.
-
-    Returns:
-        whether changes were accepted; each is printed.
+def check_output(recipe: Recipe, output: Path, accept_changes: bool = False) -> None:
+    """Refuse a folder that holds another run, unless its changes are accepted and possible; then print them.
 
     Raises:
         RecipeError: naming what differs. A checkpoint restores its own learning rate and schedule, so that changed
@@ -80,7 +76,7 @@ def check_output(recipe: Recipe, output: Path, accept_changes: bool = False) -> 
     """
     if not (output / RECIPE_FILE).is_file():
         check_others_files(output)
-        return False
+        return
     try:
         begun = load_recipe(output / RECIPE_FILE)
     except RecipeError as error:
@@ -89,7 +85,7 @@ def check_output(recipe: Recipe, output: Path, accept_changes: bool = False) -> 
         ) from error
     changes = recipe_changes(begun, recipe)
     if not changes:
-        return False
+        return
     lines = "".join(f"\n  - {line}" for line in changes.values())
     if is_finished(output):
         raise RecipeError(
@@ -104,11 +100,10 @@ def check_output(recipe: Recipe, output: Path, accept_changes: bool = False) -> 
         )
     if not accept_changes:
         raise RecipeError(
-            f"{output} holds a run of other settings:{lines}\nTo go on with that run with these values from its last "
+            f"{output} holds a run of other settings:{lines}\nTo resume that run with these values from its last "
             f"checkpoint on, add {ACCEPT}; or name another training.output_dir."
         )
-    say(f"goes on with other settings than {output} was begun with:{lines}")
-    return True
+    say(f"resumes with other settings than {output} was begun with:{lines}")
 
 
 def recipe_changes(before: Recipe, now: Recipe) -> dict[str, str]:
@@ -132,10 +127,10 @@ def recipe_changes(before: Recipe, now: Recipe) -> dict[str, str]:
 
 
 def _change(key: str, old: object, new: object) -> str:
-    shown, now = (without_credentials(repr(value)) for value in (old, new))
-    if shown == now:
-        return f"{key}: another user, password or query of {shown}"
-    return f"{key}: was {shown}, is {now}"
+    before, now = (without_credentials(repr(value)) for value in (old, new))
+    if before == now:
+        return f"{key}: another user, password or query of {before}"
+    return f"{key}: was {before}, is {now}"
 
 
 def flat_settings(recipe: Recipe) -> dict[str, object]:
@@ -152,53 +147,46 @@ def flat_settings(recipe: Recipe) -> dict[str, object]:
 
 
 def check_batch(recipe: Recipe, output: Path, processes: int, accept_changes: bool = False) -> None:
-    """Refuse to go on with another global batch than a run was begun with, unless that is accepted.
+    """Refuse to resume with another global batch than a run was begun with, unless that is accepted.
 
-    If the same one is made up otherwise, of another number of processes, images a device or accumulated batches, it
-    is said what isn't exact.
+    If the same one is made up otherwise, of another number of processes, images per device or accumulated batches,
+    say what isn't exact.
 
     Raises:
         RecipeError: the learning rate and the place in the data would be those of another batch.
     """
-    # Whole ones: in others, not every process may have written its state.
+    # Complete ones: in others, not every process may have written its state.
     folders = [folder for folder in checkpoint_folders(output) if (folder / MARKER).exists()]
     if not folders or not (output / RECIPE_FILE).is_file():
         return
-    ranks = len(list(folders[-1].glob("rng_state*.pth"))) or processes  # one file a process
-    before, now = _batch(load_recipe(output / RECIPE_FILE), ranks), _batch(recipe, processes)
+    ranks = len(list(folders[-1].glob("rng_state*.pth"))) or processes  # one file per process
+    before = (ranks, *_batch_values(load_recipe(output / RECIPE_FILE)))
+    now = (processes, *_batch_values(recipe))
     if before == now:
         return
-    sizes = [images * accumulated * ranks for ranks, images, accumulated in (before, now)]
-    texts = [
-        f"{ranks} processes x {images} images x {accumulated} accumulated"
-        for ranks, images, accumulated in (before, now)
-    ]
-    if sizes[0] == sizes[1]:
-        inexact = ["random numbers (drop path, dropout)"] if ranks != processes else []
-        inexact += ["which images share a batch from here to the epoch's end"] if before[1] != now[1] else []
-        inexact += ["an epoch's last batch, if it isn't full"]
+    old, new = (f"{p} processes x {i} images x {a} accumulated = {p * i * a}" for p, i, a in (before, now))
+    if math.prod(before) == math.prod(now):
+        inexact = "random numbers (drop path, dropout), " if before[0] != now[0] else ""
+        inexact += "which images share a batch from here to the epoch's end, " if before[1] != now[1] else ""
         say(
-            f"goes on with {texts[1]}, where {texts[0]} were used: the same global batch of {sizes[0]}, learning rate "
-            f"and place in the data; not exactly as before: {', '.join(inexact)}"
+            f"resumes with the same global batch, made up otherwise ({old} before, {new} now): learning rate and "
+            f"place in the data are the same; not exactly as before: {inexact}an epoch's last batch, if it isn't full"
         )
-        return
-    if not accept_changes:
+    elif accept_changes:
+        say(
+            f"resumes with another global batch ({old} before, {new} now): steps that are done count as steps of the "
+            "new size, so that the place in the data and in the schedule move"
+        )
+    else:
         raise RecipeError(
-            f"{output} holds a run of a global batch of {sizes[0]} images ({texts[0]}), this one has {sizes[1]} "
-            f"({texts[1]}): its learning rate and place in the data would not fit. Set training."
-            f"{BATCH[0]} and {BATCH[1]} so that the product is {sizes[0]} again, start as many processes as before, "
-            f"or add {ACCEPT}."
+            f"{output} holds a run of another global batch ({old}; this one: {new}): its learning rate and place in "
+            f"the data would not fit. Set training.{BATCH[0]} and {BATCH[1]} so that the product is "
+            f"{math.prod(before)} again, start as many processes as before, or add {ACCEPT}."
         )
-    say(
-        f"goes on with a global batch of {sizes[1]} ({texts[1]}) instead of {sizes[0]} ({texts[0]}): steps that are "
-        "done count as steps of the new size, so that the place in the data and in the schedule move"
-    )
 
 
-def _batch(recipe: Recipe, processes: int) -> tuple[int, int, int]:
-    values = recipe.training_values()
-    images, accumulated = (values[name] for name in BATCH)
-    return processes, images, accumulated
+def _batch_values(recipe: Recipe) -> list[int]:
+    return [recipe.training_values()[name] for name in BATCH]
 
 
 def note_teacher(teacher: DenseDetector, output: Path) -> None:
@@ -207,7 +195,7 @@ def note_teacher(teacher: DenseDetector, output: Path) -> None:
 
 
 def check_teacher(teacher: DenseDetector, output: Path, accept_changes: bool = False) -> None:
-    """Refuse to go on with another teacher than a run was begun with, unless that is accepted.
+    """Refuse to resume with another teacher than a run was begun with, unless that is accepted.
 
     The one at its path may have been trained anew.
 
@@ -224,7 +212,7 @@ def check_teacher(teacher: DenseDetector, output: Path, accept_changes: bool = F
             f"{output} holds a run that learnt from other weights than its teacher has now: bring those back, or add "
             f"{ACCEPT}, or name another training.output_dir."
         )
-    say(f"goes on with a teacher of other weights than {output} was begun with")
+    say(f"resumes with a teacher of other weights than {output} was begun with")
 
 
 def mark_finished(state: TrainerState, output: Path) -> None:
@@ -244,11 +232,11 @@ def mark_finished(state: TrainerState, output: Path) -> None:
 
 
 def check_labels(model: DenseDetector, checkpoint: str | None) -> None:
-    """Refuse to go on from a checkpoint of other classes, or of the same in another order, whatever is accepted.
+    """Refuse to resume from a checkpoint of other classes, or of the same in another order, whatever is accepted.
 
     Args:
         model: what the run trains; its labels are the data's.
-        checkpoint: what the run goes on from, if anything.
+        checkpoint: what the run resumes from, if anything.
 
     Raises:
         RecipeError: weights that were trained for one class would be taken for another's, or don't fit.
@@ -259,69 +247,39 @@ def check_labels(model: DenseDetector, checkpoint: str | None) -> None:
     before, now = type(model.config).from_pretrained(checkpoint).label_names, model.config.label_names
     if before == now:
         return
-    pairs = enumerate(zip(before, now, strict=False))
-    first = next((i for i, (old, new) in pairs if old != new), min(len(before), len(now)))
-    texts = [f"{len(names)} classes ({_excerpt(names, first)})" for names in (before, now)]
-    raise RecipeError(
-        f"{checkpoint} was trained on {texts[0]}, the data has {texts[1]}: it can't go on with other classes, or the "
-        "same in another order. Name another training.output_dir, or bring the data's classes back."
+    pairs = zip_longest(map(repr, before), map(repr, now), fillvalue="absent")
+    index, old, new = next((i, old, new) for i, (old, new) in enumerate(pairs) if old != new)
+    of_checkpoint, of_data = (f"{len(names)} classes ({listed(names, SHOWN)})" for names in (before, now))
+    text = (
+        f"{checkpoint} was trained on {of_checkpoint}, the data has {of_data}, and class {index} was {old}, is {new}: "
+        "a run can't resume with other classes, or the same in another order. Name another training.output_dir, or "
+        "bring the data's classes back."
     )
-
-
-def _excerpt(names: list[str], first: int) -> str:
-    """Names around the first that differs: some data sets have a thousand."""
-    start, end = max(0, first - SHOWN // 2), first + SHOWN // 2
-    shown = ["..."] * (start > 0) + list(map(printable, names[start:end])) + ["..."] * (end < len(names))
-    return ", ".join(shown)
-
-
-def check_weights(output: Path) -> None:
-    """Say that the weights of a run that came to its end are gone, which its last complete checkpoint brings back.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    if not _came_to_its_end(output) or _has_weights(output):
-        return
-    missing = f"{output} holds this run, finished, but its weights are missing ({output / WEIGHTS})"
-    checkpoint = last_complete_checkpoint(output)
-    if checkpoint is None:
-        raise RecipeError(
-            f"{missing}, and no complete checkpoint: bring the file back, or name another training.output_dir."
-        )
-    say(f"{missing}: they are made again from {checkpoint}")
-
-
-def _has_weights(output: Path) -> bool:
-    return any((output / name).is_file() for name in (WEIGHTS, f"{WEIGHTS}.index.json"))
+    raise RecipeError(printable(text))
 
 
 def is_finished(output: Path) -> bool:
-    """Whether a folder holds the model and the metrics of a run that came to its end."""
-    return _has_weights(output) and _came_to_its_end(output)
+    """Whether a folder holds the model, the configuration and the metrics of a run that came to its end.
 
-
-def _came_to_its_end(output: Path) -> bool:
-    """Whether a folder holds the configuration and the metrics of a finished run.
-
-    A state that can't be read, as a power cut may have left it, is none: the run goes on from its last checkpoint.
+    A state that can't be read, as a power cut may have left it, is none: the run resumes from its last checkpoint.
     """
-    if not ((output / STATE_FILE).is_file() and (output / "config.json").is_file()):
+    weights = (output / WEIGHTS, output / f"{WEIGHTS}.index.json")
+    if not (any(path.is_file() for path in weights) and (output / "config.json").is_file()):
         return False
     try:
         state = json.loads((output / STATE_FILE).read_text(encoding="utf-8"))
         last = state["global_step"]
         return any("eval_AP" in entry and entry["step"] == last for entry in state["log_history"])
-    except (ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
 
 
 def final_metrics(output: Path) -> dict[str, float]:
     """The metrics at the end of a finished run: of its own state, since `crosskd evaluate` may have written others."""
     history = json.loads((output / STATE_FILE).read_text(encoding="utf-8"))["log_history"]
-    found = next(entry for entry in reversed(history) if "eval_AP" in entry)
+    metrics = next(entry for entry in reversed(history) if "eval_AP" in entry)
     # The file is sorted by name; tables are in the order of the labels.
     labels = json.loads((output / "config.json").read_text(encoding="utf-8")).get("id2label", {})
     classes = [f"eval_AP/{labels[index]}" for index in sorted(labels, key=int)]
-    ordered = {name: found[name] for name in classes if name in found}
-    return {name: value for name, value in found.items() if name not in ordered} | ordered
+    ordered = {name: metrics[name] for name in classes if name in metrics}
+    return {name: value for name, value in metrics.items() if name not in ordered} | ordered

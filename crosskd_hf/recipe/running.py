@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from ..hub.upload import RECIPE_FILE
 from ..training.checkpoints import last_complete_checkpoint
 from ..training.coco_metrics import format_metrics
-from ..training.disk_space import full_disk_explained
+from ..training.disk_space import check_disk_space, full_disk_explained
 from ..training.distillation_trainer import DistillationTrainer
 from ..training.run_lock import folder_lock
 from ..training.trainer import DetectionTrainer
@@ -19,13 +19,12 @@ from ..utils.escaping import printable_lines
 from ..utils.memory import out_of_memory_explained
 from ..utils.progress import say
 from .build import build_trainer
-from .preflight import check_schedule, check_space, describe
+from .preflight import check_schedule, describe
 from .run_folder import (
     check_batch,
     check_labels,
     check_output,
     check_teacher,
-    check_weights,
     final_metrics,
     is_finished,
     mark_finished,
@@ -40,7 +39,7 @@ def prepare(recipe: Recipe, dry_run: bool = False, accept_changes: bool = False)
     Args:
         recipe: what to run.
         dry_run: leave no output folder behind.
-        accept_changes: go on with a run that was begun with another recipe, where that is possible.
+        accept_changes: resume a run that was begun with another recipe, where that is possible.
 
     Returns:
         the trainer; None if the run is finished already.
@@ -57,7 +56,6 @@ def prepare(recipe: Recipe, dry_run: bool = False, accept_changes: bool = False)
             print(f"{output} holds this run, finished; name another training.output_dir to run it again.")
             print_metrics(final_metrics(output))
         return None
-    check_weights(output)
     check_batch(recipe, output, PartialState().num_processes, accept_changes)
     advice = "student and teacher don't fit, before any image: lower the sizes of model"
     with _left_as_it_was(output) if dry_run else contextlib.nullcontext(), out_of_memory_explained(lambda: advice):
@@ -67,7 +65,7 @@ def prepare(recipe: Recipe, dry_run: bool = False, accept_changes: bool = False)
         check_teacher(trainer.teacher, output, accept_changes)
     if dry_run:  # a run itself looks once the folder is claimed
         check_labels(trainer.model, last_complete_checkpoint(output))
-    check_space(trainer)
+    check_disk_space(trainer.model, arguments)
     if trainer.is_world_process_zero():
         tell = print if dry_run else say
         for note in recipe.notes:
@@ -87,7 +85,7 @@ def _left_as_it_was(output: Path) -> Iterator[None]:
 
 
 def run(trainer: DetectionTrainer, recipe: Recipe) -> None:
-    """Train, evaluate and save as a recipe says, from the last whole checkpoint if there is one.
+    """Train, evaluate and save as a recipe says, from the last complete checkpoint if there is one.
 
     Raises:
         FolderInUseError: another run is writing to the output folder.

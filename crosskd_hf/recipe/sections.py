@@ -24,7 +24,7 @@ class ModelSection(ArchitectureSection):
     """The detector that is trained."""
 
     backbone_weights: str | None = setting("pretrained", "pretrained (by timm), random, or a file or URL")
-    checkpoint: str | None = setting(None, "start from a whole detector: folder, Hub id or MMDetection .pth")
+    checkpoint: str | None = setting(None, "start from a complete detector: folder, Hub id or MMDetection .pth")
     # setting() copies a list.
     inherit: list[str] = setting([], "parts that start from the teacher's weights where they fit", ("neck", "head"))  # noqa: RUF009
 

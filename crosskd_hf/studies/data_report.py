@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.duplicates import Entry, find_duplicates, find_shared, read_entries
-from ..data.errors import DataError, Kind, Problems
+from ..data.errors import DataError, Kind
 from ..data.image_folder import images_without_row
 from ..data.load import alike, check_same_classes, load_split
 from ..data.settings import DataSection
@@ -123,7 +123,10 @@ def report(data: DataSection, name: str, *, training: bool) -> Report:
         *_table(sizes),
     ]
     entries = read_entries(split)
-    notes = [*split.problems.lines(stopping=False), *find_twice(data, name, entries).lines()]
+    duplicates = find_duplicates(entries)
+    for file in images_without_row(data.path, name) if data.layout == "datasets" else ():
+        duplicates.add(Kind.NO_ROW, file)
+    notes = [*split.problems.lines(stopping=False), *duplicates.lines()]
     lines.append("  problems:" if stopping or unusable or notes else "  problems: none")
     lines += [f"  ! {line}" for line in (*stopping, *unusable)]
     lines += [f"  - {line}" for line in notes]
@@ -138,34 +141,26 @@ def compare(train: Report, evaluated: Report) -> tuple[bool, list[str]]:
     name = f"{train.name} and {evaluated.name}"
     if train.name == evaluated.name:
         return False, [f"{name} are one split: what is measured on it says nothing about other images"]
-    refused, found = False, []
+    lines = []
     try:
         check_same_classes(train.split, evaluated.split, (train.name, evaluated.name))
     except DataError as error:
-        refused, found = True, [f"  ! {error}"]
+        lines.append(f"  ! {error}")
+    refused = bool(lines)
     for one, other in ((train, evaluated), (evaluated, train)):
         if only := [n for n, count in one.classes.items() if count and not other.classes.get(n)]:
-            found.append(f"  - {len(only)} classes have boxes in {one.name} only: {', '.join(map(repr, only[:10]))}")
+            lines.append(f"  - {len(only)} classes have boxes in {one.name} only: {', '.join(map(repr, only[:10]))}")
     ids = {n: i for r in (train, evaluated) for n, i in zip(r.split.label_names, r.split.category_ids, strict=True)}
     boxes = {n: train.classes.get(n, 0) + evaluated.classes.get(n, 0) for n in ids}
     if unused := [f"{n!r} (category id {ids[n]})" for n in ids if not boxes[n]]:
-        found.append(
+        lines.append(
             f"  - {len(unused)} classes have no box in any split (Roboflow writes the project's name as category 0; "
             f"remove it from both files): {', '.join(unused[:10])}"
         )
     for group in alike(ids):
-        found.append(f"  - class names that differ only by case or blanks: {', '.join(map(repr, group))}")
-    found += [f"  - {line}" for line in find_shared(train.entries, evaluated.entries).lines()]
-    return refused, [f"{name}:", *(found or ["  problems: none"])]
-
-
-def find_twice(data: DataSection, name: str, entries: list[Entry]) -> Problems:
-    """What only this command looks for in a split: duplicates, and image files without a row."""
-    problems = find_duplicates(entries)
-    if data.layout == "datasets":
-        for file in images_without_row(data.path, name):
-            problems.add(Kind.NO_ROW, file)
-    return problems
+        lines.append(f"  - class names that differ only by case or blanks: {', '.join(map(repr, group))}")
+    lines += [f"  - {line}" for line in find_shared(train.entries, evaluated.entries).lines()]
+    return refused, [f"{name}:", *(lines or ["  problems: none"])]
 
 
 def box_sizes(table: Mapping[str, list], short_side: int, long_side: int) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """`crosskd demo`: see a student get better because of its teacher, offline, on generated images.
 
 Three ordinary runs of two recipes that the package carries: a teacher, a student alone, and the same student with the
-same seed and schedule and CrossKD. The same command goes on from the last checkpoint of an interrupted demo.
+same seed and schedule and CrossKD. The same command resumes an interrupted demo from its last checkpoint.
 """
 
 import json
@@ -10,18 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from ..data.dataset import DetectionDataset
 from ..data.load import load_split
+from ..inference.detect import detect_images
 from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
 from ..recipe.load import load_recipe
 from ..recipe.run_folder import STATE_FILE, final_metrics
 from ..recipe.sections import Recipe
 from ..training.coco_metrics import SUMMARY_NAMES
-from ..training.evaluation_pictures import THRESHOLD, Boxes, drawn, evenly_spaced, example
+from ..training.evaluation_pictures import THRESHOLD, Boxes, evenly_spaced, example, with_boxes
 from ..utils.plots import learning_curves
 from ..utils.progress import say
 from ..utils.visualization import contact_sheet
@@ -43,21 +43,25 @@ class Stage:
 
     def recipe(self) -> Recipe:
         """The recipe as it runs."""
-        return load_recipe(self.recipe_name, [*self.overrides, f"training.output_dir={self.output}"])
+        return load_recipe(self.recipe_name, self.overrides)
 
     def command(self) -> str:
         """The same run without the demo."""
-        words = [f"crosskd train {self.recipe_name}", *self.overrides, f"training.output_dir={self.output}"]
-        return " ".join(words)
+        return " ".join(["crosskd train", self.recipe_name, *self.overrides])
 
 
 def stages(output: Path, seed: int, overrides: list[str]) -> list[Stage]:
     """The demo's three runs."""
-    both = (*overrides, f"training.seed={seed}")
-    teacher = Stage(TEACHER, TEACHER_RECIPE, both, output / "teacher")
-    alone = Stage(ALONE, STUDENT_RECIPE, (*both, "teacher=null", "distillation=null"), output / "alone")
-    with_teacher = (*both, f"teacher.checkpoint={teacher.output}")
-    return [teacher, alone, Stage(DISTILLED, STUDENT_RECIPE, with_teacher, output / "crosskd")]
+    plans = (
+        (TEACHER, TEACHER_RECIPE, "teacher", []),
+        (ALONE, STUDENT_RECIPE, "alone", ["teacher=null", "distillation=null"]),
+        (DISTILLED, STUDENT_RECIPE, "crosskd", [f"teacher.checkpoint={output / 'teacher'}"]),
+    )
+    common = [*overrides, f"training.seed={seed}"]
+    return [
+        Stage(name, recipe, (*common, *more, f"training.output_dir={output / folder}"), output / folder)
+        for name, recipe, folder, more in plans
+    ]
 
 
 def run_demo(
@@ -82,7 +86,9 @@ def run_demo(
     for number, stage in enumerate(runs, start=1):
         say(f"\n[{number}/{len(runs)}] {stage.name}: {stage.command()}")
         train(stage.recipe())
-    metrics = {stage.name: read_metrics(stage.output) for stage in runs}
+    metrics = {}
+    for stage in runs:
+        metrics[stage.name] = {key.removeprefix("eval_"): value for key, value in final_metrics(stage.output).items()}
     learning_curves({stage.name: read_curve(stage.output) for stage in runs}, "epoch", output / "learning_curves.png")
     draw_contact_sheet(runs, output / "contact_sheet.png")
     table = format_table(runs, metrics)
@@ -90,11 +96,6 @@ def run_demo(
     print(f"\n{table}\n\nwritten to {output}: results.json, learning_curves.png, contact_sheet.png")
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
     return metrics
-
-
-def read_metrics(folder: Path) -> dict[str, float]:
-    """The final metrics of a run."""
-    return {name.removeprefix("eval_"): value for name, value in final_metrics(folder).items()}
 
 
 def read_curve(folder: Path) -> list[tuple[float, float]]:
@@ -128,16 +129,14 @@ def draw_contact_sheet(runs: list[Stage], path: Path) -> None:
     for index in evenly_spaced(SHEET_IMAGES, len(split)):
         _, image, truth, _ = example(dataset, index)
         columns = [truth, *(detect(model, processor, image) for model in models)]
-        rows.append([drawn(image, boxes) for boxes in columns])
+        rows.append([with_boxes(image, boxes) for boxes in columns])
     contact_sheet(rows, ["ground truth", *(stage.name for stage in students)]).save(path)
 
 
-@torch.no_grad()
 def detect(model: DenseDetector, processor: DenseDetectorImageProcessor, image: Image.Image) -> Boxes:
     """What a model finds, above the sheet's threshold."""
-    outputs = model(**processor(image, return_tensors="pt"))
-    sizes = [(image.height, image.width)]
-    found = processor.post_process_object_detection(outputs, THRESHOLD, sizes)[0]
-    labels = found["labels"].tolist()
+    inputs, sizes = [processor(image, return_tensors="pt")], [(image.height, image.width)]
+    (detections,) = detect_images(model, processor, inputs, sizes, THRESHOLD)
+    labels = detections["labels"].tolist()
     names = [model.config.id2label[label] for label in labels]
-    return Boxes(found["boxes"], labels, names, found["scores"].tolist())
+    return Boxes(detections["boxes"], labels, names, detections["scores"].tolist())

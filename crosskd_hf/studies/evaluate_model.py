@@ -96,7 +96,7 @@ def evaluate_model(
 
 def _data_settings(folder: Path, recipe: str | None, path: str | None) -> DataSection:
     """Which data set to evaluate on: the one at `path`, else the recipe's."""
-    there, missing = (processes_where(folder.is_dir() is found) for found in (True, False))
+    there, missing = (processes_where(folder.is_dir() is present) for present in (True, False))
     if there and missing:  # one on the Hub is nowhere a folder
         raise ValueError(f"{folder} is a folder on {there}, but not on {missing}: copy it to all machines.")
     saved = folder / RECIPE_FILE

@@ -1,5 +1,6 @@
 """What a saved detector is, what it costs, and where it came from."""
 
+import contextlib
 import json
 import statistics
 import time
@@ -136,8 +137,8 @@ def format_info(info: ModelInfo) -> str:
     ]
     shown = [f"{name} {percent(info.metrics[name])}" for name in SUMMARY_NAMES[:6] if name in info.metrics]
     if shown:
-        said = info.evaluation
-        images = f"  ({said['split']}, {said['images']} images)" if said else ""
+        evaluation = info.evaluation
+        images = f"  ({evaluation['split']}, {evaluation['images']} images)" if evaluation else ""
         lines.append(("measured", "  ".join(shown) + images))
     return "\n".join(f"{name:<14}{printable(text)}" for name, text in lines)
 
@@ -158,11 +159,10 @@ def _device_name(device: torch.device) -> str:
 
 def _beside(source: str, name: str) -> Path | None:
     """A file that lies beside a model's weights, in a folder or on the Hub."""
-    try:
-        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-    except OSError:  # no network
-        return None
-    return None if path is None else Path(path)
+    with contextlib.suppress(OSError):  # no network
+        if path := cached_file(source, name, _raise_exceptions_for_missing_entries=False):
+            return Path(path)
+    return None
 
 
 def _origin(model: DenseDetector, source: str) -> list[str]:
@@ -180,24 +180,16 @@ def _origin(model: DenseDetector, source: str) -> list[str]:
     images = data.get("path") or data.get("layout", "data that it doesn't name")
     lines.append(f"trained on {images} ({data.get('train_split')}), from {without_credentials(str(weights))}")
     if teacher.get("checkpoint"):
-        methods = ", ".join(_methods(recipe.get("distillation") or {}))
+        methods = ", ".join(map(str, (recipe.get("distillation") or {}).get("methods", [])))
         lines.append(f"distilled ({methods}) from {without_credentials(str(teacher['checkpoint']))}")
     return lines
-
-
-def _methods(distillation: dict[str, Any]) -> list[str]:
-    """Names of the methods; an earlier version named a weight for each."""
-    if isinstance(methods := distillation.get("methods"), list):
-        return list(map(str, methods))
-    weights = {"crosskd": 1.0, "pkd": 0.0, "mimic": 0.0} | distillation
-    return [name for name in ("crosskd", "pkd", "mimic") if weights[name]]
 
 
 def _metrics(source: str) -> dict[str, Any]:
     path = _beside(source, METRICS_FILE)
     if path is None:  # a model that no run made
-        found = Path(source, METRICS_FILE).parent.glob("evaluate_*_metrics.json")
-        path = max(found, key=lambda file: file.stat().st_mtime, default=None)
+        files = Path(source, METRICS_FILE).parent.glob("evaluate_*_metrics.json")
+        path = max(files, key=lambda file: file.stat().st_mtime, default=None)
     try:
         return {} if path is None else json.loads(path.read_text(encoding="utf-8"))
     except ValueError:  # no JSON: somebody else's file

@@ -22,7 +22,7 @@ FIXED: dict[str, tuple[Any, str]] = {
     "logging_nan_inf_filter": (False, "it hides losses that are not finite; the trainer stops at them"),
     "label_smoothing_factor": (0.0, "the detectors' losses know no label smoothing"),
     "train_sampling_strategy": ("random", "batches are drawn by image orientation (see group_by_orientation)"),
-    "save_only_model": (False, "a run can't go on from checkpoints without optimizer and random state"),
+    "save_only_model": (False, "a run can't resume from checkpoints without optimizer and random state"),
     "save_on_each_node": (False, "a run is resumed from one output folder that all machines share"),
     "auto_find_batch_size": (False, "the learning rate is scaled for per_device_train_batch_size"),
     "data_seed": (None, "the order of the images follows seed"),

@@ -37,7 +37,8 @@ class WeightAverage:
 
     def save(self, folder: str | Path) -> None:
         """Write the average into a checkpoint."""
-        save_file({key: value.contiguous() for key, value in self._averaged.state_dict().items()}, _file(folder))
+        tensors = {key: value.contiguous() for key, value in self._averaged.state_dict().items()}
+        save_file(tensors, Path(folder, AVERAGE_FILE))
 
     def load(self, folder: str | Path) -> None:
         """Read the average of a checkpoint.
@@ -45,13 +46,10 @@ class WeightAverage:
         Raises:
             FileNotFoundError: the checkpoint has none.
         """
-        if not _file(folder).is_file():
+        path = Path(folder, AVERAGE_FILE)
+        if not path.is_file():
             raise FileNotFoundError(
                 f"{folder} has no {AVERAGE_FILE}: its run was begun without training.ema_decay. Set ema_decay null, "
                 "or start again in another training.output_dir."
             )
-        self._averaged.load_state_dict(load_file(_file(folder)))
-
-
-def _file(folder: str | Path) -> Path:
-    return Path(folder) / AVERAGE_FILE
+        self._averaged.load_state_dict(load_file(path))

@@ -26,13 +26,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..data.split import DetectionSplit
+from ..utils.distributed import num_processes
 from ..utils.escaping import printable
 from ..utils.files import write_atomically
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
-
-    from ..data.split import DetectionSplit
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,6 @@ logger = logging.getLogger(__name__)
 SUMMARY_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 SETTINGS = "evaluation"  # key of a metrics file: of which images, and how
-
-BACKENDS = ("auto", "pycocotools", "faster")
 
 
 class ImageDetections(NamedTuple):
@@ -59,33 +57,26 @@ class ImageDetections(NamedTuple):
     boxes: np.ndarray
 
 
-class _CocoTools(NamedTuple):
-    """A package's version of COCO's two classes."""
+def _coco_classes(backend: str) -> tuple[str, type, type]:
+    """Name of the package, and its versions of COCO's two classes: annotations and evaluation.
 
-    name: str
-    annotations: type
-    evaluation: type
+    Imported when asked for, since one of the two packages isn't always there. See `CocoEvaluator` for the backends.
+    """
+    if backend not in ("auto", "pycocotools", "faster"):
+        raise ValueError(f"unknown backend {backend!r}; it must be one of auto, pycocotools, faster")
+    if backend == "pycocotools" or (backend == "auto" and not importlib.util.find_spec("faster_coco_eval")):
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
 
-    @classmethod
-    def of(cls, backend: str) -> _CocoTools:
-        """See `CocoEvaluator`. Imported when asked for, since one of the two isn't always there."""
-        if backend not in BACKENDS:
-            raise ValueError(f"unknown backend {backend!r}; it must be one of {', '.join(BACKENDS)}")
-        if backend == "auto":
-            backend = "faster" if importlib.util.find_spec("faster_coco_eval") else "pycocotools"
-        if backend == "pycocotools":
-            from pycocotools.coco import COCO
-            from pycocotools.cocoeval import COCOeval
-
-            return cls("pycocotools", COCO, COCOeval)
-        try:
-            import faster_coco_eval
-        except ImportError as error:
-            raise ImportError(
-                'the backend "faster" needs faster-coco-eval: pip install faster-coco-eval, or, in a clone of the '
-                'repository, pip install -e ".[fast]"'
-            ) from error
-        return cls("faster-coco-eval", faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster)
+        return "pycocotools", COCO, COCOeval
+    try:
+        from faster_coco_eval import COCO, COCOeval_faster
+    except ImportError as error:
+        raise ImportError(
+            'the backend "faster" needs faster-coco-eval: pip install faster-coco-eval, or, in a clone of the '
+            'repository, pip install -e ".[fast]"'
+        ) from error
+    return "faster-coco-eval", COCO, COCOeval_faster
 
 
 class CocoEvaluator:
@@ -101,13 +92,16 @@ class CocoEvaluator:
         backend: what computes the metrics: "pycocotools", "faster" (faster-coco-eval, the extra `fast`), or "auto",
             which is "faster" where that is installed.
 
+    Attributes:
+        backend: name of the package that computes the metrics.
+
     Raises:
         ValueError: the split lists an image id or a category id twice, or there is no such backend.
         ImportError: the backend isn't installed.
     """
 
     def __init__(self, split: DetectionSplit, backend: str = "auto") -> None:
-        self._tools = _CocoTools.of(backend)
+        self.backend, self._annotations_class, self._evaluation_class = _coco_classes(backend)
         self._split = split
         self._category_ids = [int(category_id) for category_id in split.category_ids]
         self._image_ids: list[int] = _column(split, "image_id")
@@ -116,19 +110,6 @@ class CocoEvaluator:
         for what, ids in (("image", self._image_ids), ("category", self._category_ids)):
             if len(set(ids)) != len(ids):
                 raise ValueError(f"the split lists {len(ids)} {what} ids, but only {len(set(ids))} different ones")
-
-    @property
-    def backend(self) -> str:
-        """The package that computes the metrics."""
-        return self._tools.name
-
-    def __len__(self) -> int:
-        """The number of images that detections are held of."""
-        return len(self._detections)
-
-    def reset(self) -> None:
-        """Forget all detections, for the next evaluation of the same split."""
-        self._detections.clear()
 
     def update(self, image_ids: Sequence[int], detections: Sequence[Mapping[str, Any]]) -> None:
         """Add the detections of some images. Those of an image seen before are replaced.
@@ -165,22 +146,20 @@ class CocoEvaluator:
         so the images that a distributed sampler repeats to fill the last batch count once; of two different results
         for one image, the lowest rank's is kept, on every rank. Calling it twice changes nothing.
         """
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if num_processes() == 1:
             return
-        parts: list[Any] = [None] * dist.get_world_size()
+        parts: list[Any] = [None] * num_processes()
         dist.all_gather_object(parts, self._detections)
         # From the last rank to the first: what is written last stays.
-        self._detections = {image_id: found for part in reversed(parts) for image_id, found in part.items()}
+        self._detections = {image_id: kept for part in reversed(parts) for image_id, kept in part.items()}
 
-    def compute(self, image_ids: Iterable[int] | None = None) -> dict[str, float]:
+    def compute(self) -> dict[str, float]:
         """COCO's box metrics of the detections held by this process: call `gather` first.
+
+        An image without detections counts as one where nothing was found.
 
         After `gather` every process would compute the same, so that one is enough: pycocotools takes up to a minute
         and 3 GB for 5000 images with 100 detections each. Which backend it is goes to the log.
-
-        Args:
-            image_ids: the images to evaluate on, by default all of the split. Each counts, in any order and once: one
-                without detections as an image where nothing was found. Detections on other images are left out.
 
         Returns:
             the 12 numbers of COCO under `SUMMARY_NAMES`, then `AP/<class name>` of every class, all in 0..1. A number
@@ -188,16 +167,17 @@ class CocoEvaluator:
             -1.0, as in pycocotools, and is left out of the means. There are no NaNs.
 
         Raises:
-            ValueError: there is no image to evaluate on, or one of `image_ids` is not in the split.
+            ValueError: there is no image to evaluate on.
         """
-        wanted = self._wanted(image_ids)
-        unseen = len(wanted - self._detections.keys())
+        if not self._image_ids:
+            raise ValueError("there is no image to evaluate on")
+        unseen = len(self._known_ids - self._detections.keys())
         if unseen:
-            logger.warning("%d of %d images have no prediction and count as empty", unseen, len(wanted))
-        logger.info("COCO metrics of %d images by %s", len(wanted), self._tools.name)
+            logger.warning("%d of %d images have no prediction and count as empty", unseen, len(self._image_ids))
+        logger.info("COCO metrics of %d images by %s", len(self._image_ids), self.backend)
         # pycocotools prints its progress and a table.
         with contextlib.redirect_stdout(io.StringIO()), _without_garbage_collection():
-            evaluation = self._tools.evaluation(self._ground_truth(wanted), self._predictions(wanted), iouType="bbox")
+            evaluation = self._evaluation_class(self._ground_truth(), self._predictions(), iouType="bbox")
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
@@ -220,14 +200,16 @@ class CocoEvaluator:
             decimals) and `score` (8 decimals: float32 scores from 0.125 up keep their order). `compute` uses the
             unrounded values, so that pycocotools on these may differ from it in the last digits.
         """
-        entries = []
-        for image_id in self._image_ids:
-            for category_id, bbox, score in self._rows(image_id):
-                bbox = [round(value, 3) for value in bbox]
-                entries.append(
-                    {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": round(score, 8)}
-                )
-        return entries
+        return [
+            {
+                "image_id": image_id,
+                "category_id": category_id,
+                "bbox": [round(value, 3) for value in bbox],
+                "score": round(score, 8),
+            }
+            for image_id in self._image_ids
+            for category_id, bbox, score in self._rows(image_id)
+        ]
 
     def save(
         self,
@@ -250,64 +232,43 @@ class CocoEvaluator:
             OSError: a file or the folder could not be written; the message names it.
             ValueError: a metric is not finite, which JSON has no word for. Nothing is written then.
         """
-        folder = Path(folder)
         values: dict[str, Any] = {name: float(value) for name, value in metrics.items()}
         if settings is not None:
             values[SETTINGS] = dict(settings)
         metrics_text = json.dumps(values, indent=2, allow_nan=False) + "\n"
-        _write(folder / f"{prefix}predictions.json", json.dumps(self.results()))
-        _write(folder / f"{prefix}metrics.json", metrics_text)
+        for name, text in (("predictions", json.dumps(self.results())), ("metrics", metrics_text)):
+            path = Path(folder, f"{prefix}{name}.json")
+            try:
+                write_atomically(path, text)
+            except OSError as error:
+                message = f"could not write evaluation results: {error.strerror}"
+                raise OSError(error.errno, message, str(path)) from error
 
-    def _wanted(self, image_ids: Iterable[int] | None) -> set[int]:
-        wanted = self._known_ids if image_ids is None else set(map(int, image_ids))
-        if not wanted:
-            raise ValueError("there is no image to evaluate on")
-        if unknown := wanted - self._known_ids:
-            raise ValueError(f"{len(unknown)} images to evaluate on are not in the split, such as id {min(unknown)}")
-        return wanted
-
-    def _ground_truth(self, wanted: set[int]) -> COCO:
-        annotations: list[dict[str, Any]] = []
+    def _ground_truth(self) -> COCO:
+        annotations = []
         for image_id, objects in zip(self._image_ids, _column(self._split, "objects"), strict=True):
-            if image_id not in wanted:
-                continue
             columns = (objects[key] for key in ("category", "bbox", "area", "iscrowd"))
             for label, bbox, area, iscrowd in zip(*columns, strict=True):
-                annotations.append(
-                    {
-                        # Not the file's id: COCOeval marks "unmatched" with 0, and merges annotations of one id.
-                        "id": len(annotations) + 1,
-                        "image_id": image_id,
-                        "category_id": self._category_ids[label],
-                        "bbox": bbox,
-                        "area": area,
-                        "iscrowd": int(iscrowd),
-                    }
-                )
-        return self._coco(wanted, annotations)
+                category_id = self._category_ids[label]
+                annotations.append(_annotation(image_id, category_id, bbox, area=area, iscrowd=int(iscrowd)))
+        return self._coco(annotations)
 
-    def _predictions(self, wanted: set[int]) -> COCO:
+    def _predictions(self) -> COCO:
         # COCO.loadRes makes the same entries, but fails on an empty list and adds a polygon to each.
-        annotations: list[dict[str, Any]] = []
-        for image_id in sorted(wanted):
-            for category_id, bbox, score in self._rows(image_id):
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": image_id,
-                        "category_id": category_id,
-                        "bbox": bbox,
-                        "area": bbox[2] * bbox[3],
-                        "iscrowd": 0,
-                        "score": score,
-                    }
-                )
-        return self._coco(wanted, annotations)
+        annotations = [
+            _annotation(image_id, category_id, bbox, area=bbox[2] * bbox[3], iscrowd=0, score=score)
+            for image_id in self._image_ids
+            for category_id, bbox, score in self._rows(image_id)
+        ]
+        return self._coco(annotations)
 
-    def _coco(self, image_ids: set[int], annotations: list[dict[str, Any]]) -> COCO:
-        coco = self._tools.annotations()
+    def _coco(self, annotations: list[dict[str, Any]]) -> COCO:
+        for number, annotation in enumerate(annotations, start=1):
+            # Not the file's id: COCOeval marks "unmatched" with 0, and merges annotations of one id.
+            annotation["id"] = number
+        coco = self._annotations_class()
         coco.dataset = {
-            "images": [{"id": image_id} for image_id in sorted(image_ids)],
+            "images": [{"id": image_id} for image_id in self._image_ids],
             "categories": [{"id": category_id} for category_id in self._category_ids],
             "annotations": annotations,
         }
@@ -316,13 +277,15 @@ class CocoEvaluator:
 
     def _rows(self, image_id: int) -> Iterable[tuple[int, list[float], float]]:
         """COCO category id, [x, y, w, h] and score of each detection on an image, as Python numbers."""
-        found = self._detections.get(image_id)
-        if found is None:
-            return ()
-        corners = found.boxes.astype(np.float64)  # before subtracting: the width of float32 corners is then exact
+        scores, labels, boxes = self.detections_of(image_id)
+        corners = boxes.astype(np.float64)  # before subtracting: the width of float32 corners is then exact
         boxes_xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
-        category_ids = [self._category_ids[label] for label in found.labels]
-        return zip(category_ids, boxes_xywh.tolist(), found.scores.tolist(), strict=True)
+        category_ids = [self._category_ids[label] for label in labels]
+        return zip(category_ids, boxes_xywh.tolist(), scores.tolist(), strict=True)
+
+
+def _annotation(image_id: int, category_id: int, bbox: list[float], **more: float) -> dict[str, Any]:
+    return {"image_id": image_id, "category_id": category_id, "bbox": bbox, **more}
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:
@@ -353,7 +316,7 @@ def percent(value: float) -> str:
 
 @contextlib.contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Python would search a million new dictionaries for cycles, again and again; there are none."""
+    """Python would search a million new dictionaries for cycles again and again (a third of the time); none exist."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -391,11 +354,3 @@ def _check(image_id: int, detection: Mapping[str, Any], num_labels: int) -> Imag
 def _floats(values: torch.Tensor) -> np.ndarray:
     # numpy knows no bfloat16. The copy: a view would keep the large batch alive that the tensor may be a part of.
     return (values if values.dtype == torch.float64 else values.float()).numpy().copy()
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a result that appears complete or not at all."""
-    try:
-        write_atomically(path, text)
-    except OSError as error:
-        raise OSError(error.errno, f"could not write evaluation results: {error.strerror}", str(path)) from error

@@ -39,14 +39,14 @@ def full_disk_explained(output_dir: Path, partial: Path | None = None) -> Iterat
             raise RuntimeError(
                 "the shared memory (/dev/shm) through which data workers hand over batches is full: give the container"
                 " more (docker run --shm-size=8g), lower training.dataloader_num_workers or "
-                f"training.dataloader_prefetch_factor, and start the same command again to go on ({error})"
+                f"training.dataloader_prefetch_factor, and start the same command again to resume ({error})"
             ) from error
         if not is_disk_full(error) or DISK_FULL in str(error):
             raise
         good = newest_complete(output_dir)
         intact = f"The last good checkpoint, {good}, is intact" if good else "There is no earlier checkpoint"
         what = f"{partial.with_suffix('')} can't be written, with {_gb(free)} GB free ({error})" if partial else error
-        advice = "free some space (or lower save_total_limit) and start the same command again to go on"
+        advice = "free some space (or lower save_total_limit) and start the same command again to resume"
         raise OSError(errno.ENOSPC, f"{DISK_FULL}: {what}. {intact}; {advice}") from error
 
 
@@ -61,35 +61,26 @@ def checkpoint_bytes(model: nn.Module, args: DetectionTrainingArguments) -> int:
     return weights * (1 if args.ema_decay is None else 2) + state
 
 
-def checkpoints_at_once(save_total_limit: int | None, keeps_best: bool = False) -> int:
-    """Checkpoints that are on the disk at the same time: an old one goes when the new one is whole; at least 2.
-
-    Args:
-        save_total_limit: None or 0 for no limit.
-        keeps_best: evaluations choose a best one, which stays beside the last.
-    """
-    return max(save_total_limit or 0, 2 if keeps_best else 1) + 1
-
-
-def check_disk_space(output_dir: str | Path, needed_bytes: int, checkpoints: int) -> None:
+def check_disk_space(model: nn.Module, args: DetectionTrainingArguments) -> None:
     """Refuse a run whose checkpoints can't fit.
 
-    Args:
-        output_dir: needn't be there. Checkpoints in it count as free: they give way to the new ones.
-        needed_bytes: for all checkpoints together, `checkpoint_bytes` x `checkpoints_at_once`.
-        checkpoints: how many these are, for the message.
+    An old checkpoint goes when the new one is complete: one more than is kept is on the disk meanwhile. The best one
+    is kept beside the last if evaluations choose it. Checkpoints in the folder count as free, since they give way.
 
     Raises:
         ValueError: naming the folder, what is needed and what is free.
     """
-    folders = [*checkpoint_folders(output_dir), *leftovers(output_dir)]
+    kept = max(args.save_total_limit or 0, 1 if args.eval_strategy == "no" else 2)
+    checkpoints = 1 if args.save_strategy == "no" else kept + 1
+    needed = checkpoint_bytes(model, args) * checkpoints
+    folders = [*checkpoint_folders(args.output_dir), *leftovers(args.output_dir)]
     taken = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(_existing(Path(output_dir))).free + taken
-    if free < needed_bytes:
+    free = shutil.disk_usage(_existing(Path(args.output_dir))).free + taken
+    if free < needed:
         raise ValueError(
-            f"training.output_dir {output_dir} needs about {_gb(needed_bytes)} GB for {checkpoints} checkpoints "
-            f"(those that are kept and the new one while it is written), but only {_gb(free)} GB are free: free some "
-            "space, lower training.save_total_limit, or name another training.output_dir."
+            f"training.output_dir {args.output_dir} needs about {_gb(needed)} GB for {checkpoints} checkpoints (those "
+            f"that are kept and the new one while it is written), but only {_gb(free)} GB are free: free some space, "
+            "lower training.save_total_limit, or name another training.output_dir."
         )
 
 

@@ -1,7 +1,6 @@
 """How a trainer evaluates: COCO metrics of detections that are post-processed at once."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -67,44 +66,34 @@ class CocoEvaluation:
             model.train(was_training)
             raise self.terminated()
         evaluator.gather()
-        self.evaluation_sheet = self._evaluation_sheet(evaluator, dataloader.dataset)
         results = evaluator.results() if description == "Prediction" else None
         model.train(was_training)
-        metrics = [
-            self._metrics(evaluator, dataloader.dataset, metric_key_prefix)
-            if self.accelerator.is_main_process
-            else None
-        ]
-        metrics = broadcast_object_list(metrics)[0]
+        metrics, self.evaluation_sheet = None, None
+        if self.accelerator.is_main_process:
+            if (count := self.args.evaluation_pictures) and trackers(self):
+                self.evaluation_sheet = evaluation_sheet(dataloader.dataset, evaluator, count)
+            metrics = self._metrics(evaluator, dataloader.dataset, metric_key_prefix)
+        (metrics,) = broadcast_object_list([metrics])
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.last_evaluation = self.state.global_step, named
         return EvalLoopOutput(predictions=results, label_ids=None, metrics=named, num_samples=len(dataloader.dataset))
 
-    def _evaluation_sheet(self, evaluator: CocoEvaluator, dataset: DetectionDataset) -> Image.Image | None:
-        count = self.args.evaluation_pictures
-        if not (count and self.accelerator.is_main_process and trackers(self)):
-            return None
-        return evaluation_sheet(dataset, evaluator, count)
-
     def _metrics(self, evaluator: CocoEvaluator, dataset: DetectionDataset, prefix: str) -> dict[str, float]:
-        metrics = evaluator.compute()
-        settings = self._evaluation_settings(dataset) | {"backend": evaluator.backend}
-        evaluator.save(Path(self.args.output_dir) / EVALUATION_FOLDER, metrics, f"{prefix}_", settings)
-        return metrics
-
-    def _evaluation_settings(self, dataset: DetectionDataset) -> dict[str, Any]:
-        """Of which images, and how, metrics are; as others may read it."""
-        split, processor = dataset.split, self.processing_class
+        """The metrics, written with which images they are of, and how; as others may read it."""
+        metrics, split = evaluator.compute(), dataset.split
         names = ("score_threshold", "nms_threshold", "max_candidates", "max_detections")
-        return {
+        settings = {
             "data": public(split.source),
             "split": split.name,
             "images": len(split),
             **dict(zip(("short_side", "long_side"), dataset.size, strict=True)),
-            **{name: getattr(processor, name) for name in names},
+            **{name: getattr(self.processing_class, name) for name in names},
             "precision": self.precision,
             **({"step": self.state.global_step} if self.state.max_steps else {}),
+            "backend": evaluator.backend,
         }
+        evaluator.save(Path(self.args.output_dir) / EVALUATION_FOLDER, metrics, f"{prefix}_", settings)
+        return metrics
 
     @torch.no_grad()
     def detect(self, model: DenseDetector, batch: dict) -> list[dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Example pictures of a validation set: ground truth beside what models found."""
+"""Example pictures of a validation set: ground truth beside the detections of models."""
 
 from dataclasses import dataclass
 
@@ -53,7 +53,7 @@ def example(dataset: DetectionDataset, index: int) -> tuple[int, Image.Image, Bo
     return item["image_id"], image, Boxes(corners, objects["category"], names), factors
 
 
-def drawn(image: Image.Image, found: Boxes) -> Image.Image:
+def with_boxes(image: Image.Image, boxes: Boxes) -> Image.Image:
     """The image with boxes, labels and scores on it."""
-    colors = [label_color(label) for label in found.labels]
-    return draw_boxes(image, found.boxes, found.names, found.scores, colors)
+    colors = [label_color(label) for label in boxes.labels]
+    return draw_boxes(image, boxes.boxes, boxes.names, boxes.scores, colors)

@@ -40,9 +40,8 @@ def warmup_multistep_factor(
     factor = gamma ** sum(step >= milestone for milestone in milestone_steps)
     if step >= warmup_steps - 1:
         return factor
-    if style == "constant":
-        return factor * start_factor
-    return factor * (start_factor + (1 - start_factor) * step / (warmup_steps - 1))
+    risen = 0.0 if style == "constant" else step / (warmup_steps - 1)
+    return factor * (start_factor + (1 - start_factor) * risen)
 
 
 def multistep_scheduler(

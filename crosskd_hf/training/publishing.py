@@ -7,7 +7,8 @@ import logging
 import re
 from collections.abc import Sequence
 from concurrent.futures import Future
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +36,8 @@ class HubUpload:
 
     One private method of `transformers.Trainer` is overridden, `_finish_current_push`: an upload that failed is told.
 
-    Only the files of `UPLOADED` are sent. With hub_strategy "checkpoint" or "all_checkpoints" whole checkpoints are,
-    whose optimizer and random states are pickles.
+    Only the files of `UPLOADED` are sent; with hub_strategy "checkpoint" or "all_checkpoints" complete checkpoints,
+    too, whose optimizer and random states are pickles.
     """
 
     def create_model_card(
@@ -62,15 +63,17 @@ class HubUpload:
             return
         folder = Path(self.args.output_dir)
         more: dict[str, Any] = {"language": language, "tags": _listed(tags), "datasets": _listed(dataset_tags)}
-        for name, value in (("license", license), ("started_from", finetuned_from)):
-            more |= {name: value} if value else {}
-        more |= {"pipeline_tag": _listed(tasks)[0]} if tasks else {}
+        optional = {
+            "license": license,
+            "started_from": finetuned_from,
+            "pipeline_tag": next(iter(_listed(tasks)), None),
+        }
+        more |= {name: value for name, value in optional.items() if value}
         facts = trainer_facts(self, read_recipe(folder), model_name or folder.absolute().name, **more)
         if dataset or dataset_args:
-            known = facts.data
-            name, split = (", ".join(_listed(value)) for value in (dataset, dataset_args))
-            data = DataFacts(name or known.name, known.hub_id, known.config, split or known.split, known.images)
-            facts = CardFacts(**{**vars(facts), "data": data})
+            given = {"name": ", ".join(_listed(dataset)), "split": ", ".join(_listed(dataset_args))}
+            data = replace(facts.data, **{key: text for key, text in given.items() if text})
+            facts = replace(facts, data=data)
         write_model_card(folder, facts)
 
     def push_to_hub(
@@ -117,7 +120,7 @@ class HubUpload:
         return files
 
     def push_checkpoint(self, folder: Path) -> None:
-        """Start the upload of a whole checkpoint's model, as `hub_strategy` says; one still under way may skip it.
+        """Start the upload of a complete checkpoint's model, as `hub_strategy` says; one still under way may skip it.
 
         Raises:
             OSError: the model can't be written to `output_dir`. What the Hub says is told at the next push.
@@ -134,8 +137,8 @@ class HubUpload:
         files = self._files_with_card()
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name
-            found = (path for path in sorted(folder.rglob("*")) if path.is_file())
-            files |= {f"{name}/{path.relative_to(folder).as_posix()}": path for path in found}
+            paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+            files |= {f"{name}/{path.relative_to(folder).as_posix()}": path for path in paths}
         step, epoch = f"step {self.state.global_step}", f"epoch {int(self.state.epoch or 0)}"
         message = f"Training in progress, {epoch if self.args.save_strategy == SaveStrategy.EPOCH else step}"
         job = (self.hub_model_id, files, message, self.args.hub_token, self.args.hub_revision)
@@ -147,7 +150,7 @@ class HubUpload:
             self._finish_current_push()
 
     def _finish_current_push(self) -> None:
-        """Wait for an upload, and tell if it failed: transformers wouldn't. Training goes on then."""
+        """Wait for an upload, and tell if it failed: transformers wouldn't. Training continues then."""
         push = getattr(self, "push_in_progress", None)
         if push is None:
             return
@@ -174,27 +177,27 @@ def trainer_facts(trainer: "DetectionTrainer", recipe: Content | None, name: str
     teacher = getattr(trainer, "teacher", None)
     dataset = trainer.eval_dataset
     images = None if dataset is None else len(dataset)
-    facts = {
-        "name": name,
-        "detector": _detector_facts(model.config),
-        "label_names": model.config.label_names,
-        "repo_id": trainer.hub_model_id,
-        "teacher": None if teacher is None else _teacher_facts(teacher.config, recipe),
-        "started_from": _hub_source(model.config),
-        "data": DataFacts(images=images) if recipe is None else data_facts(recipe.get("data") or {}, images),
-        "metrics": measured(trainer),
-        "training": _training_facts(trainer),
-        "recipe": None if recipe is None else public_recipe(recipe),
-    }
-    return CardFacts(**{**facts, **more})
+    facts = CardFacts(
+        name=name,
+        detector=_detector_facts(model.config),
+        label_names=model.config.label_names,
+        repo_id=trainer.hub_model_id,
+        teacher=None if teacher is None else _teacher_facts(teacher.config, recipe),
+        started_from=_hub_source(model.config),
+        data=DataFacts(images=images) if recipe is None else data_facts(recipe.get("data") or {}, images),
+        metrics=measured(trainer),
+        training=_training_facts(trainer),
+        recipe=None if recipe is None else public_recipe(recipe),
+    )
+    return replace(facts, **more)
 
 
 def measured(trainer: "DetectionTrainer") -> dict[str, float]:
     """The metrics of the model as it is now on the trainer's own eval data; empty if there was no such evaluation."""
     step, metrics = trainer.last_evaluation
     loader = trainer.callback_handler.eval_dataloader
-    own = getattr(trainer.eval_dataset, "split", None)
-    if step != trainer.state.global_step or loader is None or loader.dataset.split is not own:
+    split = getattr(trainer.eval_dataset, "split", None)
+    if step != trainer.state.global_step or loader is None or loader.dataset.split is not split:
         return {}
     history = trainer.state.log_history
     ended, evaluated = (
@@ -258,13 +261,6 @@ def _training_facts(trainer: "DetectionTrainer") -> dict[str, str]:
         "Precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "Seed": str(args.seed),
         "Distillation": trainer.methods_text(),
-        "Versions": ", ".join([f"crosskd_hf {__version__}", *filter(None, map(_library, LIBRARIES))]),
+        "Versions": ", ".join([f"crosskd_hf {__version__}", *(f"{name} {version(name)}" for name in LIBRARIES)]),
     }
     return {name: value for name, value in facts.items() if value}
-
-
-def _library(name: str) -> str | None:
-    try:
-        return f"{name} {version(name)}"
-    except PackageNotFoundError:
-        return None

@@ -20,7 +20,7 @@ class FolderInUseError(ValueError):
 def folder_lock(output_dir: str | Path) -> Iterator[None]:
     """Keep other runs out of a folder; one process a run is to call it.
 
-    If only a launcher is killed, the processes that it started go on and write. The lock is the operating system's, so
+    If only a launcher is killed, the processes that it started still write. The lock is the operating system's, so
     it goes with its process, however that ends. It isn't inherited by data workers, which outlive a killed parent by
     seconds. Without `fcntl` (Windows) nothing is locked.
 

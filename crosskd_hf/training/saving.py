@@ -35,7 +35,7 @@ from .disk_space import full_disk_explained
 from .optimization import restore_group_values
 from .termination import Terminated, TerminationSignal
 
-EVALUATION_FILE = "evaluation.json"  # in a checkpoint: what the evaluation after it found, as the log has it
+EVALUATION_FILE = "evaluation.json"  # in a checkpoint: the result of the evaluation after it, as the log has it
 
 
 class SafeSaving:
@@ -129,10 +129,10 @@ class SafeSaving:
         """The exception that ends a run, with what is saved."""
         step = self.state.global_step
         if self._saved_at == step:
-            state = f": its state is saved in {self.latest_checkpoint}; the same command goes on from there"
+            state = f": its state is saved in {self.latest_checkpoint}; the same command resumes from there"
         else:
             newest = newest_complete(self.args.output_dir) if self.is_world_process_zero() else None
-            state = f", which isn't saved; the same command goes on from {newest or 'the beginning'}"
+            state = f", which isn't saved; the same command resumes from {newest or 'the beginning'}"
         return Terminated(f"ended by SIGTERM after step {step}{state}")
 
     # Writing ----------------------------------------------------------------------------------------------------

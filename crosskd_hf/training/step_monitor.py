@@ -3,7 +3,6 @@
 import math
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 
 import torch
@@ -22,14 +21,13 @@ class StepClock:
         device: that trains.
 
     Attributes:
-        seconds: of each clock, of what is known to be over.
+        spans: (clock, start, end) of what was timed since the last `take`: CUDA events, or seconds.
     """
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
-        self._running: tuple[str, torch.cuda.Event | float] | None = None
-        self._unread: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
-        self.seconds = dict.fromkeys(STEP_CLOCKS, 0.0)
+        self._running: tuple | None = None
+        self.spans: list[tuple] = []
 
     def switch(self, name: str | None) -> None:
         """Stop the clock that runs, if any, and start another, or none."""
@@ -39,26 +37,18 @@ class StepClock:
         else:
             now = time.perf_counter()
         if self._running is not None:
-            before, start = self._running
-            if self._on_gpu:
-                self._unread.append((before, start, now))
-            else:
-                self.seconds[before] += now - start
+            self.spans.append((*self._running, now))
         self._running = None if name is None else (name, now)
-        while self._unread and self._unread[0][2].query():
-            self._read()
 
     def take(self) -> dict[str, float]:
         """Seconds of each clock since the last call. Waits for the GPU."""
-        while self._unread:
-            self._unread[0][2].synchronize()
-            self._read()
-        seconds, self.seconds = self.seconds, dict.fromkeys(STEP_CLOCKS, 0.0)
+        seconds = dict.fromkeys(STEP_CLOCKS, 0.0)
+        if self._on_gpu and self.spans:
+            self.spans[-1][-1].synchronize()
+        for name, start, end in self.spans:
+            seconds[name] += start.elapsed_time(end) / 1000 if self._on_gpu else end - start
+        self.spans.clear()
         return seconds
-
-    def _read(self) -> None:
-        name, start, end = self._unread.popleft()
-        self.seconds[name] += start.elapsed_time(end) / 1000
 
 
 class NonFiniteLossError(RuntimeError):
@@ -70,12 +60,15 @@ class StepMonitor:
 
     Args:
         device: where the losses are.
+
+    Attributes:
+        overflows: how many of the last steps GradScaler has skipped in a row, as a tensor on the device.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.clock = StepClock(device)
-        self._overflows = torch.zeros((), dtype=torch.long, device=device)
+        self.overflows = torch.zeros((), dtype=torch.long, device=device)
         self._start([])
 
     def record(self, terms: dict[str, Tensor], step: int) -> None:
@@ -91,11 +84,7 @@ class StepMonitor:
 
     def record_overflow(self, bad: Tensor) -> None:
         """Note whether GradScaler skips the step, since a gradient overflowed (a scalar)."""
-        self._overflows = torch.where(bad, self._overflows + 1, 0)
-
-    def overflows_in_a_row(self) -> int:
-        """How many of the last steps GradScaler has skipped. Reads the device."""
-        return int(self._overflows)
+        self.overflows = torch.where(bad, self.overflows + 1, 0)
 
     def _start(self, names: list[str]) -> None:
         self.names = names

@@ -15,7 +15,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from ..utils.redact import without_credentials
 from ..utils.visualization import contact_sheet
 from .coco_metrics import CocoEvaluator
-from .evaluation_pictures import THRESHOLD, Boxes, drawn, evenly_spaced, example
+from .evaluation_pictures import THRESHOLD, Boxes, evenly_spaced, example, with_boxes
 
 if TYPE_CHECKING:
     from ..data.dataset import DetectionDataset
@@ -86,10 +86,10 @@ def evaluation_sheet(dataset: "DetectionDataset", evaluator: CocoEvaluator, coun
     rows = []
     for index in evenly_spaced(count, len(dataset)):
         image_id, image, truth, factors = example(dataset, index)
-        found = evaluator.detections_of(image_id)
-        shown = found.scores > THRESHOLD
-        labels = found.labels[shown].tolist()
-        boxes = torch.from_numpy(found.boxes[shown]) * torch.tensor(factors * 2)
-        predicted = Boxes(boxes, labels, [names[label] for label in labels], found.scores[shown].tolist())
-        rows.append([drawn(image, truth), drawn(image, predicted)])
+        scores, labels, boxes = evaluator.detections_of(image_id)
+        shown = scores > THRESHOLD
+        labels = labels[shown].tolist()
+        boxes = torch.from_numpy(boxes[shown]) * torch.tensor(factors * 2)
+        predicted = Boxes(boxes, labels, [names[label] for label in labels], scores[shown].tolist())
+        rows.append([with_boxes(image, truth), with_boxes(image, predicted)])
     return contact_sheet(rows, ["ground truth", "predictions"], TILE)

@@ -72,9 +72,9 @@ class DetectionTrainer(SafeSaving, CocoEvaluation, HubUpload, Trainer):
         processor = processing_class or DenseDetectorImageProcessor.for_model(model.config)
         datasets = {}
         for name, data, train in (("train_dataset", train_dataset, True), ("eval_dataset", eval_dataset, False)):
-            datasets[name] = as_dataset(data, processor, train, args.seed)
-            check_classes(model, datasets[name], name, "give the model id2label=split.id2label")
-            if (dataset := datasets[name]) is not None:
+            datasets[name] = dataset = as_dataset(data, processor, train, args.seed)
+            if dataset is not None:
+                check_classes(model, dataset, name, "give the model id2label=split.id2label")
                 check_same(f"the images and classes of {name}", (len(dataset), dataset.split.label_names))
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
@@ -150,8 +150,8 @@ class DetectionTrainer(SafeSaving, CocoEvaluation, HubUpload, Trainer):
             "persistent_workers": self.args.dataloader_persistent_workers and workers > 0,
             "prefetch_factor": self.args.dataloader_prefetch_factor if workers > 0 else None,
             "worker_init_fn": functools.partial(obey_parent_only, os.getpid()),
-            # Its own, since an iterator draws a seed: from the global generator, a resumed run, which starts another
-            # number of iterators, would go on with other dropout. The data sets don't use that seed.
+            # Not the global generator: each iterator draws a seed, and a resumed run starts another number of
+            # iterators, so that its dropout would differ. The data sets don't use that seed.
             "generator": torch.Generator().manual_seed(self.args.seed),
         }
 
@@ -256,15 +256,11 @@ class DetectionTrainer(SafeSaving, CocoEvaluation, HubUpload, Trainer):
 
     def loss_terms(self, model: nn.Module, inputs: dict) -> tuple[dict[str, Tensor], object]:
         """Name -> scalar of every loss term, and the model's output."""
-        self._mark_dynamic(inputs)
+        if self.args.torch_compile and isinstance(inputs["labels"], Mapping):
+            for name in MODEL_LABELS:  # one compiled program serves any number of boxes
+                torch._dynamo.maybe_mark_dynamic(inputs["labels"][name], 1)
         outputs = model(**inputs)
         return outputs.loss_dict, outputs
-
-    def _mark_dynamic(self, inputs: dict) -> None:
-        """Have one compiled program serve any number of boxes."""
-        if self.args.torch_compile and isinstance(inputs["labels"], Mapping):
-            for name in ("boxes", "class_labels", "mask"):
-                torch._dynamo.maybe_mark_dynamic(inputs["labels"][name], 1)
 
     def note_overflow(self) -> None:
         """Note whether GradScaler, if there is one, is going to skip the step."""
@@ -304,7 +300,7 @@ class DetectionTrainer(SafeSaving, CocoEvaluation, HubUpload, Trainer):
 
     @contextlib.contextmanager
     def _last_checkpoint_named(self) -> Iterator[None]:
-        """Tell where a run that isn't finite any more can start again."""
+        """Add to a `NonFiniteLossError` where the run can start again."""
         try:
             yield
         except NonFiniteLossError as error:
@@ -322,7 +318,7 @@ class DetectionTrainer(SafeSaving, CocoEvaluation, HubUpload, Trainer):
         scaler = self.accelerator.scaler
         if scaler is None:
             return
-        overflows = self.monitor.overflows_in_a_row()
+        overflows = int(self.monitor.overflows)
         if overflows >= MAX_OVERFLOWS:
             self._save_checkpoint(self.model_wrapped)
             raise NonFiniteLossError(

@@ -11,10 +11,11 @@ from ..utils.messages import listed
 from ..weights.loading import load_detector
 from .arguments import DetectionTrainingArguments
 
+# Tracker, which is also the name of its package -> whether it is installed.
 TRACKERS = {
-    "tensorboard": (is_tensorboard_available, "tensorboard"),
-    "wandb": (is_wandb_available, "wandb"),
-    "trackio": (is_trackio_available, "trackio"),
+    "tensorboard": is_tensorboard_available,
+    "wandb": is_wandb_available,
+    "trackio": is_trackio_available,
 }
 
 
@@ -30,10 +31,10 @@ def refuse_unsupported(args: DetectionTrainingArguments) -> None:
             f"one process sees {args.n_gpu} GPUs, which would make it DataParallel: start one process a GPU with "
             "`accelerate launch --multi_gpu`, or hide the others with CUDA_VISIBLE_DEVICES=0."
         )
-    for tracker, (available, package) in TRACKERS.items():
-        if tracker in args.report_to and not available():
+    for tracker, is_available in TRACKERS.items():
+        if tracker in args.report_to and not is_available():
             raise ValueError(
-                f"training.report_to={tracker} needs the package {package}: pip install {package}, or, in a clone of "
+                f"training.report_to={tracker} needs the package {tracker}: pip install {tracker}, or, in a clone of "
                 'the repository, pip install -e ".[tracking]"; or set training.report_to=none.'
             )
     if args.fsdp or args.deepspeed:
@@ -58,14 +59,14 @@ def as_dataset(data, processor: DenseDetectorImageProcessor, train: bool, seed: 
     )
 
 
-def check_classes(model: DenseDetector, dataset: DetectionDataset | None, name: str, advice: str) -> None:
+def check_classes(model: DenseDetector, dataset: DetectionDataset, name: str, advice: str) -> None:
     """Raise ValueError, with the advice, if a data set of this name has other classes than the model."""
-    if dataset is None:
+    model_names, data_names = map(coco_spelling, (model.config.label_names, dataset.split.label_names))
+    if model_names == data_names:
         return
-    mine, theirs = map(coco_spelling, (model.config.label_names, dataset.split.label_names))
-    if mine != theirs:
-        if near := near_matches(mine, theirs):
-            raise ValueError(f"{name} and the model have {spelling_problem(near, 'model', name)}.")
-        raise ValueError(
-            f"{name} has {len(theirs)} labels ({listed(theirs)}), the model {len(mine)} ({listed(mine)}): {advice}."
-        )
+    if near := near_matches(model_names, data_names):
+        raise ValueError(f"{name} and the model have {spelling_problem(near, 'model', name)}.")
+    raise ValueError(
+        f"{name} has {len(data_names)} labels ({listed(data_names)}), the model {len(model_names)} "
+        f"({listed(model_names)}): {advice}."
+    )

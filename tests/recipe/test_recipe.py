@@ -2,9 +2,6 @@
 
 import dataclasses
 import re
-import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -18,10 +15,9 @@ from crosskd_hf.distillation.methods import method_names
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.architecture import DETECTORS
 from crosskd_hf.recipe.distillation import settings_class
-from crosskd_hf.recipe.load import describe_fields, load_recipe, parse_recipe
+from crosskd_hf.recipe.load import load_recipe, parse_recipe
 from crosskd_hf.recipe.packaged import carried_recipes, find_recipe
 from crosskd_hf.recipe.sections import ModelSection, Recipe, TeacherSection
-from crosskd_hf.training.arguments import DetectionTrainingArguments
 from crosskd_hf.utils.strict_yaml import RecipeError
 
 # Nine lists of nine references to the one before: a billion values, whoever follows them.
@@ -54,21 +50,18 @@ def write(folder: Path, text: str | bytes, name: str = "some.yaml") -> Path:
     ("section", "key", "value", "expected"),
     [
         ("data", "flip_probability", "1e-2", 0.01),  # which YAML reads as text
-        ("data", "flip_probability", 1, 1.0),
         ("data", "short_side", "640", 640),
         ("data", "short_side", 640.0, 640),
         ("data", "filter_empty", False, False),
         ("data", "max_val_images", None, None),
-        ("data", "max_val_images", 8, 8),
-        ("model", "checkpoint", None, None),
         ("model", "checkpoint", "you/detector", "you/detector"),
         ("training", "learning_rate", "1e-2", 0.01),
         ("training", "lr_milestones", ["1.6e1", 22], [16.0, 22.0]),
         ("training", "lr_milestones", None, None),
-        ("training", "per_device_train_batch_size", "8", 8),
         ("training", "warmup_steps", 500, 500.0),
         ("training", "lr_scheduler_type", "linear", "linear"),
         ("training", "eval_strategy", "epoch", "epoch"),
+        ("training", "eval_strategy", False, "no"),  # as YAML reads a bare no
         ("training", "report_to", "wandb", "wandb"),
         ("training", "report_to", ["wandb", "tensorboard"], ["wandb", "tensorboard"]),
         ("training", "accelerator_config", {"split_batches": False}, {"split_batches": False}),
@@ -92,39 +85,28 @@ def test_values_are_cast_by_the_field(section, key, value, expected):
         ("data", "short_side", True, "data.short_side: True is no whole number"),
         ("data", "short_side", 1.5, "data.short_side: 1.5 is no whole number"),
         ("data", "short_side", "1.5", "'1.5' is no whole number"),
-        ("data", "short_side", "large", "'large' is no whole number"),
         ("data", "short_side", None, "must have a value"),
         ("data", "short_side", [800], "is no whole number"),
         ("data", "short_side", 0, "data.short_side: 0 must be at least 1"),
         ("data", "flip_probability", True, "True is no number"),
         ("data", "flip_probability", float("nan"), "is not finite"),
-        ("data", "flip_probability", float("inf"), "is not finite"),
         ("data", "flip_probability", "nan", "is not finite"),
         ("data", "flip_probability", 10**400, "is too large"),
         ("data", "flip_probability", 1.01, "must be at most 1"),
         ("data", "flip_probability", -0.01, "must be at least 0"),
-        ("data", "filter_empty", "yes", "is neither true nor false"),
         ("data", "filter_empty", 1, "is neither true nor false"),
         ("data", "path", 2017, "data.path: 2017 is no text: put it in quotes"),
-        ("data", "path", None, "must have a value"),
         ("data", "multiscale", "rnage", "must be one of none, range, choice"),
         ("data", "multiscale_short_sides", 640, "is no list of int"),
         ("data", "multiscale_short_sides", [640, 0], "must be at least 1"),
         ("data", "multiscale_short_sides", [640, "x"], "is no whole number"),
         ("model", "detector", "yolo", "must be one of gfl"),
         ("model", "frozen_stages", 5, "must be at most 4"),
-        ("model", "head_blocks", 0, "must be at least 1"),
-        ("model", "drop_path_rate", 1.5, "must be at most 1"),
-        ("model", "backbone_style", "tensorflow", "must be one of pytorch, caffe"),
         ("model", "fpn_extra_convs", "on_lateral", "must be one of on_output, on_input"),
         ("training", "learning_rate", "fast", "training.learning_rate: 'fast' is no number"),
-        ("training", "learning_rate", "nan", "is not finite"),
         ("training", "learning_rate", -1, "training.learning_rate is -1.0; it must be from 0"),
-        ("training", "seed", 0.5, "is no whole number"),
-        ("training", "bf16", "false", "is neither true nor false"),
         ("training", "lr_milestones", 8, "is no list of float"),
         ("training", "lr_scheduler_type", "liner", "must be one of linear, cosine"),
-        ("training", "eval_strategy", "epcoh", "must be one of no, steps, epoch"),
         ("training", "eval_strategy", True, "is no text"),  # what YAML makes of a bare no
         ("training", "optim", "sdg", "training.optim: 'sdg' must be one of"),
         ("training", "train_sampling_strategy", "unknown", "must be one of random"),
@@ -174,17 +156,23 @@ def test_all_problems_are_told_at_once():
     assert text.count("\n  - ") == 7
 
 
-def test_a_refused_value_causes_no_second_message():
-    content = {"data": {"multiscale": "rnage", "multiscale_short_sides": [480, 800]}}
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"data": {"multiscale": "rnage", "multiscale_short_sides": [480, 800]}},
+        # A misspelt section isn't missing as well.
+        {"teacher": {"checkpoint": "random"}, "distilation": {}},
+        {"teacher": {"checkpoint": "random"}, "distillation": [1]},
+    ],
+)
+def test_a_refused_value_causes_no_second_message(content):
     assert refusal(content).count("\n  - ") == 1
-    # A misspelt section isn't missing as well.
-    assert refusal({"teacher": {"checkpoint": "random"}, "distilation": {}}).count("\n  - ") == 1
-    assert refusal({"teacher": {"checkpoint": "random"}, "distillation": [1]}).count("\n  - ") == 1
 
 
-@pytest.mark.parametrize("section", ["model", "teacher", "data", "training"])
-def test_a_section_must_be_a_mapping(section):
-    assert f"section {section} must hold keys and values, not [1, 2]" in refusal(distilled(**{section: [1, 2]}))
+def test_a_section_must_be_a_mapping():
+    text = refusal({section: [1, 2] for section in ("model", "teacher", "data", "training")})
+    for section in ("model", "teacher", "data", "training"):
+        assert f"section {section} must hold keys and values, not [1, 2]" in text
 
 
 # Combinations -------------------------------------------------------------------------------------------------------
@@ -198,7 +186,6 @@ def test_a_section_must_be_a_mapping(section):
         (distilled(teacher={}), "teacher.checkpoint is missing"),
         ({"model": {"backbone": "swin_tiny_patch4_window7_224", "backbone_style": "caffe"}}, "caffe is for ResNets"),
         ({"data": {"multiscale": "range"}}, r"needs multiscale_short_sides [lowest, highest], not []"),
-        ({"data": {"multiscale": "range", "multiscale_short_sides": [480]}}, "not [480]"),
         ({"data": {"multiscale": "range", "multiscale_short_sides": [800, 480]}}, "not [800, 480]"),
         ({"data": {"multiscale": "range", "multiscale_short_sides": [1, 2, 3]}}, "not [1, 2, 3]"),
         ({"data": {"multiscale": "choice"}}, "data.multiscale choice needs values"),
@@ -241,13 +228,6 @@ def test_what_transformers_refuses_is_a_recipe_error(tmp_path):
         parse_recipe({"training": training}).training_arguments()
 
 
-def test_training_arguments_are_built(tmp_path):
-    training = {"output_dir": str(tmp_path), "use_cpu": True, "learning_rate": "2e-2", "lr_milestones": [2]}
-    args = parse_recipe({"training": training}).training_arguments()
-    assert isinstance(args, DetectionTrainingArguments)
-    assert (args.learning_rate, args.lr_milestones) == (0.02, [2.0])
-
-
 # Files --------------------------------------------------------------------------------------------------------------
 
 
@@ -281,26 +261,26 @@ def test_broken_files_name_file_and_line(tmp_path, text, message):
     assert message in str(error.value)
 
 
-def test_missing_files(tmp_path):
-    with pytest.raises(RecipeError, match=r"file .*gfl_r50_croskd.yaml doesn't exist. Did you mean gfl_r50_cross"):
-        load_recipe(tmp_path / "gfl_r50_croskd.yaml")
-    with pytest.raises(RecipeError, match=r"there is no recipe 'gfl_r50_croskd'. Did you mean gfl_r50_crosskd"):
-        load_recipe("gfl_r50_croskd")
-    (tmp_path / "folder.yaml").mkdir()
-    with pytest.raises(RecipeError, match="is a folder"):
-        load_recipe(tmp_path / "folder.yaml")
-
-
-def test_a_file_that_is_no_yaml_is_no_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./gfl_r50_croskd.yaml", r"file gfl_r50_croskd.yaml doesn't exist. Did you mean gfl_r50_cross"),
+        ("gfl_r50_croskd", r"there is no recipe 'gfl_r50_croskd'. Did you mean gfl_r50_crosskd"),
+        ("folder.yaml", "folder.yaml is a folder"),
+        ("run", r"run is a folder.*run/recipe\.yaml"),
+        ("./run", r"run is a folder.*run/recipe\.yaml"),
+        ("ff.py", r"file ff\.py is no recipe.*\.yaml"),
+        ("some.yaml", r"some.yaml can't be run:\n  - unknown key"),
+    ],
+)
+def test_no_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "ff.py").touch()
-    with pytest.raises(RecipeError, match=r"file ff\.py is no recipe.*\.yaml"):
-        load_recipe("ff.py")
-
-
-def test_an_error_names_the_file(tmp_path):
-    with pytest.raises(RecipeError, match=r"some.yaml can't be run:\n  - unknown key"):
-        load_recipe(write(tmp_path, "model: {layers: 3}\n"))
+    for folder in ("folder.yaml", "run"):
+        (tmp_path / folder).mkdir()
+    for file in ("run/recipe.yaml", "ff.py", "some.yaml"):
+        (tmp_path / file).write_text("model: {layers: 3}\n")
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(name)
 
 
 def test_byte_order_mark_and_empty_sections_are_fine(tmp_path):
@@ -334,28 +314,17 @@ def test_a_saved_recipe_is_complete_and_reads_the_same(tmp_path):
     }
 
 
-def test_a_saved_recipe_without_teacher_reads_the_same(tmp_path):
-    original = parse_recipe({"model": {"detector": "gfl"}})
-    original.save(tmp_path / "saved.yaml")
-    assert load_recipe(tmp_path / "saved.yaml") == original
-
-
 # Overrides ----------------------------------------------------------------------------------------------------------
 
 
 def test_overrides():
     read = load_recipe(
         "gfl_r50_crosskd",
-        ["training.learning_rate=1e-3", "data.path=/my coco", "training.lr_milestones=[4, 6.5]"],
+        ["training.learning_rate=1e-3", "data.path=a", "data.path=/my coco=b", "training.lr_milestones=[4, 6.5]"],
     )
     assert read.training["learning_rate"] == 0.001
     assert read.training["lr_milestones"] == [4.0, 6.5]
-    assert read.data.path == "/my coco"
-
-
-def test_the_last_override_counts_and_a_value_may_have_an_equals_sign():
-    read = load_recipe("gfl_r50_1x", ["data.path=a", "data.path=b=c"])
-    assert read.data.path == "b=c"
+    assert read.data.path == "/my coco=b", "the last one counts, and a value may have an equals sign"
 
 
 @pytest.mark.parametrize("text", ["{split}", "{split}/images", "007", "no", "2024-01-01"])
@@ -385,6 +354,9 @@ def test_sections_can_be_taken_out_and_put_in():
         ("trainign.seed=1", "unknown section 'trainign'. Did you mean training"),
         ("training.sede=1", "unknown key training.sede (value 1)"),
         ("training.seed=one", "training.seed: 'one' is no whole number"),
+        ("training.num_train_epochs=many", "training.num_train_epochs: 'many' is no number"),
+        ("training.resume_from_checkpoint=true", "training.resume_from_checkpoint is 'true'"),
+        ("training.resume_from_checkpoint=a/checkpoint-3", "resumes by itself"),
     ],
 )
 def test_refused_overrides(override, message):
@@ -414,15 +386,9 @@ def test_detectors_are_those_of_the_models():
     assert set(DETECTORS) == set(CONFIGS) == set(MODELS)
 
 
-def test_every_field_is_described():
-    text = describe_fields()
+def test_every_field_has_a_meaning():
     for section in (ModelSection, TeacherSection, *map(settings_class, method_names()), DataSection):
-        for f in dataclasses.fields(section):
-            assert f.metadata["help"]
-            assert re.search(rf"\.{f.name} \(.+\): \S", text)
-    assert "model.detector (gfl | " in text
-    assert "training.lr_milestones (list[float] | None, [8.0, 11.0]): Epochs after" in text
-    assert "training.adam_beta1" not in text
+        assert all(field.metadata["help"] for field in dataclasses.fields(section))
 
 
 def test_recipes_are_found_by_name():
@@ -430,17 +396,12 @@ def test_recipes_are_found_by_name():
     assert find_recipe("coco_mini").read_bytes() == (RECIPES / "coco_mini.yaml").read_bytes()
 
 
-def test_recipes_are_found_in_an_installed_package(tmp_path):
+def test_recipes_are_found_in_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a wheel lays them out: in the package, in a folder without `__init__.py`."""
-    package = Path(crosskd_hf.__file__).parent
-    shutil.copytree(package, tmp_path / "crosskd_hf", ignore=shutil.ignore_patterns("__pycache__", "recipes"))
-    (tmp_path / "crosskd_hf" / "recipes").mkdir()
-    write(tmp_path / "crosskd_hf" / "recipes", "model: {}\n", "installed.yaml")
-    code = "from crosskd_hf.recipe import carried_recipes; print(*carried_recipes())"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
-    )
-    assert done.stdout.split() == ["installed"], done.stderr
+    (tmp_path / "crosskd_hf" / "recipes").mkdir(parents=True)
+    path = write(tmp_path / "crosskd_hf" / "recipes", "model: {}\n", "installed.yaml")
+    monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path / package)
+    assert carried_recipes() == {"installed": path}
 
 
 def test_a_wheel_carries_what_is_no_python_file():
@@ -470,23 +431,10 @@ def test_carried_recipes_are_complete_and_run_as_they_are(name, tmp_path):
     assert load_recipe(tmp_path / "recipe.yaml") == read
 
 
-PUBLISHED = {
-    "gfl_r101_2x_ms": ("44.9", "resnet101.tv_in1k", 24, [16, 22]),
-    "gfl_r50_1x": ("40.2", "resnet50.tv_in1k", 12, [8, 11]),
-    "gfl_r50_crosskd": ("43.7", "resnet50.tv_in1k", 12, [8, 11]),
-    "gfl_r50_crosskd_pkd": ("43.9", "resnet50.tv_in1k", 12, [8, 11]),
-    "gfl_r18_crosskd": ("Published", "resnet18.tv_in1k", 12, [8, 11]),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", ["gfl_r101_2x_ms", "gfl_r50_crosskd_pkd"])
 def test_published_rows_write_every_setting_out(name):
+    """`test_recipe_table.py` has their values."""
     text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
-    figure, backbone, epochs, milestones = PUBLISHED[name]
-    header = text[: text.index("model:")]
-    assert figure in header
-    assert "arXiv 2306.11369" in header
-    assert "Not measured" in header
     content = yaml.safe_load(text)
     architecture = {f.name for f in dataclasses.fields(ModelSection)} - {"checkpoint", "inherit"}
     assert set(content["model"]) == architecture
@@ -501,87 +449,36 @@ def test_published_rows_write_every_setting_out(name):
     unset = {"max_train_images", "max_val_images", "cache_dir"}
     unset |= {f.name for f in dataclasses.fields(DataSection) if f.metadata["help"].startswith("layout ")}
     assert set(content["data"]) == {f.name for f in dataclasses.fields(DataSection)} - unset
-    read = load_recipe(name)
-    assert read.model.backbone == backbone
-    expected = {
-        "num_train_epochs": epochs,
-        "lr_milestones": milestones,
-        "per_device_train_batch_size": 2,
-        "base_batch_size": 16,
-        "optim": "sgd",
-        "learning_rate": 0.01,
-        "momentum": 0.9,
-        "weight_decay": 1e-4,
-        "warmup_steps": 500,
-        "warmup_style": "linear",
-        "warmup_start_factor": 0.001,
-        "lr_gamma": 0.1,
-        "bias_lr_factor": 1.0,
-        "bias_weight_decay": True,
-        "max_grad_norm": 0.0,
-        "bf16": False,
-        "eval_strategy": "epoch",
-        "save_strategy": "epoch",
-    }
-    assert {key: read.training.get(key) for key in expected} == expected
 
 
-def test_the_trial_recipe_is_short_and_offline():
-    read = load_recipe("coco_mini")
-    assert (read.model.backbone_weights, read.teacher.checkpoint) == ("random", "random")
-    assert (read.data.short_side, read.data.long_side, read.training["max_steps"]) == (800, 1333, 4)
-
-
-def test_a_strategy_of_no_needs_no_quotes():
-    """YAML reads an unquoted `no` as false; transformers' strategies have it as a word."""
-    given = {"output_dir": "x", "eval_strategy": False, "save_strategy": False}
-    assert parse_recipe({"training": given}).training == {**given, "eval_strategy": "no", "save_strategy": "no"}
-
-
-@pytest.mark.parametrize("value", ["none", "None", "null", "''", "imagenet"])
+@pytest.mark.parametrize("value", ["none", "null", "''", "imagenet"])
 def test_words_that_are_no_backbone_weights(value: str) -> None:
     with pytest.raises(RecipeError, match=r"model\.backbone_weights is .*; it must be pretrained .*random") as error:
         load_recipe("gfl_r50_1x", [f"model.backbone_weights={value}"])
     assert value.strip("'") in str(error.value)
-    for known in ("random", "pretrained", "weights.pth", "./weights", "https://host/weights.pth"):
-        load_recipe("gfl_r50_1x", [f"model.backbone_weights={known}"])
     load_recipe("gfl_r50_1x", [f"model.backbone_weights={value}", "model.checkpoint=runs/trained"])
 
 
-def test_a_folder_is_no_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "recipe.yaml").write_text("{}")
-    monkeypatch.chdir(tmp_path)
-    for name in ("run", "./run", str(tmp_path / "run")):
-        with pytest.raises(RecipeError, match=r"run is a folder.*recipe\.yaml"):
-            find_recipe(name)
+@pytest.mark.parametrize("value", ["random", "pretrained", "weights.pth", "./weights", "https://host/weights.pth"])
+def test_backbone_weights(value: str) -> None:
+    assert load_recipe("gfl_r50_1x", [f"model.backbone_weights={value}"]).model.backbone_weights == value
 
 
 @pytest.mark.parametrize(
-    "override",
+    ("key", "value"),
     [
-        "data.short_side=100000",
-        "data.long_side=100000",
-        "data.multiscale_short_sides=[480, 100000]",
-        "model.head_channels=1000000",
-        "model.fpn_channels=1000000",
-        "model.head_blocks=100000",
-        "distillation.crosskd.weight=1e30",
-        "training.learning_rate=1e30",
-        "training.num_train_epochs=1e15",
-        "training.seed=-1",
-        "training.dataloader_num_workers=-1",
+        *[(f"data.{key}", 100000) for key in ("short_side", "long_side")],
+        ("data.multiscale_short_sides", [480, 100000]),
+        *[(f"model.{key}", 1000000) for key in ("head_channels", "fpn_channels", "head_blocks")],
+        ("distillation.crosskd.weight", 1e30),
+        ("training.learning_rate", 1e30),
+        ("training.num_train_epochs", 1e15),
+        ("training.seed", -1),
     ],
 )
-def test_what_cannot_be_meant_is_refused(override: str) -> None:
-    with pytest.raises(RecipeError, match=override.partition("=")[0].replace(".", r"\.")):
-        load_recipe("gfl_r50_crosskd", [override])
-
-
-@pytest.mark.parametrize("value", ["runs/x/checkpoint-3", "true"])
-def test_resuming_is_not_chosen_by_a_key_that_is_not_read(value: str) -> None:
-    with pytest.raises(RecipeError, match=r"training\.resume_from_checkpoint is .*resumes by itself"):
-        load_recipe("gfl_r50_crosskd", [f"training.resume_from_checkpoint={value}"])
+def test_what_cannot_be_meant_is_refused(key: str, value: object) -> None:
+    with pytest.raises(RecipeError, match=key.replace(".", r"\.")):
+        load_recipe("gfl_r50_crosskd", [f"{key}={value}"])
 
 
 @pytest.mark.parametrize(
@@ -615,36 +512,9 @@ def test_the_schedule_follows_its_length(
     assert again == read and not again.notes, "what was resolved is not changed again"
 
 
-@pytest.mark.parametrize(
-    ("begun", "expected"),
-    [
-        (["training.lr_milestones=[8, 11]"], [8, 11]),  # as version 0.6 began it
-        ([], [16, 22]),
-        (["training.lr_milestones=[9, 11]"], [16, 22]),  # which is then told as a change
-    ],
-)
-def test_a_run_keeps_the_schedule_it_was_begun_with(tmp_path: Path, begun: list[str], expected: list[float]) -> None:
-    command = ["training.num_train_epochs=24", f"training.output_dir={tmp_path}"]
-    load_recipe("gfl_r50_1x", [*command, *begun]).save(tmp_path / "recipe.yaml")
-    assert load_recipe("gfl_r50_1x", command).training["lr_milestones"] == expected
-    longer = load_recipe("gfl_r50_1x", ["training.num_train_epochs=48", command[1]])
-    assert longer.training["lr_milestones"] == [32, 44], "another length, told as a change"
-
-
-def test_a_length_that_is_no_number_is_told_as_such() -> None:
-    with pytest.raises(RecipeError, match=r"training\.num_train_epochs: 'many' is no number"):
-        load_recipe("gfl_r50_1x", ["training.num_train_epochs=many"])
-
-
 def test_bytes_that_the_locale_cannot_read_are_told_as_such() -> None:
     """Python keeps bytes of the command line that it can't decode as halves of characters: all of UTF-8 in ASCII."""
     override = b"data.path=/B\xc3\xbccher".decode("ascii", "surrogateescape")
     with pytest.raises(RecipeError, match=r"LC_ALL=C\.UTF-8") as error:
         load_recipe("gfl_r50_1x", [override])
     str(error.value).encode("ascii")
-
-
-def test_no_hint_names_a_package_that_no_index_has() -> None:
-    package = Path(crosskd_hf.__file__).parent
-    found = [path.name for path in package.rglob("*.py") if "crosskd-hf[" in path.read_text(encoding="utf-8")]
-    assert found == []

@@ -28,9 +28,9 @@ from crosskd_hf.training.checkpoints import (
     remove_checkpoint,
     remove_surplus,
 )
-from crosskd_hf.training.disk_space import check_disk_space, checkpoint_bytes, checkpoints_at_once, full_disk_explained
+from crosskd_hf.training.disk_space import check_disk_space, checkpoint_bytes, full_disk_explained
 from crosskd_hf.training.run_lock import folder_lock
-from crosskd_hf.utils.files import is_disk_full, write_atomically
+from crosskd_hf.utils.files import is_disk_full
 
 
 def make(run: Path, step: int, marked: bool = True) -> Path:
@@ -51,25 +51,16 @@ def steps(run: Path) -> list[int]:
 # The marker -----------------------------------------------------------------------------------------------------
 
 
-def test_a_marker_lists_every_file_and_leaves_no_temporary_one(tmp_path: Path) -> None:
-    folder = make(tmp_path, 1)
-    files = json.loads((folder / MARKER).read_text())["files"]
-    assert set(files) == {"weights", "inner/state"}
-    assert files["inner/state"]["bytes"] == 5
-    assert {path.name for path in folder.iterdir()} == {"weights", "inner", MARKER}
-    assert damage(folder) is None
-
-
-def test_marking_again_does_not_list_the_marker(tmp_path: Path) -> None:
-    folder = make(tmp_path, 1)
-    mark_complete(folder)
-    assert damage(folder) is None
-    assert MARKER not in json.loads((folder / MARKER).read_text())["files"]
-
-
-def test_an_empty_folder_cannot_be_complete(tmp_path: Path) -> None:
+def test_a_marker_lists_every_file_but_itself(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no files"):
         mark_complete(tmp_path)
+    folder = make(tmp_path, 1)
+    for _ in range(2):
+        files = json.loads((folder / MARKER).read_text())["files"]
+        assert set(files) == {"weights", "inner/state"} and files["inner/state"]["bytes"] == 5
+        assert {path.name for path in folder.iterdir()} == {"weights", "inner", MARKER}
+        assert damage(folder) is None
+        mark_complete(folder)
 
 
 def flip_a_bit(folder: Path) -> None:
@@ -101,41 +92,26 @@ def test_damage_is_named_and_the_previous_checkpoint_taken(
     assert re.search(message, caplog.text)
 
 
-def test_files_that_others_add_are_no_damage(tmp_path: Path) -> None:
-    folder = make(tmp_path, 4)
-    (folder / "notes.txt").write_text("mine")
-    assert last_complete_checkpoint(tmp_path) == str(folder)
-
-
 def test_the_newest_is_the_one_of_the_highest_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in (10, 100, 9):
         make(tmp_path, step)
+    (tmp_path / "checkpoint-100" / "notes.txt").write_text("added by somebody, which is no damage")
     (tmp_path / "checkpoint-best").mkdir()
-    (tmp_path / "checkpoint-200.txt").write_text("")
     (tmp_path / "checkpoint-300").write_text("a file")
+    make(tmp_path, 600).rename(tmp_path / "checkpoint-600.partial")
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
     assert not caplog.records
 
 
 def test_folders_without_marker_are_left_alone_and_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    make(tmp_path, 4)
-    make(tmp_path, 6, marked=False)
-    assert last_complete_checkpoint(tmp_path).endswith("checkpoint-4")
-    assert "checkpoint-6 is left out" in caplog.text and steps(tmp_path) == [4, 6]
-
-
-def test_only_broken_checkpoints_mean_a_new_start_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+    assert last_complete_checkpoint(tmp_path) is last_complete_checkpoint(tmp_path / "absent") is None
+    assert not caplog.records
     make(tmp_path, 6, marked=False)
     assert last_complete_checkpoint(tmp_path) is None
     assert "training starts from the beginning" in caplog.text
-
-
-def test_no_checkpoints_mean_a_new_start_without_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert last_complete_checkpoint(tmp_path) is None
-    assert last_complete_checkpoint(tmp_path / "absent") is None
-    assert not caplog.records
+    make(tmp_path, 4)
+    assert last_complete_checkpoint(tmp_path).endswith("checkpoint-4")
+    assert "checkpoint-6 is left out" in caplog.text and steps(tmp_path) == [4, 6]
 
 
 # Removal --------------------------------------------------------------------------------------------------------
@@ -145,26 +121,32 @@ class Killed(BaseException):
     """In place of SIGKILL: nothing handles it."""
 
 
-@pytest.mark.parametrize("after", range(5))
-def test_a_removal_cut_short_leaves_nothing_that_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
-) -> None:
-    """Killed before each deletion in turn; the next removal of others then clears up."""
-    make(tmp_path, 2)
+def kill_after(count: int, patch: pytest.MonkeyPatch, *names: str) -> None:
+    """Have these functions of `os` be called `count` times in all, and the next call raise `Killed`."""
     calls = []
 
     def deadly(original):
         def call(*args, **kwargs):
             calls.append(args)
-            if len(calls) > after:
+            if len(calls) > count:
                 raise Killed
             return original(*args, **kwargs)
 
         return call
 
+    for name in names:
+        patch.setattr(os, name, deadly(getattr(os, name)))
+
+
+@pytest.mark.parametrize("after", range(5))
+def test_a_removal_cut_short_leaves_nothing_that_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Killed before each deletion in turn; the next removal of others then clears up."""
+    remove_checkpoint(tmp_path / "checkpoint-2")  # what isn't there is no error
+    make(tmp_path, 2)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(os, "rmdir", deadly(os.rmdir))
-        patch.setattr(os, "unlink", deadly(os.unlink))
+        kill_after(after, patch, "rmdir", "unlink")
         remove_checkpoint(tmp_path / "checkpoint-2")
     assert last_complete_checkpoint(tmp_path) is None
     newest = make(tmp_path, 4)
@@ -180,38 +162,15 @@ def test_a_checkpoint_put_in_place_is_complete_or_absent(
     older, damaged = make(tmp_path, 4), make(tmp_path, 6)
     flip_a_bit(damaged)
     partial = make(tmp_path, 6000, marked=False).rename(partial_folder(damaged))
-    left = [after]
-
-    def deadly(original):
-        def call(*args, **kwargs):
-            left[0] -= 1
-            if left[0] < 0:
-                raise Killed
-            return original(*args, **kwargs)
-
-        return call
-
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
-        for name in ("fsync", "replace", "rmdir", "unlink"):
-            patch.setattr(os, name, deadly(getattr(os, name)))
+        kill_after(after, patch, "fsync", "replace", "rmdir", "unlink")
         put_in_place(partial, damaged)
     assert last_complete_checkpoint(tmp_path) == str(older)
-    put_in_place(
-        make(tmp_path, 8, marked=False).rename(partial_folder(tmp_path / "checkpoint-8")), tmp_path / "checkpoint-8"
-    )
-    assert damage(tmp_path / "checkpoint-8") is None
-    remove_surplus(tmp_path, None, tmp_path / "checkpoint-8")
+    newest = tmp_path / "checkpoint-8"
+    put_in_place(make(tmp_path, 8000, marked=False).rename(partial_folder(newest)), newest)
+    assert damage(newest) is None
+    remove_surplus(tmp_path, None, newest)
     assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint-4", "checkpoint-6", "checkpoint-8"}
-
-
-def test_folders_that_are_being_written_are_not_resumed_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    older = make(tmp_path, 4)
-    make(tmp_path, 6).rename(tmp_path / "checkpoint-6.partial")
-    assert last_complete_checkpoint(tmp_path) == str(older) and not caplog.records
-
-
-def test_removing_what_is_not_there_is_no_error(tmp_path: Path) -> None:
-    remove_checkpoint(tmp_path / "checkpoint-2")
 
 
 @pytest.mark.parametrize(
@@ -238,18 +197,15 @@ def test_the_oldest_go_first_but_never_the_newest_or_the_best(
     assert steps(tmp_path) == left
 
 
-def test_folders_without_marker_are_neither_counted_nor_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("unmarked", "last", "left"), [(4, 6, [2, 4, 6]), (None, 4, [2, 4])])
+def test_unmarked_folders_stay_and_steps_past_the_newest_go(
+    tmp_path: Path, unmarked: int | None, last: int, left: list[int]
+) -> None:
+    """The former may be somebody's; the latter are of an abandoned run."""
     for step in (2, 4, 6):
-        make(tmp_path, step, marked=step != 4)
-    remove_surplus(tmp_path, 2, tmp_path / "checkpoint-6")
-    assert steps(tmp_path) == [2, 4, 6]
-
-
-def test_steps_past_the_newest_are_of_an_abandoned_run(tmp_path: Path) -> None:
-    for step in (2, 4, 100):
-        make(tmp_path, step)
-    remove_surplus(tmp_path, 2, tmp_path / "checkpoint-4")
-    assert steps(tmp_path) == [2, 4]
+        make(tmp_path, step, marked=step != unmarked)
+    remove_surplus(tmp_path, 2, tmp_path / f"checkpoint-{last}")
+    assert steps(tmp_path) == left
 
 
 def test_a_removal_that_fails_is_a_warning(
@@ -301,6 +257,8 @@ def test_a_second_run_is_kept_out_until_the_first_is_dead(tmp_path: Path) -> Non
 # Full disks -----------------------------------------------------------------------------------------------------
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
+BEHIND = RuntimeError("can't save")
+BEHIND.__cause__ = FULL
 
 
 @pytest.mark.parametrize(
@@ -314,6 +272,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
         (RuntimeError("CUDA error"), False),
         (RuntimeError("unable to write to file </torch_7_8_9>: No space left on device (28)"), False),
         (OSError(errno.EACCES, "Permission denied"), False),
+        (BEHIND, True),
         (None, False),
     ],
 )
@@ -321,68 +280,72 @@ def test_full_disks_are_told_from_other_errors(error: BaseException | None, full
     assert is_disk_full(error) is full
 
 
-def test_a_full_disk_behind_another_error_is_found() -> None:
-    try:
-        try:
-            raise FULL
-        except OSError as error:
-            raise RuntimeError("can't save") from error
-    except RuntimeError as error:
-        assert is_disk_full(error)
-
-
 def test_a_full_disk_removes_the_partial_folder_and_names_the_last_good_one(tmp_path: Path) -> None:
-    make(tmp_path, 4)
-    partial = make(tmp_path, 6).rename(tmp_path / "checkpoint-6.partial")
-    with pytest.raises(OSError, match=r"(?s)checkpoint-6 can't be written, .*checkpoint-4, is intact") as raised:
+    good, partial = make(tmp_path, 4), make(tmp_path, 6).rename(tmp_path / "checkpoint-6.partial")
+    with pytest.raises(OSError, match=r"checkpoint-6 can't be written, .*checkpoint-4, is intact") as raised:
         with full_disk_explained(tmp_path, partial):
             raise FULL
-    assert raised.value.errno == errno.ENOSPC and steps(tmp_path) == [4] and not partial.exists()
-    shutil.rmtree(tmp_path / "checkpoint-4")
+    assert raised.value.errno == errno.ENOSPC and damage(good) is None and not partial.exists()
+    with pytest.raises(OSError, match=r"disk is full: .*predictions.json.*checkpoint-4, is intact.*start the same"):
+        with full_disk_explained(tmp_path):
+            raise OSError(errno.ENOSPC, "No space left on device", "predictions.json")
+    shutil.rmtree(good)
     with pytest.raises(OSError, match=r"There is no earlier checkpoint"):
-        with full_disk_explained(tmp_path, partial):
+        with full_disk_explained(tmp_path):
             raise FULL
 
 
-def test_other_errors_pass(tmp_path: Path) -> None:
-    partial = make(tmp_path, 6).rename(tmp_path / "checkpoint-6.partial")
-    with pytest.raises(RuntimeError, match=r"^CUDA error$"):
-        with full_disk_explained(tmp_path, partial):
-            raise RuntimeError("CUDA error")
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("CUDA error"), OSError(13, "Permission denied"), OSError(28, "the disk is full: told already")],
+)
+def test_other_errors_pass(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, full_disk_explained(tmp_path):
+        raise error
+    assert raised.value is error
 
 
 def test_the_size_of_a_checkpoint_counts_weights_and_the_state_of_trained_ones(tmp_path: Path) -> None:
     model = tiny_model()
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    everything = sum(tensor.nbytes for tensor in model.state_dict().values())
-    for options, values in (
-        ({}, 1),
-        ({"momentum": 0.0}, 0),
-        ({"optim": "adamw_torch"}, 2),
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    for options, values, copies in (
+        ({}, 1, 1),
+        ({"momentum": 0.0}, 0, 1),
+        ({"optim": "adamw_torch"}, 2, 1),
+        ({"ema_decay": 0.9}, 1, 2),
     ):
-        assert checkpoint_bytes(model, tiny_args(tmp_path, **options)) == everything + values * trained
-
-
-def test_a_run_that_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=3000)
-    asked = []
-    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: asked.append(Path(path)) or usage)
-    check_disk_space(tmp_path / "not" / "yet", 3000, 2)
-    assert asked == [tmp_path]
-    with pytest.raises(ValueError, match=r"training\.output_dir .* for 2 checkpoints .* only 3e-06 GB are free"):
-        check_disk_space(tmp_path / "not" / "yet", 3001, 2)
-    size = sum(path.stat().st_size for path in make(tmp_path, 2).rglob("*") if path.is_file())
-    check_disk_space(tmp_path, 3000 + size, 2)  # a checkpoint that is there gives way
-    with pytest.raises(ValueError, match=r"training\.output_dir"):
-        check_disk_space(tmp_path, 3001 + size, 2)
+        assert checkpoint_bytes(model, tiny_args(tmp_path, **options)) == copies * weights + values * trained
 
 
 @pytest.mark.parametrize(
-    ("limit", "keeps_best", "expected"),
-    [(None, False, 2), (1, False, 2), (2, False, 3), (5, False, 6), (None, True, 3), (1, True, 3), (2, True, 3)],
+    ("saving", "limit", "evaluates", "checkpoints"),
+    [
+        ("no", None, False, 1),
+        *[("epoch", limit, False, count) for limit, count in ((None, 2), (1, 2), (2, 3), (5, 6))],
+        *[("epoch", limit, True, 3) for limit in (None, 1, 2)],  # the best one stays beside the last
+    ],
 )
-def test_one_more_than_is_kept_is_on_the_disk_while_saving(limit: int | None, keeps_best: bool, expected: int) -> None:
-    assert checkpoints_at_once(limit, keeps_best) == expected
+def test_a_run_that_cannot_fit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saving: str, limit: int | None, evaluates: bool, checkpoints: int
+) -> None:
+    """One checkpoint more than is kept is on the disk while it is saved. Those that are there give way."""
+    strategy = "epoch" if evaluates else "no"
+    args = tiny_args(tmp_path / "run", save_strategy=saving, save_total_limit=limit, eval_strategy=strategy)
+    monkeypatch.setattr(disk_space, "checkpoint_bytes", lambda model, args: 1000)
+    usage, needed, model = shutil.disk_usage(tmp_path), checkpoints * 1000, tiny_model()
+
+    def check(free: int) -> None:
+        monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage._replace(free=free))
+        check_disk_space(model, args)
+
+    check(needed)
+    with pytest.raises(ValueError, match=rf"training\.output_dir .* for {checkpoints} checkpoints"):
+        check(needed - 1)
+    existing = sum(path.stat().st_size for path in make(tmp_path / "run", 2).rglob("*") if path.is_file())
+    check(needed - existing)
+    with pytest.raises(ValueError, match=r"training\.output_dir"):
+        check(needed - existing - 1)
 
 
 def test_torch_and_safetensors_report_full_disks_as_they_did(tmp_path: Path) -> None:
@@ -399,36 +362,9 @@ def test_torch_and_safetensors_report_full_disks_as_they_did(tmp_path: Path) -> 
     assert is_disk_full(raised.value)
 
 
-def test_whatever_a_full_disk_stops_is_told_with_what_is_safe(tmp_path: Path) -> None:
-    good = make(tmp_path, 4)
-    with pytest.raises(
-        OSError, match=r"the disk is full: .*predictions.json.*checkpoint-4, is intact.*start the same"
-    ):
-        with full_disk_explained(tmp_path):
-            raise OSError(errno.ENOSPC, "No space left on device", "predictions.json")
-    assert damage(good) is None
-    with pytest.raises(OSError, match=r"^\[Errno 13\] Permission denied$"), full_disk_explained(tmp_path):
-        raise OSError(errno.EACCES, "Permission denied")
-    told = OSError(errno.ENOSPC, "the disk is full: told already")
-    with pytest.raises(OSError) as error, full_disk_explained(tmp_path):
-        raise told
-    assert error.value is told
-
-
 def test_full_shared_memory_is_no_full_disk(tmp_path: Path) -> None:
     """What torch says of it in a data worker, when a container has too little."""
     told = "Caught RuntimeError in DataLoader worker process 0.\nunable to write to file </torch_7_8_9>: No space left"
     with pytest.raises(RuntimeError, match=r"shared memory .* --shm-size=8g.*dataloader_num_workers"):
         with full_disk_explained(tmp_path):
             raise RuntimeError(told)
-
-
-def test_a_file_that_does_not_fit_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "metrics.json"
-    write_atomically(path, "old")
-    monkeypatch.setattr(
-        "crosskd_hf.utils.files.os.fsync", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
-    )
-    with pytest.raises(OSError, match="full"):
-        write_atomically(path, "new")
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"] and path.read_text() == "old"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crosskd_hf.training.step_monitor import NonFiniteLossError, StepClock, StepMonitor, memory_gb
+from crosskd_hf.training.step_monitor import NonFiniteLossError, StepClock, StepMonitor
 
 NAN, INF = float("nan"), float("inf")
 CPU = torch.device("cpu")
@@ -25,18 +25,14 @@ def test_averages_since_the_last_call():
     monitor = StepMonitor(CPU)
     for step, value in enumerate((1.0, 2.0, 6.0), start=1):
         monitor.record(terms(loss_cls=value, loss_box=10 * value), step)
-    monitor.clock.seconds["step_time"] = 1.5
+    monitor.clock.spans += [("step_time", 10.0, 11.0), ("step_time", 20.0, 20.5)]
     logs = averages(monitor)
     assert {"loss_cls": 3.0, "loss_box": 30.0, "step_time": 0.5, "data_time": 0.0}.items() <= logs.items()
     assert set(logs) == {"loss_cls", "loss_box", "step_time", "data_time", "memory_gb"}
-    assert averages(monitor) == {}
+    assert averages(monitor) == averages(StepMonitor(CPU)) == {}
     monitor.record(terms(loss_cls=7.0, loss_box=70.0), 4)
     logs = averages(monitor)
     assert (logs["loss_cls"], logs["loss_box"], logs["step_time"]) == (7.0, 70.0, 0.0)
-
-
-def test_averages_before_any_step():
-    assert averages(StepMonitor(CPU)) == {}
 
 
 def test_averages_are_the_mean_over_ranks():
@@ -85,10 +81,9 @@ def test_a_tensor_that_is_not_finite_is_named(bad):
         StepMonitor(CPU).check({"good": good}, lambda row: torch.cat([row, elsewhere]))
 
 
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_a_bad_loss_goes_before_the_weights_that_come_of_it(bad):
+def test_a_bad_loss_goes_before_the_weights_that_come_of_it():
     monitor = StepMonitor(CPU)
-    for step, value in enumerate((1.0, bad, 1.0), start=6):
+    for step, value in enumerate((1.0, INF, 1.0), start=6):
         monitor.record(terms(loss_cls=value), step)
     with pytest.raises(NonFiniteLossError, match=r"^loss_cls was not finite at step 7$"):
         monitor.check({"weight": torch.tensor(NAN)}, one_rank)
@@ -110,16 +105,13 @@ def test_other_terms_start_anew():
     assert (logs["loss_cls"], logs["kd_cls"]) == (1.0, 3.0)
 
 
-def test_memory_of_this_process():
-    assert 0.05 < memory_gb(CPU) < 1000
-
-
 def test_times_are_a_steps_however_many_batches_it_has():
     monitor = StepMonitor(CPU)
     for step in (1, 1, 1, 2, 2, 2):
         monitor.record(terms(loss_cls=1.0), step)
-    monitor.clock.seconds["data_time"] = 3.0
-    assert averages(monitor)["data_time"] == 1.5
+    monitor.clock.spans.append(("data_time", 0.0, 3.0))
+    logs = averages(monitor)
+    assert logs["data_time"] == 1.5 and 0.05 < logs["memory_gb"] < 1000
 
 
 def test_overflows_are_counted_in_a_row():
@@ -127,7 +119,7 @@ def test_overflows_are_counted_in_a_row():
     counts = []
     for bad in (True, True, False, True):
         monitor.record_overflow(torch.tensor(bad))
-        counts.append(monitor.overflows_in_a_row())
+        counts.append(int(monitor.overflows))
     assert counts == [1, 2, 0, 1]
 
 
@@ -149,15 +141,12 @@ class FakeEvent:
     def record(self):
         self.time = self.gpu.reaches
 
-    def query(self):
-        return self.time <= self.gpu.has_reached
-
     def synchronize(self):
-        self.gpu.waited += not self.query()
+        self.gpu.waited += 1
         self.gpu.has_reached = max(self.gpu.has_reached, self.time)
 
     def elapsed_time(self, end):
-        assert end.query()
+        assert end.time <= self.gpu.has_reached
         return end.time - self.time
 
 
@@ -179,14 +168,3 @@ def test_a_gpus_times_are_its_own(monkeypatch, loader, waits):
     assert seconds["step_time"] == pytest.approx(0.6)
     assert seconds["data_time"] == pytest.approx((loader + 2 * waits) / 1000)
     assert clock.take() == {"data_time": 0.0, "step_time": 0.0}
-
-
-def test_events_that_are_over_are_not_kept(monkeypatch):
-    gpu = FakeGpu()
-    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
-    clock = StepClock(torch.device("cuda"))
-    for _ in range(100):
-        clock.switch("step_time")
-        gpu.reaches += 1.0
-        gpu.has_reached = gpu.reaches
-    assert len(clock._unread) == 0 and clock.seconds["step_time"] == pytest.approx(0.099)

@@ -1,4 +1,4 @@
-"""SIGTERM during steps, evaluations and epochs' ends: what is saved, and how the run goes on."""
+"""SIGTERM during steps, evaluations and epochs' ends: what is saved, and how the run resumes."""
 
 import json
 import multiprocessing
@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import equality
 import pytest
 import torch
 from processes import CONTEXT, run_processes
@@ -48,7 +49,7 @@ def ended(root: Path, *callbacks: TrainerCallback, **options) -> Terminated:
     return error.value
 
 
-def go_on(root: Path, expected: str, **options):
+def resume(root: Path, expected: str, **options):
     checkpoint = last_complete_checkpoint(root / "cut")
     assert Path(checkpoint).name == expected
     trainer = build(root, "cut", model_seed=9, **options)
@@ -66,14 +67,16 @@ def test_the_step_is_finished_and_saved(tmp_path: Path, caplog: pytest.LogCaptur
     message = str(ended(tmp_path, At("on_step_begin", 4), eval_strategy="no"))
     assert "after step 5" in message and "checkpoint-5" in message and message in caplog.text
     assert signal.getsignal(signal.SIGTERM) is before
-    assert_same(whole, final_state(go_on(tmp_path, "checkpoint-5", eval_strategy="no")))
+    assert_same(whole, final_state(resume(tmp_path, "checkpoint-5", eval_strategy="no")))
 
 
-@pytest.mark.parametrize("save_steps", [2, 3], ids=["saved before it", "not saved before it"])
-def test_an_evaluation_is_left_and_made_up_for(tmp_path: Path, save_steps: int) -> None:
-    whole = undisturbed(tmp_path, save_steps=save_steps)
-    ended(tmp_path, At("on_prediction_step", 4), save_steps=save_steps)
-    trainer = go_on(tmp_path, "checkpoint-4", save_steps=save_steps)
+def test_an_evaluation_is_left_and_made_up_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is saved is told once: after what came before the evaluation is saved."""
+    whole = undisturbed(tmp_path)
+    ended(tmp_path, At("on_prediction_step", 4))
+    (message,) = [message for message in caplog.messages if "ended by SIGTERM" in message]
+    assert "after step 4: its state is saved in" in message and "checkpoint-4;" in message
+    trainer = resume(tmp_path, "checkpoint-4")
     assert evaluated_steps(trainer) == [4, 7]
     assert_same(whole, final_state(trainer))
 
@@ -85,7 +88,7 @@ def test_a_run_killed_in_an_evaluation_loses_the_evaluation_only(tmp_path: Path)
     trainer.add_callback(At("on_prediction_step", 4, interrupt))
     with pytest.raises(Interrupted):
         trainer.train()
-    trainer = go_on(tmp_path, "checkpoint-4", **options)
+    trainer = resume(tmp_path, "checkpoint-4", **options)
     assert evaluated_steps(trainer) == [2, 4, 6, 7]
     assert_same(whole, final_state(trainer))
     # What an evaluation finds is beside the checkpoint that was saved before it.
@@ -94,7 +97,7 @@ def test_a_run_killed_in_an_evaluation_loses_the_evaluation_only(tmp_path: Path)
     assert [entry["step"] for entry in state["log_history"] if "eval_AP" in entry] == [2, 4, 6]
     assert json.loads((folder / EVALUATION_FILE).read_text()) == trainer.state.log_history[-2]
     assert "train_loss" in trainer.state.log_history[-1]
-    again = go_on(tmp_path, folder.name, **options)
+    again = resume(tmp_path, folder.name, **options)
     assert evaluated_steps(again) == [2, 4, 6, 7]
     assert again.last_evaluation == (-1, {}), "it was read"
     for name in ("best_metric", "best_global_step", "best_model_checkpoint"):
@@ -105,18 +108,9 @@ def test_the_end_of_an_epoch_comes_before_the_end_of_the_run(tmp_path: Path) -> 
     options = {"save_strategy": "epoch", "eval_strategy": "epoch"}
     whole = undisturbed(tmp_path, **options)
     ended(tmp_path, At("on_step_begin", 3), **options)  # the fourth step is the epoch's last
-    trainer = go_on(tmp_path, "checkpoint-4", **options)
+    trainer = resume(tmp_path, "checkpoint-4", **options)
     assert evaluated_steps(trainer) == [4, 7]
     assert_same(whole, final_state(trainer))
-
-
-def test_an_epochs_evaluation_after_a_steps_checkpoint_is_made_up_for(tmp_path: Path) -> None:
-    options = {"save_steps": 4, "eval_strategy": "epoch"}
-    trainer = build(tmp_path, "cut", **options)
-    trainer.add_callback(At("on_epoch_end", 4, interrupt))
-    with pytest.raises(Interrupted):
-        trainer.train()
-    assert evaluated_steps(go_on(tmp_path, "checkpoint-4", **options)) == [4, 7]
 
 
 def test_a_best_checkpoint_waits_for_its_evaluation(tmp_path: Path) -> None:
@@ -154,16 +148,9 @@ def test_a_whole_checkpoint_is_not_written_again(
     ended(tmp_path, At(event, 4 if event == "on_prediction_step" else 3), **options)
     monkeypatch.undo()
     assert written == ["checkpoint-4"]
-    trainer = go_on(tmp_path, "checkpoint-4", **options)
+    trainer = resume(tmp_path, "checkpoint-4", **options)
     assert evaluated_steps(trainer) == [4, 7]
     assert_same(whole, final_state(trainer))
-
-
-def test_what_is_saved_is_told_once_and_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Not when the evaluation is left, since what came before it is saved after that."""
-    ended(tmp_path, At("on_prediction_step", 4), save_steps=3)
-    told = [message for message in caplog.messages if "ended by SIGTERM" in message]
-    assert len(told) == 1 and "after step 4: its state is saved in" in told[0] and "checkpoint-4;" in told[0]
 
 
 def test_the_last_checkpoint_stays_until_the_run_is_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -184,21 +171,21 @@ def test_the_last_checkpoint_stays_until_the_run_is_over(tmp_path: Path, caplog:
 
 
 def test_an_unsaved_step_is_told_to_be_lost(tmp_path: Path) -> None:
-    trainer = build(tmp_path, "cut", save_strategy="no", eval_strategy="no")
+    trainer = build(tmp_path, "cut", max_steps=1, save_strategy="no", eval_strategy="no")
     trainer.train()
-    with pytest.raises(Terminated, match=r"after step 7, which isn't saved; .* goes on from the beginning"):
+    with pytest.raises(Terminated, match=r"after step 1, which isn't saved; .* resumes from the beginning"):
         with trainer.termination.listening():
             os.kill(os.getpid(), signal.SIGTERM)
             trainer.evaluate()
 
 
-def test_training_that_was_ended_can_go_on_in_the_same_program(tmp_path: Path) -> None:
-    trainer = build(tmp_path, "cut", eval_strategy="no")
-    trainer.add_callback(At("on_step_begin", 2))
+def test_training_that_was_ended_can_resume_in_the_same_program(tmp_path: Path) -> None:
+    trainer = build(tmp_path, "cut", eval_strategy="no", max_steps=4)
+    trainer.add_callback(At("on_step_begin", 1))
     with pytest.raises(Terminated):
         trainer.train()
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path / "cut"))
-    assert trainer.state.global_step == 7
+    assert trainer.state.global_step == 4
 
 
 def test_nothing_is_noted_when_nobody_listens() -> None:
@@ -239,10 +226,8 @@ def test_a_data_worker_obeys_its_parent_only(context) -> None:
 
 
 def one_of_two(rank: int, port: int, root: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    torch.set_num_threads(1)
-    trainer = build(Path(root), "cut", max_steps=20, eval_strategy="no", per_device_train_batch_size=1)
+    equality.join(rank, 2, port)
+    trainer = build(Path(root), "cut", max_steps=8, eval_strategy="no", per_device_train_batch_size=1)
     if rank == 1:
         trainer.add_callback(At("on_step_begin", 3))
     try:
@@ -255,13 +240,8 @@ def one_of_two(rank: int, port: int, root: str) -> None:
 
 def test_two_processes_end_at_the_same_step(tmp_path: Path) -> None:
     """Only one of them gets the signal."""
-    import socket
-
     build(tmp_path, "unused")  # writes the data
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    run_processes(one_of_two, (port, str(tmp_path)), 2)
+    run_processes(one_of_two, (equality.free_port(), str(tmp_path)), 2)
     steps = {(tmp_path / f"ended_{rank}").read_text() for rank in range(2)}
     assert steps == {"5"}, "noted in the fourth step, agreed during the fifth"
     assert Path(last_complete_checkpoint(tmp_path / "cut")).name == "checkpoint-5"

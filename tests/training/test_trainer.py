@@ -1,4 +1,3 @@
-import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -20,7 +19,6 @@ from crosskd_hf.training.checkpoints import mark_complete
 from crosskd_hf.training.distillation_trainer import DistillationTrainer
 from crosskd_hf.training.step_monitor import NonFiniteLossError
 from crosskd_hf.training.trainer import MAX_OVERFLOWS, DetectionTrainer
-from crosskd_hf.weights.mmdet import CheckpointError
 
 
 def distiller(tmp_path: Path, teacher, student=None, methods=None, **options) -> DistillationTrainer:
@@ -37,65 +35,24 @@ def distiller(tmp_path: Path, teacher, student=None, methods=None, **options) ->
     )
 
 
-def kd_terms(trainer: DistillationTrainer, inputs: dict) -> dict[str, torch.Tensor]:
-    trainer.pair.train()
-    terms, _ = trainer.loss_terms(trainer.pair, inputs)
-    return {name: term for name, term in terms.items() if name.startswith("kd_")}
-
-
-@pytest.mark.parametrize("detector", ["gfl", "retinanet", "fcos", "atss"])
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path: Path, detector: str) -> None:
-    model = tiny_model(detector)
-    trainer = distiller(tmp_path, copy.deepcopy(model), model, [CrossKD(), PKD(PKD.Settings(1.0))])
-    terms = kd_terms(trainer, tiny_batch())
-    assert {"kd_cls", "kd_box", "kd_feature"} <= set(terms)
-    own = trainer.loss_terms(trainer.pair, tiny_batch())[0]
-    assert own["loss_cls"] > 1e-2
-    # BCE against the teacher's soft targets is never 0; its factor |p - p_teacher| is.
-    for name, term in terms.items():
-        if name != "kd_centerness":
-            assert term.abs() < 1e-4, name
-
-
-@pytest.mark.parametrize("k", [0, 1, 3, 4])
-def test_distillation_gradients_stop_at_the_tap(tmp_path: Path, k: int) -> None:
-    trainer = distiller(tmp_path, tiny_model(seed=2), methods=[CrossKD(CrossKD.Settings(tap_index=k))])
-    torch.stack(list(kd_terms(trainer, tiny_batch()).values())).sum().backward()
-    for name, parameter in trainer.model.named_parameters():
-        gradient = 0.0 if parameter.grad is None else parameter.grad.abs().sum().item()
-        tower = name.startswith(("head.cls_tower", "head.reg_tower"))
-        if name.startswith(("head.cls_predictor", "head.box_predictor", "head.scales")):
-            assert gradient == 0.0, name
-        elif tower and int(name.split(".")[2]) >= k:
-            assert gradient == 0.0, name
-        elif tower or name.startswith("fpn.lateral"):
-            assert gradient > 0.0, name
-    assert all(p.grad is None for p in trainer.teacher.parameters())
-
-
-def test_the_teacher_stays_as_it_is_and_out_of_what_is_saved(tmp_path: Path) -> None:
+def test_a_distilled_run(tmp_path: Path) -> None:
+    """The teacher stays as it is and out of what is saved; every term and clock is logged."""
     teacher = tiny_model(seed=2)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    trainer = distiller(tmp_path, teacher, max_steps=10)
+    trainer = distiller(tmp_path, teacher, methods=[CrossKD(), PKD(PKD.Settings(2.0))])
     student = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.train()
     trainer.save_model()
-    after = trainer.teacher.state_dict()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(torch.equal(trainer.teacher.state_dict()[name], value) for name, value in before.items())
     assert not trainer.teacher.training
     saved = load_file(tmp_path / "run" / "model.safetensors")
     assert set(saved) == set(student)
     assert any(not torch.equal(saved[name], student[name]) for name in student)
-
-
-def test_every_term_and_clock_is_logged(tmp_path: Path) -> None:
-    trainer = distiller(tmp_path, tiny_model(seed=2), methods=[CrossKD(), PKD(PKD.Settings(2.0))])
-    trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(steps) == 3
     terms = ["loss_cls", "loss_box", "loss_dfl", "kd_cls", "kd_box", "kd_feature"]
     for entry in steps:
-        assert {*terms, "data_time", "step_time", "memory_gb", "learning_rate", "grad_norm"} <= set(entry)
+        assert {*terms, "learning_rate", "grad_norm"} <= set(entry)
         assert entry["loss"] == pytest.approx(sum(entry[name] for name in terms), rel=1e-4)
         assert entry["data_time"] > 0 and entry["step_time"] > 0 and entry["memory_gb"] > 0
 
@@ -122,9 +79,10 @@ def healthy_checkpoint(run: Path, step: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("logging", "saving"), [(5, 99), (99, 5), (99, 99)], ids=["at a log", "at a save", "at the end"]
+    ("value", "logging", "saving"),
+    [(float("nan"), 5, 99), (float("inf"), 99, 5), (float("nan"), 99, 99)],
+    ids=["at a log", "at a save", "at the end"],
 )
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(
     tmp_path: Path, value: float, logging: int, saving: int
 ) -> None:
@@ -139,7 +97,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(
 
 
 def test_an_infinite_loss_of_finite_gradients_stops_the_run(tmp_path: Path) -> None:
-    trainer = distiller(tmp_path, tiny_model(seed=2), max_steps=3, logging_steps=99, save_strategy="steps")
+    trainer = distiller(tmp_path, tiny_model(seed=2), max_steps=1, logging_steps=99, save_strategy="steps")
     original = trainer.loss_terms
     infinite = {"loss_extra": torch.tensor(float("inf"))}
     trainer.loss_terms = lambda model, inputs: (original(model, inputs)[0] | infinite, None)
@@ -149,26 +107,28 @@ def test_an_infinite_loss_of_finite_gradients_stops_the_run(tmp_path: Path) -> N
     assert not list(trainer.run_folder.glob("checkpoint-*"))
 
 
-class Plant(TrainerCallback):
-    """Puts NaN into one element of a tensor after a step."""
+class AfterStep(TrainerCallback):
+    """Calls `action(step)` after each step."""
 
-    def __init__(self, find, step: int):
-        self.find, self.step = find, step
+    def __init__(self, action):
+        self.action = action
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.find().data.view(-1)[-1] = float("nan")
+        self.action(state.global_step)
 
 
-@pytest.mark.parametrize("logging", [2, 99], ids=["at a log", "at a save"])
-@pytest.mark.parametrize("where", ["parameter", "buffer", "average"])
+@pytest.mark.parametrize(("where", "logging"), [("parameter", 2), ("buffer", 99), ("average", 99)])
 def test_a_tensor_that_is_not_finite_is_not_saved(tmp_path: Path, where: str, logging: int) -> None:
     options = {"logging_steps": logging, "save_strategy": "steps", "save_steps": 1, "ema_decay": 0.5}
     trainer = distiller(tmp_path, tiny_model(seed=2), max_steps=3, **options)
     name = "backbone.body.bn1.running_var" if where == "buffer" else "head.cls_predictor.weight"
-    trainer.add_callback(
-        Plant(lambda: (trainer.average.model if where == "average" else trainer.model).state_dict()[name], 2)
-    )
+
+    def plant(step: int) -> None:
+        if step == 2:
+            model = trainer.average.model if where == "average" else trainer.model
+            model.state_dict()[name].view(-1)[-1] = float("nan")
+
+    trainer.add_callback(AfterStep(plant))
     told = f"the average of {name}" if where == "average" else f"student.{name}"
     with pytest.raises(NonFiniteLossError, match=rf"^{told} is not finite .*after step 2.*checkpoint-1,"):
         trainer.train()
@@ -194,19 +154,12 @@ def test_evaluation_writes_results_and_finds_the_best_checkpoint(tmp_path: Path)
     assert {entry["category_id"] for entry in results} <= {3, 7}
     assert trainer.state.best_metric is not None
     assert (tmp_path / "run" / f"checkpoint-{trainer.state.best_global_step}").is_dir()
-
-
-def test_evaluation_is_repeatable(tmp_path: Path) -> None:
-    model = tiny_model()
-    split = tiny_split(tmp_path / "data")
-    trainer = DetectionTrainer(model, tiny_args(tmp_path / "run"), None, split, tiny_processor(model))
-    first, second = trainer.evaluate(), trainer.evaluate()
-    keys = [key for key in first if key.startswith("eval_A")]
-    assert {key: first[key] for key in keys} == {key: second[key] for key in keys}
+    predicted = trainer.predict(split)
+    assert {"image_id", "category_id", "bbox", "score"} == set(predicted.predictions[0])
 
 
 def test_a_tracker_that_is_not_installed_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(checks.TRACKERS, "tensorboard", (lambda: False, "tensorboard"))
+    monkeypatch.setitem(checks.TRACKERS, "tensorboard", lambda: False)
     args = tiny_args(tmp_path / "run", report_to=["tensorboard"])
     with pytest.raises(ValueError, match=r'report_to=tensorboard needs .*pip install -e "\.\[tracking\]"'):
         DetectionTrainer(tiny_model(), args)
@@ -241,7 +194,9 @@ def test_the_precision_of_metrics_is_that_of_accelerate(tmp_path: Path, monkeypa
     for setting, written in (("no", "fp32"), ("bf16", "bf16")):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", setting)
         trainer = DetectionTrainer(model, tiny_args(tmp_path / "run"), None, split, tiny_processor(model))
-        assert trainer._evaluation_settings(trainer.eval_dataset)["precision"] == written
+        trainer.evaluate()
+        metrics = json.loads((tmp_path / "run" / "evaluation" / "eval_metrics.json").read_text())
+        assert metrics["evaluation"]["precision"] == written
 
 
 def test_a_teacher_that_does_not_fit_is_refused_before_data_is_read(tmp_path: Path) -> None:
@@ -251,19 +206,12 @@ def test_a_teacher_that_does_not_fit_is_refused_before_data_is_read(tmp_path: Pa
     assert "student cat, dog; teacher newt, bird" in str(error.value)
 
 
-def test_a_folder_can_be_the_teacher(tmp_path: Path) -> None:
-    tiny_model(seed=2).save_pretrained(tmp_path / "teacher")
-    trainer = distiller(tmp_path, str(tmp_path / "teacher"))
-    reference = tiny_model(seed=2).state_dict()
-    assert all(torch.equal(value, reference[name]) for name, value in trainer.teacher.state_dict().items())
-
-
-def weights_after_a_step(folder: Path, images: int, batches: int, count: int = 4, first: int = 0) -> dict:
-    """A step at a rate that shows the gradient, on some of four images of one size, without augmentation."""
+def weights_after_a_step(folder: Path, images: int, batches: int, count: int = 2, first: int = 0) -> dict:
+    """A step at a rate that shows the gradient, on some of two images of one size, without augmentation."""
     options = {"per_device_train_batch_size": images, "gradient_accumulation_steps": batches, "max_steps": 1}
     options |= {"learning_rate": 1.0, "momentum": 0.0, "weight_decay": 0.0, "lr_milestones": None}
     options |= {"lr_scheduler_type": "constant"}
-    model, split = tiny_model("retinanet"), tiny_split(folder / "data", images=8)
+    model, split = tiny_model("retinanet"), tiny_split(folder / "data", images=4)
     taken = range(2 * first, 2 * (first + count), 2)  # every second one has 96 x 64 pixels
     split = dataclasses.replace(split, dataset=split.dataset.select(taken))
     data = DetectionDataset(split, train=True, short_side=64, long_side=96, flip_probability=0.0)
@@ -275,17 +223,17 @@ def weights_after_a_step(folder: Path, images: int, batches: int, count: int = 4
 def test_accumulated_losses_are_means_of_batches(tmp_path: Path) -> None:
     """Each batch, here an image, is divided by its own number of positives, as in the reference."""
     before = dict(tiny_model("retinanet").named_parameters())
-    accumulated = weights_after_a_step(tmp_path, 1, 4)
-    singles = [weights_after_a_step(tmp_path, 1, 1, count=1, first=i) for i in range(4)]
+    accumulated = weights_after_a_step(tmp_path, 1, 2)
+    singles = [weights_after_a_step(tmp_path, 1, 1, count=1, first=i) for i in range(2)]
     for name, weights in accumulated.items():
         steps = torch.stack([single[name] - before[name] for single in singles])
         torch.testing.assert_close(weights - before[name], steps.mean(0), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("detector", ["gfl", "retinanet", "fcos", "atss"])
+@pytest.mark.parametrize("detector", ["gfl", "fcos"])
 def test_boxes_keep_their_precision_under_autocast(detector: str) -> None:
     """Only the networks run in bfloat16: from the same head output, boxes and losses are fp32's."""
-    model, batch = tiny_model(detector), tiny_batch(height=256, width=256)
+    model, batch = tiny_model(detector), tiny_batch()
     with torch.autocast("cpu", torch.bfloat16):
         output = model(**batch)
         head = model.head(model.fpn(model.backbone(batch["pixel_values"])))
@@ -296,44 +244,26 @@ def test_boxes_keep_their_precision_under_autocast(detector: str) -> None:
     assert all(term.dtype == torch.float32 for term in output.loss_dict.values())
 
 
-def test_frozen_stages_keep_their_statistics_when_others_learn_them() -> None:
-    model = tiny_model(freeze_batchnorm_statistics=False).train()
-    before = {name: value.clone() for name, value in model.named_buffers() if name.endswith("running_mean")}
-    model(**tiny_batch())
-    after = dict(model.named_buffers())
-    moved = {name for name, value in before.items() if not torch.equal(after[name], value)}
-    assert moved and not any("body.bn1" in name or "layer1" in name for name in moved)
-
-
 def test_models_can_be_named_by_folder_and_bring_their_processor(tmp_path: Path) -> None:
     tiny_model("fcos", backbone="resnet26", backbone_style="caffe").save_pretrained(tmp_path / "model")
-    split = tiny_split(tmp_path / "data")
-    trainer = DetectionTrainer(str(tmp_path / "model"), tiny_args(tmp_path / "run"), split, split)
+    tiny_model(seed=2).save_pretrained(tmp_path / "teacher")
+    trainer = DistillationTrainer(str(tmp_path / "model"), str(tmp_path / "teacher"), tiny_args(tmp_path / "run"))
     assert trainer.processing_class.do_flip_channel_order
     assert list(trainer.processing_class.image_std) == [1.0, 1.0, 1.0]
     assert trainer.processing_class.nms_threshold == 0.5
+    reference = tiny_model(seed=2).head.state_dict()
+    assert all(torch.equal(value, reference[name]) for name, value in trainer.teacher.head.state_dict().items())
 
 
-def test_prediction_gives_coco_results(tmp_path: Path) -> None:
-    model = tiny_model()
-    split = tiny_split(tmp_path / "data")
-    trainer = DetectionTrainer(model, tiny_args(tmp_path / "run"), None, split, tiny_processor(model))
-    found = trainer.predict(split)
-    assert {"image_id", "category_id", "bbox", "score"} == set(found.predictions[0])
-
-
-def test_a_teacher_of_some_of_the_classes_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    DistillationTrainer(tiny_model(), tiny_model(id2label={0: "dog", 1: "emu"}), tiny_args(tmp_path / "run"))
-    (record,) = [record for record in caplog.records if "learnt without the teacher: cat" in record.message]
-    assert record.levelname == "WARNING"
-
-
-def test_a_teacher_of_other_pixels_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    teacher = tiny_model("fcos", backbone="resnet26", backbone_style="caffe")
+def test_what_a_teacher_shares_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    teacher = tiny_model("fcos", backbone="resnet26", backbone_style="caffe", id2label={0: "dog", 1: "emu"})
     with caplog.at_level("INFO"):
         trainer = DistillationTrainer(tiny_model(), teacher, tiny_args(tmp_path / "run"))
     assert trainer.pair.pixels.flip
-    assert "the teacher gets the input in its own normalisation and channel order" in caplog.text
+    levels = {"learnt without the teacher: cat": "WARNING", "its own normalisation and channel order": "INFO"}
+    for text, level in levels.items():
+        (record,) = [record for record in caplog.records if text in record.message]
+        assert record.levelname == level
 
 
 # On a GPU -----------------------------------------------------------------------------------------------------------
@@ -415,9 +345,3 @@ def test_other_callbacks_see_the_best_model_at_the_end(tmp_path: Path) -> None:
     args = tiny_args(tmp_path / "run", max_steps=2, load_best_model_at_end=True, **each)
     DetectionTrainer(model, args, split, split, tiny_processor(model), callbacks=[seen]).train()
     assert seen.checkpoint is not None and Path(seen.checkpoint).parent == tmp_path / "run"
-
-
-def test_a_checkpoint_of_other_methods_is_refused_by_name(tmp_path: Path) -> None:
-    trainer = distiller(tmp_path, tiny_model(seed=2), tiny_model(seed=1, head_channels=16))
-    with pytest.raises(CheckpointError, match=r"distillation\.safetensors holds nothing"):
-        trainer.load_methods(tmp_path)
