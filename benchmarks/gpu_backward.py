@@ -1,4 +1,7 @@
-"""Every backward that is written by hand against autograd of the plain formula, in two layouts, in fp64 and fp32."""
+"""Alignment and every backward that is written by hand against autograd of the plain formula.
+
+In two layouts, in fp64 and fp32.
+"""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -23,16 +26,16 @@ Function = Callable[[list[Tensor]], list[Tensor]]
 
 @dataclass(frozen=True)
 class Pair:
-    """A function whose backward is written by hand, and the same for autograd.
+    """A function of the package, and the plain formula of the same for autograd.
 
     Attributes:
-        hand: its class.
+        hand: the class of a backward that is written by hand, or None.
         ours, plain: tensors -> results.
         inputs: layout and generator -> tensors, all of which learn.
         bars: of the types in which both are compared.
     """
 
-    hand: type[torch.autograd.Function]
+    hand: type[torch.autograd.Function] | None
     ours: Function
     plain: Function
     inputs: Callable[[bool, torch.Generator], list[Tensor]]
@@ -63,14 +66,6 @@ def class_logits(channels_last: bool, generator: torch.Generator) -> list[Tensor
     return [rows(channels_last, generator, CLASSES) * 3]
 
 
-def distances(channels_last: bool, generator: torch.Generator) -> list[Tensor]:
-    """From a point to the sides of boxes of 1 to 30 pixels, of which not all hold it."""
-    values = rows(channels_last, generator, 4).sigmoid()
-    starts, sizes = values.chunk(2, dim=-1)
-    starts, sizes = starts * 40 - 10, sizes * 29 + 1
-    return [torch.cat([starts, sizes - starts], dim=-1)]
-
-
 def like(tensor: Tensor, seed: int) -> Tensor:
     """Constants of a tensor's shape, type and device."""
     generator = torch.Generator().manual_seed(seed)
@@ -93,25 +88,6 @@ def aligned(levels: list[Tensor], rectify: bool) -> list[Tensor]:
         result = standardised(level) * teacher.std((0, 2, 3), keepdim=True) + teacher.mean((0, 2, 3), True)
         results.append(F.relu(result) if rectify else result)
     return results
-
-
-def joined(levels: list[Tensor], channels: int) -> list[Tensor]:
-    """Cell after cell, anchor after anchor."""
-    cells = [level.permute(0, 2, 3, 1).reshape(len(level), -1, channels) for level in levels]
-    return [torch.cat(cells, dim=1)]
-
-
-def overlaps(a: Tensor, b: Tensor) -> list[Tensor]:
-    """IoU and generalised IoU of boxes around one point."""
-
-    def area(starts: Tensor, ends: Tensor) -> Tensor:
-        return (starts + ends).clamp(min=0).prod(dim=-1)
-
-    (a_starts, a_ends), (b_starts, b_ends) = a.chunk(2, dim=-1), b.chunk(2, dim=-1)
-    inside = area(torch.minimum(a_starts, b_starts), torch.minimum(a_ends, b_ends))
-    around = area(torch.maximum(a_starts, b_starts), torch.maximum(a_ends, b_ends))
-    union = area(a_starts, a_ends) + area(b_starts, b_ends) - inside
-    return [inside / union, inside / union - 1 + union / around]
 
 
 def scaled_entropy(logits: Tensor, targets: Tensor, exponent: float, weights: Tensor | float = 1.0) -> list[Tensor]:
@@ -149,44 +125,24 @@ def in_parts(function: Callable[[Tensor], Tensor]) -> Function:
 
 PAIRS = {
     "align": Pair(
-        alignment._Rescaled,
+        None,
         lambda x: alignment.align(x, [like(level, i) * 3 + 1 for i, level in enumerate(x)]),
         lambda x: aligned(x, False),
         maps,
     ),
     "align, ReLU": Pair(
-        alignment._Rescaled,
+        None,
         lambda x: alignment.align(x, [like(level, i) * 3 + 1 for i, level in enumerate(x)], rectify=True),
         lambda x: aligned(x, True),
         maps,
     ),
-    "standardise": Pair(
-        alignment._Rescaled, alignment.standardise, lambda x: [standardised(level) for level in x], maps
-    ),
-    "flatten_levels, 1 anchor": Pair(
-        head._JoinedCells,
-        lambda x: [head.flatten_levels(x, CHANNELS)],
-        lambda x: joined(x, CHANNELS),
-        maps,
-    ),
-    "flatten_levels, 4 anchors": Pair(
-        head._JoinedCells,
-        lambda x: [head.flatten_levels(x, CHANNELS // 4)],
-        lambda x: joined(x, CHANNELS // 4),
-        maps,
-    ),
+    "standardise": Pair(None, alignment.standardise, lambda x: [standardised(level) for level in x], maps),
     "GroupNorm of bf16": Pair(
         head.HalfPrecisionGroupNorm,
         lambda x: [head.HalfPrecisionGroupNorm.apply(x[0].bfloat16(), x[1], x[2], GROUPS, EPS).float()],
         half_group_norm,
         normalised,
         {torch.float32: 0.01},  # a step of bf16
-    ),
-    "distance_overlaps": Pair(
-        losses._DistanceOverlaps,
-        lambda x: list(losses.distance_overlaps(x[0], x[0].detach().roll(1, 1))),
-        lambda x: overlaps(x[0], x[0].detach().roll(1, 1)),
-        distances,
     ),
     "quality_focal_loss": Pair(
         losses._ScaledCrossEntropy,

@@ -108,9 +108,8 @@ def test_a_case_notices(
     mistake: Callable[[Patch], None], name: str, kind: str, golden: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = GoldenCase(golden, name)
-    monkeypatch.setattr(case, "compare_steps", lambda terms: None)  # the rest is enough, in a fifth of the time
     mistake(monkeypatch)
-    assert any(failure.startswith(kind) for failure in case.run().failures)
+    assert any(failure.startswith(kind) for failure in case.run(steps=False).failures)
 
 
 @pytest.mark.slow

@@ -265,29 +265,6 @@ def flatten_levels(maps: list[Tensor], channels: int) -> Tensor:
 
     With one anchor a cell the result is a transposed view.
     """
-    return _JoinedCells.apply(channels, *maps)
-
-
-class _JoinedCells(torch.autograd.Function):
-    """Joins levels. By hand: autograd would slice the gradient level by level, with a copy of all of it for each."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, channels: int, *maps: Tensor) -> Tensor:
-        ctx.shapes = [m.shape for m in maps]
-        if maps[0].shape[1] == channels:
-            return torch.cat([m.flatten(2) for m in maps], dim=2).transpose(1, 2)
-        cells = [m.view(m.shape[0], -1, channels, m.shape[2] * m.shape[3]).permute(0, 3, 1, 2) for m in maps]
-        if torch.compiler.is_compiling():  # exported too
-            return torch.cat(cells, dim=1).flatten(1, 2)
-        # Into memory of the result's layout: `cat` would take that of the maps, to be copied once more.
-        joined = maps[0].new_empty(maps[0].shape[0], sum(c.shape[1] for c in cells), *cells[0].shape[2:])
-        torch._foreach_copy_(joined.split([c.shape[1] for c in cells], dim=1), cells)
-        return joined.flatten(1, 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        sizes = [height * width for _, _, height, width in ctx.shapes]
-        cells = gradient.reshape(len(gradient), sum(sizes), -1).transpose(1, 2)  # (N, C, sum of H * W)
-        levels = zip(cells.split(sizes, dim=2), ctx.shapes, strict=True)
-        return None, *(level.view(shape) for level, shape in levels)
+    if maps[0].shape[1] == channels:
+        return torch.cat([m.flatten(2) for m in maps], dim=2).transpose(1, 2)
+    return torch.cat([m.unflatten(1, (-1, channels)).permute(0, 3, 4, 1, 2).flatten(1, 3) for m in maps], dim=1)

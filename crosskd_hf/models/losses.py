@@ -153,46 +153,19 @@ def distance_overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     coordinates. (GIoU: Rezatofighi et al., CVPR 2019, arXiv 1902.09630.)
 
     Args:
-        a, b: (..., 4) distances to the left, top, right and bottom sides, of equal shapes. Gradients go to `a` only.
+        a, b: (..., 4) distances to the left, top, right and bottom sides, of equal shapes.
+
+    Returns:
+        IoU (...) and generalised IoU (...).
     """
-    return _DistanceOverlaps.apply(a, b)
-
-
-class _DistanceOverlaps(torch.autograd.Function):
-    """With overlap I, union U and enclosing area C: I / U and I / U - 1 + U / C. By hand: a third fewer launches."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        starts, ends = torch.stack([torch.minimum(a, b), a, b]).chunk(2, dim=-1)
-        overlap, a_size, b_size = (starts + ends).unbind()
-        # Along an axis, the enclosing side and the overlap make up the two sides.
-        sizes = torch.stack([overlap, a_size + b_size - overlap, a_size, b_size]).clamp_(min=0)
-        intersection, enclosing, a_area, b_area = _area(sizes).unbind()
-        divisors = torch.stack([a_area + b_area - intersection, enclosing]).clamp_(min=EPS)
-        ratios = torch.stack([intersection, divisors[0]]).div_(divisors)
-        ctx.save_for_backward(a, b, sizes, divisors, ratios)
-        iou, filled = ratios.unbind()
-        return iou.clone(), (iou + filled).sub_(1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, of_iou: Tensor, of_giou: Tensor) -> tuple[Tensor, None]:
-        a, b, sizes, divisors, ratios = ctx.saved_tensors
-        # Both fractions x / y: d/dx is 1 / y, d/dy is -(x / y) / y. U is the one's divisor, the other's dividend.
-        of_dividends = torch.stack([of_iou + of_giou, of_giou]) / divisors
-        of_intersection, of_union = of_dividends.unbind()
-        minus_of_divisors, minus_of_enclosing = (of_dividends * ratios).unbind()
-        of_union = of_union - minus_of_divisors
-        # The area of a grows the union; the overlap grows itself, shrinks the union. A side's slope is the other side.
-        slopes = torch.stack([of_intersection - of_union, minus_of_enclosing, of_union]).unsqueeze(-1) * sizes[
-            :3
-        ].flip(-1)
-        of_overlap, minus_of_enclosing, of_size = slopes.unbind()
-        of_size = of_size - minus_of_enclosing
-        of_overlap = of_overlap * (sizes[0] > 0) + minus_of_enclosing
-        nearer = (b - a).sign_().add_(1).div_(2)  # 1 where a's side is the overlap's, half where both are
-        both = torch.stack([of_size, of_overlap]).repeat(*[1] * a.dim(), 2)
-        return torch.addcmul(both[0], both[1], nearer), None
+    starts, ends = torch.minimum(a, b).chunk(2, dim=-1)
+    overlap, a_size, b_size = starts + ends, a[..., :2] + a[..., 2:], b[..., :2] + b[..., 2:]
+    # Along an axis, the enclosing side and the overlap make up the two sides.
+    enclosing = _area((a_size + b_size - overlap).clamp(min=0)).clamp(min=EPS)
+    intersection = _area(overlap.clamp(min=0))
+    union = (_area(a_size.clamp(min=0)) + _area(b_size.clamp(min=0)) - intersection).clamp(min=EPS)
+    iou = intersection / union
+    return iou, iou - 1 + union / enclosing
 
 
 def bin_kl_loss(bin_logits: Tensor, teacher_bin_logits: Tensor) -> Tensor:
