@@ -118,13 +118,10 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
             check_number("rescale_factor", self.rescale_factor)
         if self.size_divisor is not None or self.do_pad:
             check_number("size_divisor", self.size_divisor, whole=True)
-        for name in ("do_resize", "do_rescale", "do_normalize", "do_pad", "do_flip_channel_order", "do_convert_rgb"):
-            if not isinstance(getattr(self, name), bool | None):  # None counts as false
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
         if self.do_normalize:
             mean, std = self.image_mean, self.image_std
-            for name in ("image_mean", "image_std"):
-                check_number(name, getattr(self, name))
+            check_number("image_mean", mean)
+            check_number("image_std", std)
             if not (isinstance(mean, list | tuple) and isinstance(std, list | tuple) and len(mean) == len(std)):
                 raise ValueError(
                     f"image_mean is {mean!r}, image_std {std!r}; both must have a number for each channel."
@@ -168,8 +165,6 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
         """One image as (C, h, w) uint8. Raises ValueError for values that are no grey levels."""
         if do_convert_rgb and isinstance(image, Image.Image):
             image = to_rgb(image)
-        if input_data_format is None and _channels_can_only_be_last(getattr(image, "shape", ())):
-            input_data_format = ChannelDimension.LAST
         return _as_uint8(super().process_image(image, do_convert_rgb, input_data_format, device, **kwargs))
 
     def resize(
@@ -319,11 +314,6 @@ def _check_size(size: SizeDict) -> None:
             raise ValueError(
                 f"size has the {side} {pixels!r}; it must be a whole number of pixels from 1 to {LARGEST_SIDE}."
             )
-
-
-def _channels_can_only_be_last(shape: Sequence[int]) -> bool:
-    # transformers takes (1, w, 3) for a grey image of height w: an image of one row is likelier. (3, w, 3) stays open.
-    return len(shape) == 3 and shape[-1] == 3 and shape[0] != 3
 
 
 def _as_uint8(image: torch.Tensor) -> torch.Tensor:
