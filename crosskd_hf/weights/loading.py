@@ -154,10 +154,10 @@ def _check_folder(folder: Path, shown: str) -> None:
 def _check_config(source: str, shown: str) -> None:
     """Raise CheckpointError if the config.json of a folder or Hub id describes no detector that can be built."""
     try:
-        content = PreTrainedConfig.get_config_dict(source)[0]
-    except (OSError, ValueError):
-        return  # loading tells what is wrong
-    try:
+        try:
+            content = PreTrainedConfig.get_config_dict(source)[0]
+        except (OSError, ValueError):
+            return  # loading tells what is wrong
         model_type = content.get("model_type")
         config_class = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else PreTrainedConfig
         if not issubclass(config_class, DenseDetectorConfig):

@@ -364,3 +364,17 @@ def test_boxes_in_chunks_are_assigned_as_together(name, pairs, monkeypatch):
     assert together.positive.any()
     for field in ("positive", "box_index", "class_weights"):
         assert torch.equal(getattr(chunked, field), getattr(together, field))
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_compiled_assigner_is_one_program_for_any_number_of_boxes(name):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    _, valid, assign = fast(name)
+    compiled = torch.compile(assign, fullgraph=True, backend="eager")
+    for count in (3, 20, 200):
+        truth = random_truth(count, [count] * 3)
+        for values in truth:
+            torch._dynamo.mark_dynamic(values, 1)
+        assert torch.equal(compiled(valid, *truth).box_index, assign(valid, *truth).box_index)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
