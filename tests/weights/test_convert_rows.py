@@ -41,7 +41,9 @@ def write_checkpoint(path: Path, state: dict[str, torch.Tensor]) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("row", [row if row == "gfl_r18_crosskd" else pytest.param(row, marks=pytest.mark.slow) for row in ROWS])
+@pytest.mark.parametrize(
+    "row", [row if row == "gfl_r18_crosskd" else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
+)
 def test_row_converts_and_predicts(row: str, golden: Path, tmp_path: Path) -> None:
     name, role = ROWS[row]
     if not (golden / f"{name}.json").is_file():
