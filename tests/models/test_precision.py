@@ -15,18 +15,12 @@ from crosskd_hf.models.backbone import batchnorms
 from crosskd_hf.models.head import GroupNorm, HalfPrecisionGroupNorm, LevelScales
 from crosskd_hf.training.distillation_trainer import DistillationTrainer
 
-DETECTORS = ["gfl", "retinanet", "fcos", "atss"]
 # On levels of a cell or two the alignment standardises what is mostly rounding.
 LARGE = {"height": 256, "width": 320}
 
 
 # CPUs without such instructions take ten seconds for a step in half precision.
-WITH_AND_WITHOUT_GROUP_NORM = [
-    "gfl",
-    "retinanet",
-    pytest.param("fcos", marks=pytest.mark.slow),
-    pytest.param("atss", marks=pytest.mark.slow),
-]
+WITH_AND_WITHOUT_GROUP_NORM = ["gfl", pytest.param("retinanet", marks=pytest.mark.slow)]
 
 
 def pair_of(detector: str, fold: bool = False, channels_last: bool = False) -> DistillationPair:
@@ -48,16 +42,15 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("detector", ["gfl", "retinanet"])
 def test_channels_last_and_a_folded_teacher_change_nothing(detector: str) -> None:
     inputs, plain = tiny_batch(**LARGE), pair_of(detector)
     expected = plain(**inputs).loss
     gradients = gradients_of(plain, expected)
-    for options in ({"channels_last": True}, {"fold": True}, {"channels_last": True, "fold": True}):
-        pair = pair_of(detector, **options)
-        loss = pair(**inputs).loss
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-4), options
-        assert relative(gradients_of(pair, loss), gradients) < 0.02, options  # as a change of the pixels by 1e-6
+    pair = pair_of(detector, channels_last=True, fold=True)
+    loss = pair(**inputs).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert relative(gradients_of(pair, loss), gradients) < 0.02  # as a change of the pixels by 1e-6
 
 
 @pytest.mark.parametrize("detector", WITH_AND_WITHOUT_GROUP_NORM)
@@ -184,9 +177,8 @@ def test_aligned_maps_keep_their_precision(rectify: bool) -> None:
     assert standardise([half])[0].dtype == torch.float32  # of the feature loss
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
-def test_a_teachers_weights_are_cast_once(detector: str) -> None:
-    given = tiny_model(detector).eval().requires_grad_(False)
+def test_a_teachers_weights_are_cast_once() -> None:
+    given = tiny_model("atss").eval().requires_grad_(False)
     plain, cast = prepared_teacher(given), prepared_teacher(given, dtype=torch.bfloat16)
     shown = []
     for teacher in (plain, cast):

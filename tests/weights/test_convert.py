@@ -1,7 +1,6 @@
 """Conversion of MMDetection checkpoints, and that nothing in such a file is ever executed."""
 
 import functools
-import os
 import pickle
 import sys
 import types
@@ -273,34 +272,6 @@ def test_content_without_a_state_dict(tmp_path, content):
 # Files that want to run code ----------------------------------------------------------------------------------------
 
 
-class Call:
-    """Pickles as a call of a function that is here."""
-
-    def __init__(self, function, *arguments):
-        self.function, self.arguments = function, arguments
-
-    def __reduce__(self):
-        return self.function, self.arguments
-
-
-@FORMATS
-@pytest.mark.parametrize("place", ["meta", "state_dict", "message_hub"])
-@pytest.mark.parametrize(
-    ("function", "argument"), [(os.system, "touch {}"), (exec, "open({!r}, 'w')"), (os.mkdir, "{}")]
-)
-def test_a_call_is_refused_and_not_made(tmp_path, zip_format, place, function, argument):
-    mark, path = tmp_path / "executed", tmp_path / "evil.pth"
-    argument = argument.format(str(mark))
-    content = {"meta": {"CLASSES": CLASSES}, "state_dict": {"a": torch.zeros(1)}}
-    content[place] = {**content.get(place, {}), "b": Call(function, argument)}
-    torch.save(content, path, _use_new_zipfile_serialization=zip_format)
-    with pytest.raises(CheckpointError, match=function.__name__):
-        read_checkpoint(path)
-    assert not mark.exists()
-    function(argument)
-    assert mark.exists(), "plain pickle would run it"
-
-
 @FORMATS
 @pytest.mark.parametrize(
     "name",
@@ -328,18 +299,26 @@ def test_a_name_of_a_known_package_is_inert(tmp_path, zip_format, name):
 
 
 @FORMATS
+@pytest.mark.parametrize("place", ["meta", "state_dict", "message_hub"])
 @pytest.mark.parametrize(
     "name",
     [
-        *("mmengine_evil.run", "numpyx.run", "xnumpy.run", "os.system", "posix.system", "subprocess.Popen"),
+        *("os.system", "posix.system", "mmengine_evil.run", "numpyx.run", "xnumpy.run", "subprocess.getoutput"),
         *("builtins.__import__", "builtins.getattrs", "__builtin__.eval", "torch.hub.load", "torch.load"),
         *("importlib.import_module", "operator.attrgetter", "pickle.loads"),
     ],
 )
-def test_a_name_of_another_package_is_refused(tmp_path, zip_format, name):
-    path = save({"meta": {"hidden": Named(name, "a")}, "state_dict": WEIGHTS}, tmp_path / "evil.pth", zip_format)
-    with pytest.raises(CheckpointError):
+def test_a_name_of_another_package_is_refused_and_not_called(tmp_path, zip_format, place, name):
+    mark = tmp_path / "executed"
+    content = {"meta": {"CLASSES": CLASSES}, "state_dict": WEIGHTS}
+    content[place] = content.get(place, {}) | {"hidden": Named(name, f"touch {mark}")}
+    path = save(content, tmp_path / "evil.pth", zip_format)
+    with pytest.raises(CheckpointError, match=name.split(".")[-1]):
         read_checkpoint(path)
+    assert not mark.exists()
+    if name == "os.system":
+        torch.load(path, weights_only=False)
+        assert mark.exists(), "plain pickle would run it"
 
 
 @FORMATS
