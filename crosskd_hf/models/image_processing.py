@@ -165,6 +165,8 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
         """One image as (C, h, w) uint8. Raises ValueError for values that are no grey levels."""
         if do_convert_rgb and isinstance(image, Image.Image):
             image = to_rgb(image)
+        if input_data_format is None and _channels_can_only_be_last(getattr(image, "shape", ())):
+            input_data_format = ChannelDimension.LAST
         return _as_uint8(super().process_image(image, do_convert_rgb, input_data_format, device, **kwargs))
 
     def resize(
@@ -314,6 +316,11 @@ def _check_size(size: SizeDict) -> None:
             raise ValueError(
                 f"size has the {side} {pixels!r}; it must be a whole number of pixels from 1 to {LARGEST_SIDE}."
             )
+
+
+def _channels_can_only_be_last(shape: Sequence[int]) -> bool:
+    # transformers takes (1, w, 3) for a grey image of height w: an image of one row is likelier. (3, w, 3) stays open.
+    return len(shape) == 3 and shape[-1] == 3 and shape[0] != 3
 
 
 def _as_uint8(image: torch.Tensor) -> torch.Tensor:

@@ -72,9 +72,10 @@ def test_a_mixed_batch_is_its_images_alone():
         assert torch.equal(batch["pixel_values"][index, :, :h, :w], alone[:, :h, :w])
 
 
-def test_one_pixel():
+def test_one_pixel_and_one_row():
     processor = DenseDetectorImageProcessor(size=TINY)
     assert processor(grey(1, 1))["pixel_mask"].sum() == 8 * 8
+    assert processor(np.full((1, 40, 3), 9, np.uint8))["pixel_mask"].sum() == 1 * 16
     assert processor(np.full((4, 40, 3), 9, np.uint8))["pixel_mask"].sum() == 2 * 16
     assert processor(torch.zeros(3, 1, 40, dtype=torch.uint8))["pixel_mask"].sum() == 1 * 16
 

@@ -16,7 +16,7 @@ from crosskd_hf.models.head import GroupNorm, HalfPrecisionGroupNorm, LevelScale
 from crosskd_hf.training.distillation_trainer import DistillationTrainer
 
 # On levels of a cell or two the alignment standardises what is mostly rounding.
-LARGE = {"height": 256, "width": 320}
+LARGE = {"height": 128, "width": 160}
 
 
 # CPUs without such instructions take ten seconds for a step in half precision.
@@ -24,9 +24,10 @@ WITH_AND_WITHOUT_GROUP_NORM = ["gfl", pytest.param("retinanet", marks=pytest.mar
 
 
 def pair_of(detector: str, fold: bool = False, channels_last: bool = False) -> DistillationPair:
-    pair = DistillationPair(
-        tiny_model(detector, seed=1).train(), tiny_model(detector), [CrossKD(), PKD(PKD.Settings(weight=1.0))]
-    )
+    options = {"head_blocks": 1, "strides": [8, 16, 32]}
+    student, teacher = tiny_model(detector, seed=1, **options).train(), tiny_model(detector, **options)
+    methods = [CrossKD(CrossKD.Settings(tap_index=1)), PKD(PKD.Settings(weight=1.0))]
+    pair = DistillationPair(student, teacher, methods)
     pair.prepare_teacher(fold)
     return pair.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
