@@ -55,20 +55,6 @@ def assert_same(a: HeadOutput, b: HeadOutput) -> None:
     assert same(a.logits, b.logits) and same(a.boxes, b.boxes) and same(a.centerness, b.centerness)
 
 
-@pytest.mark.parametrize("options", [GFL, RETINANET, FCOS, ATSS])
-def test_output_shapes(options):
-    output = head_of(**options)(maps())
-    anchors = options.get("num_anchors", 1)
-    assert [tuple(x.shape) for x in output.logits] == [(2, 2 * anchors, *shape) for shape in SHAPES]
-    box_channels = options.get("box_channels", 4) * anchors
-    assert [tuple(x.shape) for x in output.boxes] == [(2, box_channels, *shape) for shape in SHAPES]
-    if "centerness_from" in options:
-        assert [tuple(x.shape) for x in output.centerness] == [(2, 1, *shape) for shape in SHAPES]
-    else:
-        assert output.centerness is None
-    assert output.cls_taps is None and output.reg_taps is None
-
-
 @pytest.mark.parametrize("detector", ["gfl", "retinanet", "fcos", "atss"])
 def test_each_detectors_head(detector):
     config = CONFIGS[detector](num_labels=7, fpn_channels=16, head_channels=64, head_blocks=2)
@@ -149,8 +135,9 @@ def test_flattens_by_level_row_column_anchor():
 @pytest.mark.parametrize("k", [0, 1, 2, 3])
 def test_a_forward_split_at_any_block_gives_the_same_predictions(k, options):
     head = head_of(**options)
-    complete = head(maps(), maps(seed=2), tap_index=k)
-    assert_same(head(complete.cls_taps, complete.reg_taps, start_block=k), head(maps(), maps(seed=2)))
+    complete, untapped = head(maps(), maps(seed=2), tap_index=k), head(maps(), maps(seed=2))
+    assert_same(head(complete.cls_taps, complete.reg_taps, start_block=k), untapped)
+    assert untapped.cls_taps is untapped.reg_taps is None
 
 
 @pytest.mark.parametrize("options", [GFL, RETINANET])
@@ -189,13 +176,6 @@ def test_tapping_a_resumed_forward():
     assert same(resumed.reg_taps, complete.reg_taps)
     unmoved = head(part.cls_taps, part.reg_taps, start_block=1, tap_index=1)
     assert same(unmoved.cls_taps, part.cls_taps)
-
-
-def test_gradients_reach_the_taps():
-    features = [feature.requires_grad_() for feature in maps()]
-    output = head_of(**ATSS)(features, tap_index=2)
-    sum(tap.sum() for tap in output.cls_taps + output.reg_taps).backward()
-    assert all(feature.grad.abs().sum() > 0 for feature in features)
 
 
 @pytest.mark.parametrize(

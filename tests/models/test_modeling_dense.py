@@ -39,16 +39,12 @@ def test_initialisation(name: str) -> None:
         if conv.bias is not None:
             expected = -math.log(99) if key.endswith("cls_predictor") else 0.0
             assert torch.allclose(conv.bias, torch.tensor(expected)), key
+    # timm's own: He normal over the fan out, 128 * 9.
+    weight = model.backbone.body.layer2[0].conv1.weight
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / (128 * 9)), rel=0.05)
+    assert model.backbone.body.bn1.running_var.eq(1).all()
     if model.head.spec.scale_boxes:
         assert [scale.item() for scale in model.head.scales.parameters()] == [1.0] * 5
-
-
-def test_timm_keeps_its_own_initialisation() -> None:
-    model = fresh("gfl")
-    conv = model.backbone.body.layer2[0].conv1.weight
-    # He normal over the fan out, 128 * 9
-    assert conv.std().item() == pytest.approx(math.sqrt(2 / (128 * 9)), rel=0.05)
-    assert model.backbone.body.bn1.running_var.eq(1).all()
 
 
 def test_a_head_for_other_labels_is_initialised_on_loading(tmp_path) -> None:

@@ -12,8 +12,7 @@ from tiny import assert_equal_weights, filled, reference_state
 
 from crosskd_hf import GFLForObjectDetection
 from crosskd_hf.distillation.compatibility import pair_up
-from crosskd_hf.models import MODELS
-from crosskd_hf.models.architecture import DETECTORS, ArchitectureSection, build_config
+from crosskd_hf.models.architecture import ArchitectureSection, build_config
 from crosskd_hf.models.backbone import Backbone
 from crosskd_hf.models.image_processing import DenseDetectorImageProcessor, pixel_style
 from crosskd_hf.recipe.build import build_model, load_teacher
@@ -71,12 +70,6 @@ def test_every_architecture_field_reaches_the_configuration():
     assert {name: getattr(config, name) for name in values} == values
     assert config.num_labels == 3 and config.id2label == {0: "cat", 1: "dog", 2: "emu"}
     assert config.label2id == {"cat": 0, "dog": 1, "emu": 2}
-
-
-@pytest.mark.parametrize("detector", DETECTORS)
-def test_builds_each_detector(detector):
-    model = build_model(model_section(detector=detector), LABELS)
-    assert type(model) is MODELS[detector] and model.config.num_labels == 3
 
 
 def test_processor_has_the_pixel_style_and_the_sizes():
