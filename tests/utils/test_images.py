@@ -25,7 +25,7 @@ def turned(orientation=6):
     return exif
 
 
-# How some photo editors turn an image.
+# How some photo editors turn an image: Pillow knows it, `torchvision.io` does not.
 XMP_TURNED = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
 <rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>"""
 
@@ -33,7 +33,8 @@ XMP_TURNED = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://
 @pytest.mark.parametrize(
     ("name", "mode", "options"),
     [
-        ("plain.jpg", "RGB", {}),
+        ("420.jpg", "RGB", {"subsampling": "4:2:0"}),
+        ("444.jpg", "RGB", {"subsampling": "4:4:4"}),
         ("progressive.jpg", "RGB", {"progressive": True}),
         ("grey.jpg", "L", {}),
         ("cmyk.jpg", "CMYK", {}),
