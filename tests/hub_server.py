@@ -67,16 +67,13 @@ class HubServer:
         repos: name -> repository.
         requests: (method, path, whether with the token) of each request so far.
         failures: (method, pattern of the path) -> status to answer with instead.
-        keep: a download without Range is cut off after this many bytes; None: never.
     """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, bool]] = []
-        self.ranges: list[str] = []
         self.failures: dict[tuple[str, str], int] = {}
-        self.keep: int | None = None
         self.lock = threading.Lock()
 
     def __enter__(self) -> "HubServer":
@@ -145,15 +142,12 @@ class _Handler(BaseHTTPRequestHandler):
     # Answers ----------------------------------------------------------------------------------------------------
 
     def _send(self, content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        keep = self.server_hub.keep
-        cut = keep is not None and self.command == "GET" and status == 200 and len(content) > keep
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content[:keep] if cut else content)
-        self.close_connection = self.close_connection or cut
+            self.wfile.write(content)
 
     def _json(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self._send(json.dumps(content).encode(), status, {"Content-Type": "application/json", **(headers or {})})
@@ -286,12 +280,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _lfs_download(self, oid: str) -> None:
         content = self.server_hub.large[oid]
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            self.server_hub.ranges.append(asked[0])
-            start, end = int(asked[1]), int(asked[2] or len(content) - 1)
-            span = {"Content-Range": f"bytes {start}-{end}/{len(content)}"}
-            return self._send(content[start : end + 1], 206, span)
-        return self._send(content, 200, {"ETag": f'"{oid}"'})
+        self._send(content, 200, {"ETag": f'"{oid}"'})
 
 
 def _is_large(path: str, content: bytes) -> bool:

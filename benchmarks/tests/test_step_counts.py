@@ -33,8 +33,7 @@ def test_few_operators_and_no_sync(detector):
     assert operators <= BEYOND[detector] and syncs == 0
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
-@pytest.mark.parametrize(("images", "boxes"), [(5, 8), (2, 40), (1, 1)])
+@pytest.mark.parametrize(("detector", "images", "boxes"), [*((d, 5, 40) for d in DETECTORS), ("gfl", 1, 1)])
 def test_as_many_whatever_the_batch_holds(detector, images, boxes):
     assert beyond(detector, images, boxes) == beyond(detector, 2, 8)
 
