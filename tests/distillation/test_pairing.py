@@ -161,24 +161,17 @@ def test_an_adapter_where_widths_differ(options, methods, expected):
     [
         (2, 4, {"tap_index": 3}, "student_tap_index"),
         (4, 2, {"tap_index": 3}, "tap_index"),
-        (2, 4, {"tap_index": 3, "student_tap_index": 2}, None),
-        (4, 2, {"tap_index": 1, "student_tap_index": 3}, None),
-        (3, 3, {"tap_index": 3}, None),
     ],
 )
 def test_a_head_with_fewer_blocks_than_its_tap_is_refused(student, teacher, settings, who):
-    models = model(head_blocks=student), model(head_blocks=teacher)
-    if who is None:
-        DistillationPair(*models, [crosskd(**settings)])
-        return
-    (problem,) = problems(*models, crosskd(**settings))
+    (problem,) = problems(model(head_blocks=student), model(head_blocks=teacher), crosskd(**settings))
     assert problem == f"crosskd.{who}: the tap is 3, the towers have 2 blocks: set it to 2 or less"
 
 
 # Pixels -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("student", "teacher"), [("pytorch", "caffe"), ("caffe", "pytorch"), ("caffe", "caffe")])
+@pytest.mark.parametrize(("student", "teacher"), [("pytorch", "caffe"), ("caffe", "pytorch")])
 def test_the_teacher_sees_its_own_pixels(student, teacher):
     """Against the teacher's own image processor, padding included."""
     configs = [config(backbone="resnet50", backbone_style=style) for style in (student, teacher)]
@@ -186,12 +179,8 @@ def test_the_teacher_sees_its_own_pixels(student, teacher):
         torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=torch.Generator().manual_seed(h))
         for h, w in ((40, 60), (64, 32))
     ]
-    mine, expected = (DenseDetectorImageProcessor.for_model(c, 40, 64)(images, return_tensors="pt") for c in configs)
-    change = pair_up(*configs).pixels
-    if student == teacher:
-        assert change is None
-        return
-    given = change(mine["pixel_values"], mine["pixel_mask"])
+    shown, expected = (DenseDetectorImageProcessor.for_model(c, 40, 64)(images, return_tensors="pt") for c in configs)
+    given = pair_up(*configs).pixels(shown["pixel_values"], shown["pixel_mask"])
     torch.testing.assert_close(given, expected["pixel_values"], atol=1e-4, rtol=1e-5)
     assert (given[1, :, :, 40:] == 0).all() and (expected["pixel_mask"][1, :, 40:] == 0).all()
 

@@ -228,16 +228,6 @@ def test_a_run_pushes_every_checkpoint_and_then_itself(hub: HubServer, client: C
     assert not [name for commit in commits for name in commit.files if name.startswith(("_", "checkpoint"))]
 
 
-def test_a_card_that_somebody_wrote_on_the_hub_is_kept(hub: HubServer, client: Client, tmp_path: Path) -> None:
-    client.call(push_model, repo="user/written", seed=2)
-    repo = hub.repos["user/written"]
-    repo.add("Update README.md", repo.files | {"README.md": b"---\nlicense: mit\n---\nMine.\n"})
-    before = dict(repo.files)
-    client.call(distil, folder=str(tmp_path / "run"), teacher="user/written", repo="user/written")
-    assert repo.files["README.md"] == b"---\nlicense: mit\n---\nMine.\n"
-    assert repo.files["model.safetensors"] != before["model.safetensors"]
-
-
 def test_the_same_command_sends_what_the_hub_refused(
     hub: HubServer, client: Client, failures: dict, recipe: Path
 ) -> None:
@@ -248,9 +238,12 @@ def test_the_same_command_sends_what_the_hub_refused(
     trained = (recipe.parent / "run" / "model.safetensors").read_bytes()
     assert "an upload in training failed" in (client.home / "stderr.txt").read_text(encoding="utf-8")
     failures.clear()
+    repo, card = hub.repos["user/again"], b"---\nlicense: mit\n---\nMine.\n"
+    repo.add("Create README.md", repo.files | {"README.md": card})
     client.call(run_recipe, recipe=str(recipe), overrides=name)
-    assert hub.repos["user/again"].files["model.safetensors"] == trained
-    assert set(hub.repos["user/again"].files) == MODEL | {"recipe.yaml", METRICS} | CREATED
+    assert repo.files["model.safetensors"] == trained
+    assert set(repo.files) == MODEL | {"recipe.yaml", METRICS} | CREATED
+    assert repo.files["README.md"] == card, "what somebody wrote on the Hub is kept"
 
 
 if __name__ == "__main__":

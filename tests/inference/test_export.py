@@ -30,8 +30,7 @@ else:
 
 DETECTORS = tuple(MODELS)
 # Writing a file takes long. That the graph is right is checked for all of them without one.
-CASES = [("gfl", True), ("fcos", False)]
-CASES += [pytest.param(name, name != "gfl", marks=pytest.mark.slow) for name in DETECTORS]
+CASES = [("gfl", True), *(pytest.param(name, name != "fcos", marks=pytest.mark.slow) for name in DETECTORS[1:])]
 # One image alone, three in a batch that pads each of them, and one whose deepest map is a single cell. They are padded
 # little: where all cells see nothing but padding, scores are equal, and which of them are kept is chance.
 BATCHES = ([(70, 100)], [(128, 100), (110, 128), (101, 110)], [(8, 8)])

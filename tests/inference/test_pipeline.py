@@ -2,7 +2,6 @@
 
 import base64
 import io
-import logging
 import os
 import time
 from pathlib import Path
@@ -184,18 +183,6 @@ def test_a_timeout(server: FileServer, reader: DenseDetectionPipeline) -> None:
     with pytest.raises(ImageError, match=r"can't be fetched .*timed out"):
         reader(f"{server.url}/a.png", timeout=0.2)
     assert time.monotonic() - begin < 4
-
-
-def test_no_warning_is_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.enable_propagation()
-    try:
-        with caplog.at_level(logging.WARNING):
-            pipeline("object-detection", model=str(folder / "model"))(paths(folder)[0])
-    finally:
-        transformers_logging.disable_propagation()
-    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_detectors_of_transformers_get_its_own_pipeline() -> None:
