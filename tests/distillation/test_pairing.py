@@ -96,13 +96,13 @@ def test_classes_of_which_none_is_shared_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("mine", "theirs"),
+    ("student", "teacher"),
     [("Cat", "cat"), ("polar bear", "polar_bear"), ("polar-bear", "polarbear"), ("traffic-light", "traffic light")],
 )
-def test_names_that_differ_in_spelling_only_are_refused(mine, theirs):
+def test_names_that_differ_in_spelling_only_are_refused(student, teacher):
     """Whichever other classes are shared: this one would be learnt without the teacher."""
-    (problem,) = pair_up(config(labels=(mine, "dog")), config(labels=("dog", theirs))).problems
-    assert f"student {mine!r}, teacher {theirs!r}" in problem and "config.json" in problem
+    (problem,) = pair_up(config(labels=(student, "dog")), config(labels=("dog", teacher))).problems
+    assert f"student {student!r}, teacher {teacher!r}" in problem and "config.json" in problem
 
 
 def test_coco_s_old_names_are_coco_s():
