@@ -9,7 +9,7 @@ Neither network nor data set is needed: weights are random, images generated.
 | section | what |
 |---|---|
 | folding | the teacher's BatchNorms become part of its convolutions, with TF32 as PyTorch has it by default |
-| backward | alignment and every backward that is written by hand against autograd, in two layouts, in fp64 and fp32 |
+| backward | every backward that is written by hand against autograd, in two layouts, in fp64 and fp32 |
 | golden | the recorded cases of the reference, TF32 off, at the bars of the tests |
 | steps | the trainer's steps in fp32, bf16, fp16 with GradScaler, and at many sizes: the host must not wait in them |
 | resume | SIGKILL to a run of train.py, which goes on as one that wasn't disturbed |

@@ -1,7 +1,4 @@
-"""Alignment and every backward that is written by hand against autograd of the plain formula.
-
-In two layouts, in fp64 and fp32.
-"""
+"""Every backward that is written by hand against autograd of the plain formula, in two layouts, in fp64 and fp32."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -26,16 +23,16 @@ Function = Callable[[list[Tensor]], list[Tensor]]
 
 @dataclass(frozen=True)
 class Pair:
-    """A function of the package, and the plain formula of the same for autograd.
+    """A function whose backward is written by hand, and the plain formula for autograd.
 
     Attributes:
-        hand: the class of a backward that is written by hand, or None.
+        hand: the class of the backward that is written by hand.
         ours, plain: tensors -> results.
         inputs: layout and generator -> tensors, all of which learn.
         bars: of the types in which both are compared.
     """
 
-    hand: type[torch.autograd.Function] | None
+    hand: type[torch.autograd.Function]
     ours: Function
     plain: Function
     inputs: Callable[[bool, torch.Generator], list[Tensor]]
@@ -125,18 +122,20 @@ def in_parts(function: Callable[[Tensor], Tensor]) -> Function:
 
 PAIRS = {
     "align": Pair(
-        None,
+        alignment._Rescaled,
         lambda x: alignment.align(x, [like(level, i) * 3 + 1 for i, level in enumerate(x)]),
         lambda x: aligned(x, False),
         maps,
     ),
     "align, ReLU": Pair(
-        None,
+        alignment._Rescaled,
         lambda x: alignment.align(x, [like(level, i) * 3 + 1 for i, level in enumerate(x)], rectify=True),
         lambda x: aligned(x, True),
         maps,
     ),
-    "standardise": Pair(None, alignment.standardise, lambda x: [standardised(level) for level in x], maps),
+    "standardise": Pair(
+        alignment._Rescaled, alignment.standardise, lambda x: [standardised(level) for level in x], maps
+    ),
     "GroupNorm of bf16": Pair(
         head.HalfPrecisionGroupNorm,
         lambda x: [head.HalfPrecisionGroupNorm.apply(x[0].bfloat16(), x[1], x[2], GROUPS, EPS).float()],

@@ -2,10 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 EPS = 1e-6  # added to a deviation that is divided by
 HALF = (torch.float16, torch.bfloat16)
-TINY = 1e-30  # of a variance whose root is taken
+TINY = 1e-30  # a product of deviations that is divided by; constant channels have 0
 
 
 def channel_statistics(maps: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -19,8 +20,7 @@ def channel_statistics(maps: list[Tensor]) -> tuple[Tensor, Tensor]:
     """
     pairs = [torch.var_mean(_full(m), (0, 2, 3), correction=min(1, _values_per_channel(m) - 1)) for m in maps]
     variances, means = zip(*pairs, strict=True)
-    # Not the root of 0, whose gradient is infinite: channels may be constant.
-    return torch.stack(means), torch.stack(variances).clamp(min=TINY).sqrt()
+    return torch.stack(means), torch.stack(variances).sqrt()
 
 
 def standardise(maps: list[Tensor]) -> list[Tensor]:
@@ -28,19 +28,17 @@ def standardise(maps: list[Tensor]) -> list[Tensor]:
 
     Maps in half precision give fp32.
     """
-    mean, std = channel_statistics(maps)
-    rows = zip(maps, _per_channel(mean), _per_channel(std + EPS), strict=True)
-    return [(features - center) / divisor for features, center, divisor in rows]
+    return list(_Rescaled.apply(False, False, None, None, *maps))
 
 
 def align(student: list[Tensor], teacher: list[Tensor], rectify: bool = False) -> list[Tensor]:
     """Give each of the student's maps (N, C, H, W) the mean and deviation per channel of the teacher's.
 
-    The teacher's are constants. The result has the student's precision; statistics are in fp32.
+    The teacher's are constants. What comes out has the student's precision; statistics are in fp32.
 
     Args:
         student, teacher: as many maps, in pairs of as many channels.
-        rectify: apply a ReLU to the result.
+        rectify: apply a ReLU to what comes out.
 
     Raises:
         ValueError: if there aren't as many of both.
@@ -49,12 +47,58 @@ def align(student: list[Tensor], teacher: list[Tensor], rectify: bool = False) -
         raise ValueError(f"{len(student)} maps can't be aligned to {len(teacher)}")
     with torch.no_grad():
         mean, std = channel_statistics(teacher)
-    student_mean, student_std = channel_statistics(student)
-    factor = std / (student_std + EPS)
-    rows = zip(student, *map(_per_channel, (student_mean, factor, mean)), strict=True)
-    # Not map * factor + (mean - student_mean * factor): where a channel is nearly constant, that rounds to noise.
-    aligned = [torch.addcmul(shift, m - center, scale).to(m.dtype) for m, center, scale, shift in rows]
-    return [m.relu() for m in aligned] if rectify else aligned
+    return list(_Rescaled.apply(rectify, True, mean, std, *student))
+
+
+class _Rescaled(torch.autograd.Function):
+    """(map - its mean) / (its deviation + EPS), then times `std` plus `mean` (maps, C) if given, then maybe a ReLU.
+    The result is in fp32, or with `narrow` as precise as the maps.
+
+    By hand, because autograd would keep four copies of every map, in fp32 also where maps are in half precision, and
+    launch five times as many kernels: a step would have 250 operators more. Its gradients would also be rounded
+    otherwise: the fifth step of a golden case (FCOS with PKD) then misses its bar.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, rectify: bool, narrow: bool, mean: Tensor | None, std: Tensor | None, *maps: Tensor
+    ) -> tuple[Tensor, ...]:
+        own_mean, own_std = channel_statistics(list(maps))
+        divisor = own_std + EPS
+        factor = divisor.reciprocal() if std is None else std / divisor
+        shifts = _per_channel(torch.zeros_like(factor) if mean is None else mean)
+        rows = zip(maps, _per_channel(own_mean), _per_channel(factor), shifts, strict=True)
+        # Not map * factor + (shift - mean * factor): where a channel is nearly constant, that rounds to noise.
+        outputs = [torch.addcmul(shift, features - center, scale) for features, center, scale, shift in rows]
+        if narrow:
+            outputs = [output.to(m.dtype) for output, m in zip(outputs, maps, strict=True)]
+        if rectify:
+            torch._foreach_clamp_min_(outputs, 0)
+        ctx.rectify = rectify
+        ctx.save_for_backward(own_mean, own_std, factor, *maps, *(outputs if rectify else ()))
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        mean, std, factor, *saved = ctx.saved_tensors
+        maps, outputs = saved[: len(gradients)], saved[len(gradients) :]
+        if ctx.rectify:
+            through = torch._foreach_sign(outputs)  # 1 or 0
+            torch._foreach_mul_(through, gradients)
+            gradients = through
+        # The derivative is that of a batch norm with gain w and inverse deviation v, so that its kernel can do all of
+        # it: w * v must be the factor, and v^2 / n must be 1 / ((n - 1) * std * (std + EPS)) of n values a channel.
+        counts = [_values_per_channel(m) for m in maps]
+        bessel = torch.stack([std.new_full((1,), n / max(n - 1, 1)) for n in counts])
+        v = (bessel / (std * (std + EPS)).clamp(min=TINY)).sqrt()
+        rows = zip(gradients, maps, (factor / v).unbind(), mean.unbind(), v.unbind(), strict=True)
+        derivative = torch.ops.aten.native_batch_norm_backward
+        results = [
+            derivative(_full(g), _full(m), w, None, None, center, v, True, 0.0, [True, False, False])[0].to(m.dtype)
+            for g, m, w, center, v in rows
+        ]
+        return *[None] * 4, *results
 
 
 def _full(features: Tensor) -> Tensor:
