@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
@@ -13,22 +12,15 @@ from ..data.dataset import DetectionDataset
 from ..models.base import DenseDetector
 from ..utils.memory import out_of_memory_explained
 from ..utils.redact import public
+from .base import BaseTrainer
 from .coco_metrics import CocoEvaluator
 from .tracking import evaluation_sheet, trackers
 
 EVALUATION_FOLDER = "evaluation"
 
 
-class CocoEvaluation:
-    """The part of a trainer that evaluates; comes before `transformers.Trainer` among the bases.
-
-    Attributes:
-        last_evaluation: the step of the last evaluation, and its metrics.
-        evaluation_sheet: pictures of the last evaluation, for the trackers.
-    """
-
-    last_evaluation: tuple[int, dict[str, float]] = (-1, {})
-    evaluation_sheet: Image.Image | None = None
+class CocoEvaluation(BaseTrainer):
+    """The part of a trainer that evaluates."""
 
     @property
     def precision(self) -> str:

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedConfig
@@ -21,9 +21,7 @@ from ..hub.model_card import COCO_METRICS, CardFacts, DataFacts, DetectorFacts, 
 from ..hub.upload import METRICS_FILE, Content, files_to_upload, public_recipe, read_recipe, upload
 from ..utils.redact import last_part, public
 from ..version import __version__
-
-if TYPE_CHECKING:
-    from .trainer import DetectionTrainer
+from .base import BaseTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +29,8 @@ LIBRARIES = ("torch", "torchvision", "transformers", "timm", "accelerate", "data
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-class HubUpload:
-    """The part of a trainer that talks to the Hub; goes before `transformers.Trainer` among the bases.
+class HubUpload(BaseTrainer):
+    """The part of a trainer that talks to the Hub.
 
     One private method of `transformers.Trainer` is overridden, `_finish_current_push`: an upload that failed is told.
 
@@ -164,7 +162,7 @@ def _listed(value: str | Sequence[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or ())
 
 
-def trainer_facts(trainer: "DetectionTrainer", recipe: Content | None, name: str, **more: Any) -> CardFacts:
+def trainer_facts(trainer: BaseTrainer, recipe: Content | None, name: str, **more: Any) -> CardFacts:
     """What a trainer knows of its model.
 
     Args:
@@ -192,7 +190,7 @@ def trainer_facts(trainer: "DetectionTrainer", recipe: Content | None, name: str
     return replace(facts, **more)
 
 
-def measured(trainer: "DetectionTrainer") -> dict[str, float]:
+def measured(trainer: BaseTrainer) -> dict[str, float]:
     """The metrics of the model as it is now on the trainer's own eval data; empty if there was no such evaluation."""
     step, metrics = trainer.last_evaluation
     loader = trainer.callback_handler.eval_dataloader
@@ -243,7 +241,7 @@ def _hub_source(config: PreTrainedConfig) -> str | None:
     return name if "/" in name and HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
-def _training_facts(trainer: "DetectionTrainer") -> dict[str, str]:
+def _training_facts(trainer: BaseTrainer) -> dict[str, str]:
     args, state = trainer.args, trainer.state
     schedule = f"times {args.lr_gamma:g} after epochs {args.lr_milestones}"
     if args.lr_milestones is None:

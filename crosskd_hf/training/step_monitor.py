@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class StepClock:
     def switch(self, name: str | None) -> None:
         """Stop the clock that runs, if any, and start another, or none."""
         if self._on_gpu:
-            now = torch.cuda.Event(enable_timing=True)
+            now: Any = torch.cuda.Event(enable_timing=True)
             now.record()
         else:
             now = time.perf_counter()
