@@ -73,14 +73,14 @@ def steps_logged(log: Path) -> int:
 
 
 def resumed_at(text: str) -> int | None:
-    """The step that a run says it goes on from, 0 if it began; None if it didn't come that far."""
-    if said := re.search(r"^goes on from .*checkpoint-(\d+)$", text, re.MULTILINE):
+    """The step that a run says it resumes from, 0 if it began; None if it didn't come that far."""
+    if said := re.search(r"^resumes from .*checkpoint-(\d+)$", text, re.MULTILINE):
         return int(said.group(1))
     return 0 if re.search(r"^step \d+/", text, re.MULTILINE) else None
 
 
 def last_step(output: Path) -> int:
-    """Step of the checkpoint that the next process goes on from."""
+    """Step of the checkpoint that the next process resumes from."""
     newest = newest_complete(output)
     return step_of(newest) if newest else 0
 

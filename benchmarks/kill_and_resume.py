@@ -217,7 +217,7 @@ class Timing:
 
 
 def plan(rng: random.Random, timing: Timing, resumed: int, kills_left: int) -> float:
-    """Seconds after which to kill a process that goes on from step `resumed`.
+    """Seconds after which to kill a process that resumes from step `resumed`.
 
     Uniform from the imports of a starting process up to twice a kill's share of the steps that are left.
     """

@@ -338,11 +338,11 @@ def level_sums(term: torch.Tensor, sizes: list[int]) -> torch.Tensor:
 def recorded_truth(labels, assignment, num_labels, detector, priors):
     """Labels (N, P) with background = number of labels, targets (N, P, 4) of positives, and the record's name."""
     from crosskd_hf.models import box_coding
-    from crosskd_hf.models.assigners import gather_boxes, gather_labels
+    from crosskd_hf.models.assigners import gather_boxes
     from crosskd_hf.models.targets import pad_ground_truth
 
     truth = pad_ground_truth(labels, len(labels))
-    label = gather_labels(truth.labels, assignment.box_index)
+    label = truth.labels.gather(1, assignment.box_index)
     label = torch.where(assignment.positive, label, num_labels)
     boxes = gather_boxes(truth.boxes, assignment.box_index)
     distances = box_coding.boxes_to_distances(priors.centers, boxes)

@@ -173,3 +173,33 @@ def files_of_at_most(size: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, previous)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def filled(model: DenseDetector) -> DenseDetector:
+    """The model with weights that no initialisation gives, all of them different."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape, generator=generator))
+    return model
+
+
+def reference_state(model: DenseDetector) -> OrderedDict[str, torch.Tensor]:
+    """What MMDetection would have saved of the same model: its names, and buffers that carry nothing."""
+    from crosskd_hf.weights.mmdet import reference_keys, to_reference
+
+    values = model.state_dict()
+    state = OrderedDict((name, to_reference(key, values[key]).clone()) for key, name in reference_keys(model).items())
+    state["backbone.bn1.num_batches_tracked"] = torch.tensor(7)
+    state["bbox_head.integral.project"] = torch.arange(17.0)
+    return state
+
+
+def assert_equal_weights(module: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Parameters and buffers are equal, but for counters of batches."""
+    state, expected = module.state_dict(), other.state_dict()
+    assert list(state) == list(expected)
+    for key, tensor in expected.items():
+        if "num_batches_tracked" not in key:
+            assert torch.equal(state[key], tensor), key

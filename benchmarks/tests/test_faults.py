@@ -54,7 +54,7 @@ def test_steps_and_starts_are_read_from_the_log(tmp_path: Path) -> None:
     log.write_text(STEP.format(1) + STEP.format(12))
     assert faults.steps_logged(log) == 12
     assert faults.resumed_at(log.read_text()) == 0
-    assert faults.resumed_at("goes on from /a/checkpoint-7/killed/checkpoint-30\n" + STEP.format(31)) == 30
+    assert faults.resumed_at("resumes from /a/checkpoint-7/killed/checkpoint-30\n" + STEP.format(31)) == 30
 
 
 SAVED = "ended by SIGTERM after step {}: its state is saved in there"
@@ -113,7 +113,7 @@ def test_nothing_is_damaged_without_a_checkpoint(tmp_path: Path) -> None:
 
 def test_a_start_has_to_tell_of_damage_and_to_go_on_from_the_right_step() -> None:
     told = "/a/checkpoint-20 is left out: it is damaged, model.safetensors has 1 bytes instead of 2\n"
-    goes_on = "goes on from /a/checkpoint-10\n"
+    goes_on = "resumes from /a/checkpoint-10\n"
     check = kill_and_resume.wrong_start
     assert check(told + goes_on, 10, ["checkpoint-20"]) == ""
     assert check(goes_on, 10, ["checkpoint-20"]) == "it says nothing of the damage of checkpoint-20"

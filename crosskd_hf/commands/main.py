@@ -40,7 +40,7 @@ def _run(arguments: argparse.Namespace) -> None:
         with explained(kinds):
             COMMANDS[arguments.command].run(arguments)
     except KeyboardInterrupt:
-        hint = ": the same command goes on from the last checkpoint" if arguments.command in TRAINING else ""
+        hint = ": the same command resumes from the last checkpoint" if arguments.command in TRAINING else ""
         print(f"\ninterrupted{hint}", file=sys.stderr, flush=True)
         raise SystemExit(130) from None  # 128 + SIGINT, as shells have it
     finally:

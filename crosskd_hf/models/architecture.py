@@ -39,8 +39,5 @@ def build_config(section: ArchitectureSection, label_names: Sequence[str]) -> De
         ValueError: a value that the configuration refuses; the message begins with its name.
     """
     names = [field.name for field in dataclasses.fields(ArchitectureSection) if field.name != "detector"]
-    return CONFIGS[section.detector](
-        **{name: getattr(section, name) for name in names},
-        id2label=dict(enumerate(label_names)),
-        label2id={name: label for label, name in enumerate(label_names)},
-    )
+    fields = {name: getattr(section, name) for name in names}
+    return CONFIGS[section.detector](**fields, id2label=dict(enumerate(label_names)))

@@ -1,7 +1,7 @@
 """Which prior learns which ground-truth box: pure tensor functions over whole batches, without a host sync.
 
-Ground truth comes padded: boxes (N, G, 4) xyxy pixels and a mask (N, G) that is True for real boxes. Very many boxes
-are gone through in chunks.
+Ground truth comes padded: boxes (N, G, 4) xyxy pixels, G at least 1, and a mask (N, G) that is True for real boxes.
+Very many boxes are gone through in chunks.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .box_coding import box_centers, boxes_to_distances
 from .losses import box_iou
 
 
@@ -45,17 +46,8 @@ def box_chunks(boxes: tuple[int, ...], priors: int) -> list[slice]:
 
 
 def gather_boxes(boxes: Tensor, index: Tensor) -> Tensor:
-    """Boxes (N, G, 4) and an index (N, P) -> (N, P, 4). G may be 0: zeros then."""
-    if boxes.shape[1] == 0:
-        return boxes.new_zeros(*index.shape, 4)
+    """Boxes (N, G, 4) and an index (N, P) -> (N, P, 4)."""
     return boxes.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
-
-
-def gather_labels(labels: Tensor, index: Tensor) -> Tensor:
-    """Labels (N, G) and an index (N, P) -> (N, P). G may be 0: zeros then."""
-    if labels.shape[1] == 0:
-        return torch.zeros_like(index)
-    return labels.gather(1, index)
 
 
 def atss_assign(
@@ -77,11 +69,7 @@ def atss_assign(
         topk: candidates a level and box.
     """
     batch, num_boxes = box_mask.shape
-    class_weights = valid.to(anchors.dtype)
-    if num_boxes == 0:
-        empty = torch.zeros_like(valid)
-        return Assignment(empty, empty.long(), class_weights)
-    centers = _centers(anchors)
+    centers = box_centers(anchors)
     parts = [
         _nearest_anchors(centers, level_sizes, valid, boxes[:, part], topk)
         for part in box_chunks(boxes.shape, len(anchors))
@@ -93,8 +81,7 @@ def atss_assign(
     ious = box_iou(anchors[candidates], each)
     threshold = _mean_plus_std(ious, is_candidate)
     center = centers[candidates]  # (N, G, K, 2)
-    top_left, bottom_right = each.chunk(2, dim=-1)
-    inside = torch.minimum(center - top_left, bottom_right - center).amin(dim=-1) > 0.01
+    inside = boxes_to_distances(center, each).amin(dim=-1) > 0.01
     claims = is_candidate & box_mask.unsqueeze(-1) & (ious >= threshold) & inside
 
     # One pass for the best IoU of each anchor, one for the first box that has it.
@@ -107,7 +94,7 @@ def atss_assign(
     box_number = torch.where(wins.view_as(candidates), box_number, num_boxes).flatten(1)
     box_index = torch.full_like(positive, num_boxes, dtype=torch.long)
     box_index = box_index.scatter_reduce(1, flat_index, box_number, "amin")
-    return Assignment(positive, box_index * positive, class_weights)
+    return Assignment(positive, box_index * positive, valid.to(anchors.dtype))
 
 
 def _nearest_anchors(
@@ -115,7 +102,7 @@ def _nearest_anchors(
 ) -> tuple[Tensor, Tensor]:
     """Indices (N, G, K) of the nearest valid anchors of every level, and which of them are real (a level may have
     fewer valid anchors than `topk`)."""
-    delta = _centers(boxes).unsqueeze(2) - centers  # (N, G, P, 2)
+    delta = box_centers(boxes).unsqueeze(2) - centers  # (N, G, P, 2)
     distance = torch.linalg.vector_norm(delta, dim=-1)  # not squared: its rounding makes ties
     distance = torch.where(valid.unsqueeze(1), distance, float("inf"))
     nearest, index, start = [], [], 0
@@ -125,11 +112,6 @@ def _nearest_anchors(
         index.append(found.indices + start)
         start += level.shape[-1]
     return torch.cat(index, dim=-1), torch.cat(nearest, dim=-1) < float("inf")
-
-
-def _centers(boxes: Tensor) -> Tensor:
-    top_left, bottom_right = boxes.chunk(2, dim=-1)
-    return (top_left + bottom_right) / 2
 
 
 def _mean_plus_std(values: Tensor, mask: Tensor) -> Tensor:
@@ -159,10 +141,6 @@ def max_iou_assign(
         boxes, box_mask: padded ground truth.
         positive_iou, negative_iou: thresholds, the first inclusive.
     """
-    class_weights = valid.to(anchors.dtype)
-    if boxes.shape[1] == 0:
-        empty = torch.zeros_like(valid)
-        return Assignment(empty, empty.long(), class_weights)
     parts = (
         _best_boxes(anchors, valid, boxes[:, part], box_mask[:, part], part.start)
         for part in box_chunks(boxes.shape, len(anchors))
@@ -175,7 +153,7 @@ def max_iou_assign(
     box_index = torch.where(forced >= 0, forced, box_index)
     positive = (best_iou >= positive_iou) | (forced >= 0)
     ignored = ~positive & (best_iou >= negative_iou)
-    return Assignment(positive, box_index * positive, class_weights * ~ignored)
+    return Assignment(positive, box_index * positive, valid.to(anchors.dtype) * ~ignored)
 
 
 def _best_boxes(
@@ -201,11 +179,6 @@ def point_assign(points: Tensor, lower: Tensor, upper: Tensor, boxes: Tensor, bo
         lower, upper: (P,) range of the largest distance to a side, both ends inclusive.
         boxes, box_mask: padded ground truth.
     """
-    batch, num_boxes = box_mask.shape
-    class_weights = boxes.new_ones(batch, len(points))
-    if num_boxes == 0:
-        empty = torch.zeros(batch, len(points), dtype=torch.bool, device=boxes.device)
-        return Assignment(empty, empty.long(), class_weights)
     parts = (
         _smallest_boxes(points, lower, upper, boxes[:, part], box_mask[:, part], part.start)
         for part in box_chunks(boxes.shape, len(points))
@@ -215,17 +188,16 @@ def point_assign(points: Tensor, lower: Tensor, upper: Tensor, boxes: Tensor, bo
         smaller = area < smallest
         smallest, box_index = torch.where(smaller, area, smallest), torch.where(smaller, index, box_index)
     positive = smallest < float("inf")
-    return Assignment(positive, box_index * positive, class_weights)
+    return Assignment(positive, box_index * positive, torch.ones_like(smallest))
 
 
 def _smallest_boxes(
     points: Tensor, lower: Tensor, upper: Tensor, boxes: Tensor, box_mask: Tensor, first: int
 ) -> tuple[Tensor, Tensor]:
     """Of boxes number `first` and on: the area of the smallest that suits each point, or infinity, and the box."""
-    top_left, bottom_right = boxes.unsqueeze(2).chunk(2, dim=-1)
-    distances = torch.cat([points - top_left, bottom_right - points], dim=-1)  # (N, G, P, 4)
+    distances = boxes_to_distances(points, boxes.unsqueeze(2))  # (N, G, P, 4)
     farthest = distances.amax(dim=-1)
     suits = (distances.amin(dim=-1) > 0) & (farthest >= lower) & (farthest <= upper) & box_mask.unsqueeze(-1)
-    areas = (bottom_right - top_left).prod(dim=-1)
+    areas = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1, keepdim=True)
     smallest, box_index = torch.where(suits, areas, float("inf")).min(dim=1)
     return smallest, box_index + first if first else box_index

@@ -197,13 +197,10 @@ class DenseDetector(PreTrainedModel):
     def flatten(self, head: HeadOutput) -> HeadPredictions:
         """The head's maps as (N, P, ...) tensors in fp32."""
         spec = self.head.spec
-        centerness = None
-        if head.centerness is not None:
-            centerness = flatten_levels(head.centerness, 1).squeeze(-1).float()
         return HeadPredictions(
             logits=flatten_levels(head.logits, spec.num_labels).float(),
             boxes=flatten_levels(head.boxes, spec.box_channels).float(),
-            centerness=centerness,
+            centerness=None if head.centerness is None else flatten_levels(head.centerness, 1).squeeze(-1).float(),
         )
 
     def priors(self, head: HeadOutput) -> Priors:
@@ -237,9 +234,6 @@ class DenseDetector(PreTrainedModel):
         if hasattr(module, "init_non_persistent_buffers"):
             # timm's buffers that no checkpoint holds (Swin's relative positions) come off the meta device as garbage.
             module.init_non_persistent_buffers()
-        elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
         elif isinstance(module, LevelScales):
             for scale in module.parameters():
                 init.ones_(scale)
@@ -251,18 +245,5 @@ class DenseDetector(PreTrainedModel):
             if module.bias is not None:
                 # A class probability of 0.01 everywhere at the start (RetinaNet, arXiv 1708.02002, section 4.1).
                 init.constant_(module.bias, -math.log(99) if isinstance(module, ClassPredictor) else 0.0)
-        elif isinstance(module, (nn.Conv2d, nn.Linear)):
-            # The backbone's: timm has initialised it, so that this only fills what a broken checkpoint lacks.
-            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for tensor, fill in (
-                (module.weight, init.ones_),
-                (module.bias, init.zeros_),
-                (module.running_mean, init.zeros_),
-                (module.running_var, init.ones_),
-                (module.num_batches_tracked, init.zeros_),
-            ):
-                if tensor is not None:
-                    fill(tensor)
+        else:  # norms; the backbone's layers only where a broken checkpoint lacks them: timm has initialised them
+            super()._init_weights(module)

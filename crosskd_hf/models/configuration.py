@@ -1,15 +1,13 @@
 """Configurations of the dense detectors: one shared base, one small subclass a detector."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import field
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-BACKBONE_STYLES = ("pytorch", "caffe")
-EXTRA_CONVS = ("on_output", "on_input")
 # Lowest and highest value of a number, or of each item of a list. A file with more than these is damaged, and would
 # take hours or all memory to build.
 LIMITS = {
@@ -95,16 +93,17 @@ class DenseDetectorConfig(PreTrainedConfig):
 
     Raises:
         ValueError: a value that no detector can be built with, by the name of its key.
+        StrictDataclassFieldValidationError: one of another type, or no choice, by the name of its key.
     """
 
     backbone: str = "resnet50"
-    backbone_style: str = "pytorch"
+    backbone_style: Literal["pytorch", "caffe"] = "pytorch"
     drop_path_rate: float = 0.0
     frozen_stages: int = 1
     train_batchnorm: bool = True
     freeze_batchnorm_statistics: bool = True
     fpn_channels: int = 256
-    fpn_extra_convs: str = "on_output"
+    fpn_extra_convs: Literal["on_output", "on_input"] = "on_output"
     fpn_relu_before_p7: bool = False
     head_channels: int = 256
     head_blocks: int = 4
@@ -117,14 +116,16 @@ class DenseDetectorConfig(PreTrainedConfig):
         """Class names, by label."""
         return [self.id2label[label] for label in range(self.num_labels)]
 
+    @label_names.setter
+    def label_names(self, names: Sequence[str]) -> None:
+        self.id2label = dict(enumerate(names))
+        self.label2id = {name: label for label, name in enumerate(names)}
+
     def __post_init__(self, **kwargs):
         self._check_labels(kwargs.get("num_labels"))
         super().__post_init__(**kwargs)
         if self.id2label and not self.label2id:
             self.label2id = {name: label for label, name in self.id2label.items()}
-        for name, allowed in (("backbone_style", BACKBONE_STYLES), ("fpn_extra_convs", EXTRA_CONVS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
         for name in LIMITS:
             if hasattr(self, name):
                 check_number(name, getattr(self, name))

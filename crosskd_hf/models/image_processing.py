@@ -118,13 +118,10 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
             check_number("rescale_factor", self.rescale_factor)
         if self.size_divisor is not None or self.do_pad:
             check_number("size_divisor", self.size_divisor, whole=True)
-        for name in ("do_resize", "do_rescale", "do_normalize", "do_pad", "do_flip_channel_order", "do_convert_rgb"):
-            if not isinstance(getattr(self, name), bool | None):  # None counts as false
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
         if self.do_normalize:
             mean, std = self.image_mean, self.image_std
-            for name in ("image_mean", "image_std"):
-                check_number(name, getattr(self, name))
+            check_number("image_mean", mean)
+            check_number("image_std", std)
             if not (isinstance(mean, list | tuple) and isinstance(std, list | tuple) and len(mean) == len(std)):
                 raise ValueError(
                     f"image_mean is {mean!r}, image_std {std!r}; both must have a number for each channel."

@@ -18,7 +18,7 @@ def select_detections(
     centerness: Tensor | None,
     level_sizes: Sequence[int],
     image_sizes: Tensor,
-    scales: Sequence[tuple[float, float]] | None = None,
+    scales: Sequence[tuple[float, float]],
     score_threshold: float = 0.05,
     max_candidates: int = 1000,
     nms_threshold: float = 0.6,
@@ -32,7 +32,7 @@ def select_detections(
         centerness: (N, P) logits, or None. The score is multiplied by it only after the threshold and the top-k.
         level_sizes: priors a level; candidates are cut level by level.
         image_sizes: (N, 2) height and width of the network's input without padding, to which boxes are clipped.
-        scales: N (height, width) factors of the resize: boxes are divided by them. None is 1.
+        scales: N (height, width) factors of the resize: boxes are divided by them.
         score_threshold: (prior, class) pairs need a higher class score.
         max_candidates: pairs kept a level.
         nms_threshold: IoU above which the worse of two boxes of a class goes.
@@ -45,9 +45,9 @@ def select_detections(
     image, prior, label, score = best_pairs(logits, level_sizes, score_threshold, max_candidates)
     if centerness is not None:
         score = score * centerness[image, prior].sigmoid()
-    boxes = clip_boxes(pred_boxes[image, prior], image_sizes[image].unbind(-1))
-    if scales is not None:
-        boxes = boxes / boxes.new_tensor(scales).flip(-1).repeat(1, 2)[image]
+    ends = image_sizes.flip(-1).repeat(1, 2)[image]  # width, height, width, height
+    boxes = torch.minimum(pred_boxes[image, prior].clamp(min=0), ends)
+    boxes = boxes / boxes.new_tensor(scales).flip(-1).repeat(1, 2)[image]
     has_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=-1)
     image, boxes, score, label = image[has_area], boxes[has_area], score[has_area], label[has_area]
     counts = torch.bincount(image, minlength=len(logits)).tolist()
@@ -133,17 +133,3 @@ def suppress(score: Tensor, label: Tensor, boxes: Tensor, iou_threshold: float, 
         if len(keep) >= count or len(part) == len(order):
             break
     return keep[:count]
-
-
-def clip_boxes(boxes: Tensor, image_size: Sequence[float | Tensor]) -> Tensor:
-    """Boxes (..., 4) xyxy cut to an image of (height, width); tensors of these are of shape (...)."""
-    height, width = image_size
-    return torch.stack(
-        [
-            boxes[..., 0].clamp(min=0).clamp(max=width),
-            boxes[..., 1].clamp(min=0).clamp(max=height),
-            boxes[..., 2].clamp(min=0).clamp(max=width),
-            boxes[..., 3].clamp(min=0).clamp(max=height),
-        ],
-        dim=-1,
-    )

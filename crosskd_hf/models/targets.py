@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .assigners import Assignment, gather_boxes, gather_labels
+from .assigners import Assignment, gather_boxes
 from .box_coding import boxes_to_distances
 from .outputs import GroundTruth, Priors
 
@@ -23,7 +23,7 @@ def unpadded_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
 
 
 def pad_ground_truth(labels: list[dict[str, Tensor]] | dict[str, Tensor], batch: int) -> GroundTruth:
-    """Labels of each image, or padded ones of the whole batch -> one padded batch.
+    """Labels of each image, or padded ones of the whole batch -> one padded batch, of at least one box an image.
 
     Raises:
         ValueError: if there are not as many labels as images, an image has not as many boxes as classes, or padded
@@ -32,14 +32,18 @@ def pad_ground_truth(labels: list[dict[str, Tensor]] | dict[str, Tensor], batch:
     if isinstance(labels, Mapping):
         if missing := {"boxes", "class_labels", "mask"} - set(labels):
             raise ValueError(f"padded labels need boxes, class_labels and mask; {', '.join(sorted(missing))} missing")
-        truth = GroundTruth(labels["boxes"].float(), labels["class_labels"], labels["mask"])
-        given = len(truth.mask)
+        boxes, classes, mask = labels["boxes"].float(), labels["class_labels"], labels["mask"]
     else:
-        truth, given = None, len(labels)
-    if given != batch:
-        raise ValueError(f"{given} labels were given for {batch} images; labels is a list with a dict an image.")
-    if truth is not None:
-        return truth
+        boxes, classes, mask = _padded(labels)
+    if len(mask) != batch:
+        raise ValueError(f"{len(mask)} labels were given for {batch} images; labels is a list with a dict an image.")
+    if mask.shape[1] == 0:
+        boxes, classes, mask = boxes.new_zeros(batch, 1, 4), classes.new_zeros(batch, 1), mask.new_zeros(batch, 1)
+    return GroundTruth(boxes, classes, mask)
+
+
+def _padded(labels: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes (N, G, 4), classes (N, G) and mask (N, G) of the labels of each image."""
     for index, label in enumerate(labels):
         if label["boxes"].numel() != 4 * len(label["class_labels"]):
             shapes = tuple(label["boxes"].shape), tuple(label["class_labels"].shape)
@@ -47,7 +51,7 @@ def pad_ground_truth(labels: list[dict[str, Tensor]] | dict[str, Tensor], batch:
     boxes = pad_sequence([label["boxes"].reshape(-1, 4).float() for label in labels], batch_first=True)
     classes = pad_sequence([label["class_labels"] for label in labels], batch_first=True)
     mask = pad_sequence([torch.ones_like(label["class_labels"], dtype=torch.bool) for label in labels], True)
-    return GroundTruth(boxes, classes, mask)
+    return boxes, classes, mask
 
 
 def matched_distances(truth: GroundTruth, assignment: Assignment, priors: Priors) -> Tensor:
@@ -60,7 +64,7 @@ def matched_distances(truth: GroundTruth, assignment: Assignment, priors: Priors
 def class_targets(truth: GroundTruth, assignment: Assignment, logits: Tensor, values: Tensor | None = None) -> Tensor:
     """(N, P, labels), laid out as `logits` are: at the label of a positive prior 1, or its one of `values` (N, P); 0
     elsewhere."""
-    labels = gather_labels(truth.labels, assignment.box_index).unsqueeze(-1)
+    labels = truth.labels.gather(1, assignment.box_index).unsqueeze(-1)
     values = assignment.positive.float() if values is None else values * assignment.positive
     return torch.zeros_like(logits).scatter_(-1, labels, values.unsqueeze(-1))
 

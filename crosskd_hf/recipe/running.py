@@ -101,7 +101,7 @@ def run(trainer: DetectionTrainer, recipe: Recipe) -> None:
         trainer.recipe_text = recipe.to_yaml()
         trainer.add_callback(RunNotes(trainer, recipe))  # after the trainer's own, which read of the checkpoint too
         if checkpoint is not None:
-            say(f"goes on from {checkpoint}")
+            say(f"resumes from {checkpoint}")
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(_internal_call=True)  # pushed once, below, with the metrics
         step, metrics = trainer.last_evaluation

@@ -224,7 +224,7 @@ def _detector_facts(config: PreTrainedConfig) -> DetectorFacts:
 
 
 def _teacher_facts(config: PreTrainedConfig, recipe: Content | None) -> TeacherFacts:
-    # Not the name of the loaded folder if there is a recipe: a converted .pth lies in a cache.
+    # Not the name of the loaded folder if there is a recipe: that of a converted .pth is temporary.
     hub_id = _hub_source(config)
     section = (recipe or {}).get("teacher") or {}
     source = str(section.get("checkpoint") or config.name_or_path)

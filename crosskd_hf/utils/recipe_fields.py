@@ -1,7 +1,7 @@
 """Fields of a recipe's sections: a default, a meaning, and the values that are allowed."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 MOST_PIXELS = 16384  # of a side
@@ -38,7 +38,4 @@ def settings_of(section_class: type) -> list[dataclasses.Field]:
 
 def default_of(field: dataclasses.Field) -> Any:
     """The value of a field that isn't given."""
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    factory: Callable[[], Any] = field.default_factory  # type: ignore[assignment]
-    return factory()
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -15,20 +15,9 @@ from ..models.swin import merge_order
 from ..utils.label_names import coco_spelling
 from ..utils.messages import listed
 
-PREDICTORS = {
-    "crosskd_gfl": {"cls_predictor": "gfl_cls", "box_predictor": "gfl_reg"},
-    "crosskd_retinanet": {"cls_predictor": "retina_cls", "box_predictor": "retina_reg"},
-    "crosskd_fcos": {
-        "cls_predictor": "conv_cls",
-        "box_predictor": "conv_reg",
-        "centerness_predictor": "conv_centerness",
-    },
-    "crosskd_atss": {
-        "cls_predictor": "atss_cls",
-        "box_predictor": "atss_reg",
-        "centerness_predictor": "atss_centerness",
-    },
-}
+# What the names of each detector's prediction convolutions begin with; they end with the second dictionary's.
+PREFIXES = {"crosskd_gfl": "gfl", "crosskd_retinanet": "retina", "crosskd_fcos": "conv", "crosskd_atss": "atss"}
+PREDICTORS = {"cls_predictor": "cls", "box_predictor": "reg", "centerness_predictor": "centerness"}
 # Buffers a checkpoint may hold that carry nothing: counters and constants that are computed here.
 IGNORED_KEYS = re.compile(
     r".*\.num_batches_tracked|bbox_head\.integral\.project|.*\.relative_position_index|data_preprocessor\..*"
@@ -48,7 +37,7 @@ class CheckpointError(ValueError):
 
 def reference_key(key: str, model: DenseDetector) -> str:
     """MMDetection's name of one of this package's parameters or buffers."""
-    predictors = PREDICTORS[model.config.model_type]
+    prefix = PREFIXES[model.config.model_type]
     num_laterals = len(model.fpn.lateral_convs)
     rules = (
         (r"backbone\.norms\.(\d+)\.(.+)", lambda m: f"backbone.norm{int(m[1]) + 1}.{m[2]}"),
@@ -58,7 +47,7 @@ def reference_key(key: str, model: DenseDetector) -> str:
         (r"fpn\.extra_convs\.(\d+)\.(.+)", lambda m: f"neck.fpn_convs.{int(m[1]) + num_laterals}.conv.{m[2]}"),
         (r"head\.(cls|reg)_tower\.(\d+)\.conv\.(.+)", lambda m: f"bbox_head.{m[1]}_convs.{m[2]}.conv.{m[3]}"),
         (r"head\.(cls|reg)_tower\.(\d+)\.norm\.(.+)", lambda m: f"bbox_head.{m[1]}_convs.{m[2]}.gn.{m[3]}"),
-        (r"head\.(\w+_predictor)\.(.+)", lambda m: f"bbox_head.{predictors[m[1]]}.{m[2]}"),
+        (r"head\.(\w+_predictor)\.(.+)", lambda m: f"bbox_head.{prefix}_{PREDICTORS[m[1]]}.{m[2]}"),
         (r"head\.scales\.(\d+)", lambda m: f"bbox_head.scales.{m[1]}.scale"),
     )
     for pattern, name in rules:

@@ -200,7 +200,7 @@ def test_a_power_cut_at_the_end_loses_no_run(
     names = ("model.safetensors", "config.json", "preprocessor_config.json", "evaluation/eval_metrics.json")
     assert [name for name in names if (unfinished / name).stat().st_ino not in before_state] == []
     printed = capsys.readouterr().out
-    assert f"goes on from {unfinished / 'checkpoint-3'}" in printed and "AP50" in printed
+    assert f"resumes from {unfinished / 'checkpoint-3'}" in printed and "AP50" in printed
     assert run_folder.is_finished(unfinished) and "eval_AP" in run_folder.final_metrics(unfinished)
 
 
@@ -231,9 +231,9 @@ def test_an_interrupted_run_says_how_it_goes_on(
         with pytest.raises(SystemExit) as ended:
             train.main(saving)
     assert ended.value.code == 130
-    assert "interrupted: the same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert "interrupted: the same command resumes from the last checkpoint" in capsys.readouterr().err
     train.main(saving)
-    assert f"goes on from {recipe.parent / 'run' / 'checkpoint-2'}" in capsys.readouterr().out
+    assert f"resumes from {recipe.parent / 'run' / 'checkpoint-2'}" in capsys.readouterr().out
 
 
 def test_a_teacher_taken_out_is_one_change(recipe: Path) -> None:

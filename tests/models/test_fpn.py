@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from crosskd_hf.models.configuration import DenseDetectorConfig
 from crosskd_hf.models.fpn import FPN
@@ -31,50 +30,42 @@ def values(levels: list[torch.Tensor]) -> list[float]:
 
 
 def test_sums_from_the_top_down():
-    levels = fpn()(constants())
+    features = constants()
+    levels = fpn()(features)
     assert values(levels) == [111, 110, 100, 100, 100]
     assert [tuple(level.shape[2:]) for level in levels] == [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
+    assert values(features) == [1, 10, 100], "inputs stay as they are"
+    assert values(fpn(strides=[8, 16, 32])(features)) == [111, 110, 100]
+    assert len(fpn(strides=[8, 16, 32, 64, 128, 256])(features)) == 6
 
 
-def test_output_convolutions_are_not_part_of_the_sum():
-    pyramid = fpn()
-    with torch.no_grad():
-        pyramid.output_convs[2].bias.fill_(5000)
-        pyramid.output_convs[1].bias.fill_(700)
-    # P5 = 5100, and P6, P7 follow it; P4 = 110 + 700 and P3 don't.
-    assert values(pyramid(constants())) == [111, 810, 5100, 5100, 5100]
-
-
-@pytest.mark.parametrize(("where", "expected"), [("on_output", 7200), ("on_input", 100)])
-def test_extra_levels_start_from_p5_or_c5(where, expected):
+@pytest.mark.parametrize(("where", "extra"), [("on_output", 7200), ("on_input", 100)])
+def test_output_convolutions_come_after_the_sum_and_extra_levels_start_from_p5_or_c5(where, extra):
     pyramid = fpn(fpn_extra_convs=where)
     with torch.no_grad():
         pyramid.lateral_convs[2].weight.fill_(2)
         pyramid.output_convs[2].bias.fill_(7000)
-    # P5 = 2 * 100 + 7000.
-    assert values(pyramid(constants())) == [211, 210, 7200, expected, expected]
+        pyramid.output_convs[1].bias.fill_(700)
+    # P5 = 2 * 100 + 7000; P4 = 200 + 10 + 700 and P3 don't see the biases above them.
+    assert values(pyramid(constants())) == [211, 910, 7200, extra, extra]
 
 
 def test_extra_convolutions_take_c5s_channels_only_on_input():
     widths = (2, 3, 4)
     features = [torch.ones(1, c, *size) for c, size in zip(widths, ((8, 8), (4, 4), (2, 2)), strict=True)]
-    assert [conv.in_channels for conv in fpn(widths, fpn_extra_convs="on_input").extra_convs] == [4, 1]
     assert [conv.in_channels for conv in fpn(widths, fpn_extra_convs="on_output").extra_convs] == [1, 1]
     # C3 + C4 + C5 = 2 + 3 + 4; P6 of C5 adds up its four channels.
     assert values(fpn(widths, fpn_extra_convs="on_input")(features)) == [9, 7, 4, 4, 4]
 
 
 @pytest.mark.parametrize(("relu", "p7"), [(False, -94), (True, 6)])
-def test_relu_before_p7_only(relu, p7):
+@pytest.mark.parametrize("where", ["on_output", "on_input"])
+def test_relu_before_p7_only(relu, p7, where):
     # P6 = -100 stays negative itself; P7 = P6 + 6 or relu(P6) + 6.
-    pyramid = fpn(fpn_relu_before_p7=relu)
+    pyramid = fpn(fpn_relu_before_p7=relu, fpn_extra_convs=where)
     with torch.no_grad():
         pyramid.extra_convs[1].bias.fill_(6)
     assert values(pyramid(constants(c5=-100)))[2:] == [-100, -100, p7]
-
-
-def test_relu_does_not_come_before_p6():
-    assert values(fpn(fpn_relu_before_p7=True, fpn_extra_convs="on_input")(constants(c5=-100)))[3] == -100
 
 
 def test_extra_convolutions_have_stride_two_and_padding_one():
@@ -96,34 +87,3 @@ def test_upsampling_is_nearest_also_between_odd_sizes():
     # Row i of 3 takes floor(2 i / 3) = 0 0 1; row i of 5 takes floor(3 i / 5) = 0 0 1 1 2 of those.
     assert p4[0, 0].tolist() == [[1, 1, 2], [1, 1, 2], [3, 3, 4]]
     assert p3[0, 0].tolist() == [[1, 1, 1, 1, 2]] * 4 + [[3, 3, 3, 3, 4]]
-
-
-def test_inputs_stay_as_they_are():
-    features = constants(c5=-100)
-    kept = [feature.clone() for feature in features]
-    fpn(fpn_relu_before_p7=True)(features)
-    assert all(torch.equal(x, y) for x, y in zip(features, kept, strict=True))
-
-
-def test_as_many_levels_as_strides():
-    assert values(fpn(strides=[8, 16, 32])(constants())) == [111, 110, 100]
-    six = fpn(strides=[8, 16, 32, 64, 128, 256])(constants())
-    assert len(six) == 6 and six[5].shape[2:] == (1, 1)
-
-
-def test_every_level_has_an_output_convolution_of_its_own():
-    torch.manual_seed(0)
-    pyramid = FPN(DenseDetectorConfig(fpn_channels=4), [3, 5, 7])
-    features = [torch.randn(2, c, s, s) for c, s in ((3, 8), (5, 4), (7, 2))]
-    levels = pyramid(features)
-    lateral = [conv(x) for conv, x in zip(pyramid.lateral_convs, features, strict=True)]
-    p4 = lateral[1] + F.interpolate(lateral[2], scale_factor=2)
-    p3 = lateral[0] + F.interpolate(p4, scale_factor=2)
-    for conv, merged, level in zip(pyramid.output_convs, (p3, p4, lateral[2]), levels[:3], strict=True):
-        torch.testing.assert_close(conv(merged), level)
-    torch.testing.assert_close(pyramid.extra_convs[1](pyramid.extra_convs[0](levels[2])), levels[4])
-
-
-def test_maps_that_are_missing_are_refused():
-    with pytest.raises(ValueError):
-        fpn()(constants()[:2])

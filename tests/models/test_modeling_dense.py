@@ -1,7 +1,11 @@
+"""The detectors as transformers' models: initialisation, inputs, outputs, saving, checkpointing."""
+
 import math
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file, save_file
 from tiny import tiny_batch, tiny_model
 
 from crosskd_hf import CONFIGS, MODELS, GFLConfig, GFLForObjectDetection
@@ -35,16 +39,12 @@ def test_initialisation(name: str) -> None:
         if conv.bias is not None:
             expected = -math.log(99) if key.endswith("cls_predictor") else 0.0
             assert torch.allclose(conv.bias, torch.tensor(expected)), key
+    # timm's own: He normal over the fan out, 128 * 9.
+    weight = model.backbone.body.layer2[0].conv1.weight
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / (128 * 9)), rel=0.05)
+    assert model.backbone.body.bn1.running_var.eq(1).all()
     if model.head.spec.scale_boxes:
         assert [scale.item() for scale in model.head.scales.parameters()] == [1.0] * 5
-
-
-def test_timm_keeps_its_own_initialisation() -> None:
-    model = fresh("gfl")
-    conv = model.backbone.body.layer2[0].conv1.weight
-    # He normal over the fan out, 128 * 9
-    assert conv.std().item() == pytest.approx(math.sqrt(2 / (128 * 9)), rel=0.05)
-    assert model.backbone.body.bn1.running_var.eq(1).all()
 
 
 def test_a_head_for_other_labels_is_initialised_on_loading(tmp_path) -> None:
@@ -55,11 +55,10 @@ def test_a_head_for_other_labels_is_initialised_on_loading(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 65), (64, 96), (1, 1)])
+@pytest.mark.parametrize(("height", "width"), [(33, 65), (1, 1)])
 def test_any_image_size(name: str, height: int, width: int) -> None:
-    model = fresh(name).eval()
     with torch.no_grad():
-        output = model(torch.randn(1, 3, height, width))
+        output = tiny_model(name, head_blocks=1).eval()(torch.randn(1, 3, height, width))
     assert output.logits.shape[:2] == output.pred_boxes.shape[:2]
     assert output.pred_boxes.isfinite().all()
     assert output.level_sizes.sum() == output.logits.shape[1]
@@ -68,7 +67,7 @@ def test_any_image_size(name: str, height: int, width: int) -> None:
 @pytest.mark.parametrize("name", DETECTORS)
 def test_images_without_boxes(name: str) -> None:
     """Every term is finite; without a positive each is its numerator over 1 image's count (or over 1)."""
-    model = tiny_model(name).train()
+    model = tiny_model(name, head_blocks=1).train()
     batch = tiny_batch()
     empty = [{"boxes": torch.zeros(0, 4), "class_labels": torch.zeros(0, dtype=torch.long)} for _ in range(2)]
     output = model(batch["pixel_values"], labels=empty)
@@ -80,21 +79,6 @@ def test_images_without_boxes(name: str) -> None:
     output.loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained), "every parameter is used (DDP)"
-
-
-@pytest.mark.parametrize("name", DETECTORS)
-def test_an_image_is_assigned_as_if_it_were_alone(name: str) -> None:
-    """In a mixed batch, padded boxes and other images change nothing."""
-    model = tiny_model(name).eval()
-    batch = tiny_batch(images=3)
-    observer = DenseObserver(model)
-    together = observer(**batch).context.losses.assignment
-    for i in range(3):
-        one = {"pixel_values": batch["pixel_values"][i : i + 1], "labels": [batch["labels"][i]]}
-        alone = observer(**one).context.losses.assignment
-        assert torch.equal(together.positive[i], alone.positive[0])
-        assert torch.equal(together.box_index[i], alone.box_index[0])
-        assert torch.equal(together.class_weights[i], alone.class_weights[0])
 
 
 def test_mask_beyond_an_image_rounded_up_to_32() -> None:
@@ -111,59 +95,43 @@ def test_mask_beyond_an_image_rounded_up_to_32() -> None:
     assert weights[4].tolist() == [[1.0]]
 
 
-@pytest.mark.parametrize("name", DETECTORS)
-def test_padded_labels_give_the_losses_of_a_list(name: str) -> None:
-    """Whatever the padding holds."""
-    model, batch = tiny_model(name).eval(), tiny_batch(images=3)
+@pytest.mark.parametrize("most", [0, 8])
+def test_padded_labels_give_the_losses_of_a_list(most: int) -> None:
+    """Whatever the padding holds. Without any box, there may be none even as padding."""
+    model, batch = tiny_model(head_blocks=1).eval(), tiny_batch(images=3)
+    if most == 0:
+        batch["labels"] = [{"boxes": torch.zeros(0, 4), "class_labels": torch.zeros(0, dtype=torch.long)}] * 3
     listed = model(**batch).loss_dict
-    boxes, classes = torch.full((3, 8, 4), 7.0), torch.ones(3, 8, dtype=torch.long)
-    mask = torch.zeros(3, 8, dtype=torch.bool)
+    boxes, classes = torch.full((3, most, 4), 7.0), torch.ones(3, most, dtype=torch.long)
+    mask = torch.zeros(3, most, dtype=torch.bool)
     for i, label in enumerate(batch["labels"]):
         count = len(label["boxes"])
         boxes[i, :count], classes[i, :count], mask[i, :count] = label["boxes"], label["class_labels"], True
     labels = {"boxes": boxes, "class_labels": classes, "mask": mask}
-    padded = model(batch["pixel_values"], labels=labels).loss_dict
-    torch.testing.assert_close(padded, listed)
+    torch.testing.assert_close(model(batch["pixel_values"], labels=labels).loss_dict, listed)
     with pytest.raises(ValueError, match="padded labels need boxes, class_labels and mask; mask missing"):
         model(batch["pixel_values"], labels={"boxes": boxes, "class_labels": classes})
-    with pytest.raises(ValueError, match="3 labels were given for 2 images"):
-        model(batch["pixel_values"][:2], labels=labels)
-
-
-def test_wrong_numbers_of_labels_are_named() -> None:
-    with pytest.raises(ValueError, match="1 labels were given for 2 images"):
-        tiny_model()(tiny_batch()["pixel_values"], labels=tiny_batch()["labels"][:1])
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        *(("backbone_style", "tensorflow"), ("fpn_extra_convs", "both"), ("head_blocks", 0), ("head_blocks", 65)),
-        *(("strides", [4, 8, 16]), ("strides", [8, 16]), ("strides", [8, 16, 32, 48]), ("fpn_channels", 10**9)),
-        *(("nms_threshold", float("nan")), ("nms_threshold", 1.01), ("size_divisor", 0), ("frozen_stages", -2)),
-        *(("drop_path_rate", float("nan")), ("reg_max", 0), ("box_loss_weight", float("nan")), ("num_labels", 10**9)),
-        *(("id2label", {}), ("id2label", {0: "a", 2: "b"}), ("id2label", {0: None}), ("id2label", ["a"])),
-    ],
-)
-def test_configurations_that_cannot_be(field: str, value) -> None:
-    with pytest.raises(ValueError, match=field):
-        GFLConfig(**{field: value})
+    for wrong in (labels, batch["labels"]):
+        with pytest.raises(ValueError, match="3 labels were given for 2 images"):
+            model(batch["pixel_values"][:2], labels=wrong)
 
 
 @pytest.mark.parametrize(
     ("detector", "field", "value"),
     [
-        ("retinanet", "anchor_ratios", []),
-        ("retinanet", "anchor_ratios", [1.0, float("nan")]),
-        ("retinanet", "negative_iou", 0.6),
-        ("fcos", "regress_ranges", [[64.0, -1.0]]),
-        ("fcos", "regress_ranges", [[64.0]]),
-        ("atss", "delta_scales", [0.1, 0.1]),
+        *(("gfl", "backbone_style", "tensorflow"), ("gfl", "fpn_extra_convs", "both"), ("gfl", "head_blocks", 0)),
+        *(("gfl", "head_blocks", 65), ("gfl", "strides", [4, 8, 16]), ("gfl", "strides", [8, 16])),
+        *(("gfl", "strides", [8, 16, 32, 48]), ("gfl", "nms_threshold", float("nan")), ("gfl", "nms_threshold", 1.01)),
+        *(("gfl", "frozen_stages", -2), ("gfl", "num_labels", 10**9), ("gfl", "id2label", {})),
+        *(("gfl", "id2label", {0: "a", 2: "b"}), ("gfl", "id2label", {0: None}), ("gfl", "id2label", ["a"])),
+        *(("retinanet", "anchor_ratios", []), ("retinanet", "anchor_ratios", [1.0, float("nan")])),
+        *(("retinanet", "negative_iou", 0.6), ("fcos", "regress_ranges", [[64.0, -1.0]])),
+        *(("fcos", "regress_ranges", [[64.0]]), ("atss", "delta_scales", [0.1, 0.1])),
         ("atss", "delta_scales", [0.1, 0.1, 0.2, 0.0]),
     ],
 )
-def test_configurations_of_one_detector_that_cannot_be(detector: str, field: str, value) -> None:
-    with pytest.raises(ValueError, match=field):
+def test_configurations_that_cannot_be(detector: str, field: str, value) -> None:
+    with pytest.raises((ValueError, StrictDataclassError), match=field):
         CONFIGS[detector](**{field: value})
 
 
@@ -175,12 +143,7 @@ def test_limits_are_inclusive_and_of_fields_that_there_are() -> None:
     assert set(LIMITS) <= fields
 
 
-def test_a_checkpoint_without_a_backbone_weight_is_noticed(tmp_path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    from crosskd_hf.weights.loading import load_detector
-    from crosskd_hf.weights.mmdet import CheckpointError
-
+def test_a_backbone_weight_that_a_checkpoint_lacks_is_initialised(tmp_path) -> None:
     fresh("gfl").save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     del state["backbone.body.layer4.0.conv1.weight"]
@@ -188,23 +151,18 @@ def test_a_checkpoint_without_a_backbone_weight_is_noticed(tmp_path) -> None:
     model = GFLForObjectDetection.from_pretrained(tmp_path)
     weight = model.backbone.body.layer4[0].conv1.weight
     assert weight.device.type == "cpu" and weight.isfinite().all() and 0 < weight.std() < 1
-    with pytest.raises(CheckpointError, match=r"layer4\.0\.conv1\.weight"):
-        load_detector(str(tmp_path), None, ())
 
 
-@pytest.mark.parametrize("name", DETECTORS)
-def test_hidden_states_are_the_maps_of_backbone_and_fpn(name: str) -> None:
-    model, pixels = tiny_model(name).eval(), tiny_batch()["pixel_values"]
+def test_hidden_states_are_the_maps_of_backbone_and_fpn() -> None:
+    model, pixels = tiny_model().eval(), tiny_batch()["pixel_values"]
     with torch.no_grad():
         output, plain = model(pixels, output_hidden_states=True), model(pixels)
         features = DenseObserver(model)(pixels).features
+        model.config.output_hidden_states = True
+        by_config, without = model(pixels), model(pixels, output_hidden_states=False)
     assert [tuple(state.shape[1:]) for state in output.hidden_states[:3]] == [(128, 8, 12), (256, 4, 6), (512, 2, 3)]
     assert all(torch.equal(*pair) for pair in zip(output.hidden_states[3:], features, strict=True))
-    assert plain.hidden_states is None
-    model.config.output_hidden_states = True
-    with torch.no_grad():
-        assert len(model(pixels).hidden_states) == 8
-        assert model(pixels, output_hidden_states=False).hidden_states is None
+    assert len(by_config.hidden_states) == 8 and plain.hidden_states is without.hidden_states is None
 
 
 def test_a_tuple_holds_what_the_output_holds() -> None:
@@ -218,8 +176,7 @@ def test_a_tuple_holds_what_the_output_holds() -> None:
     assert torch.equal(as_tuple[2], output.logits) and torch.equal(by_config[3], output.pred_boxes)
 
 
-@pytest.mark.parametrize("name", DETECTORS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "dtype"), [("gfl", torch.bfloat16), ("fcos", torch.float16)])
 def test_half_precision_weights_take_fp32_pixels(tmp_path, name: str, dtype: torch.dtype) -> None:
     model, pixels = tiny_model(name).eval(), tiny_batch()["pixel_values"]
     model.save_pretrained(tmp_path)
@@ -229,8 +186,6 @@ def test_half_precision_weights_take_fp32_pixels(tmp_path, name: str, dtype: tor
         expected, output = model(pixels), half(pixels)
     assert output.pred_boxes.dtype == torch.float32, "a pixel of a large box is more than half precision resolves"
     assert (output.logits.sigmoid() - expected.logits.sigmoid()).abs().mean() < 0.02
-    half.save_pretrained(tmp_path / "half")
-    assert next(MODELS[name].from_pretrained(tmp_path / "half").parameters()).dtype == dtype
 
 
 def test_parts_may_lie_on_the_disk(tmp_path) -> None:
@@ -247,41 +202,21 @@ def test_parts_may_lie_on_the_disk(tmp_path) -> None:
     assert torch.equal(output.logits, expected.logits) and torch.equal(output.pred_boxes, expected.pred_boxes)
 
 
-def test_device_map_auto() -> None:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        tiny_model().save_pretrained(folder)
-        model = GFLForObjectDetection.from_pretrained(folder, device_map="auto")
-        with torch.no_grad():
-            assert model(tiny_batch()["pixel_values"].to(model.device)).logits.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("name", "backbone"), [("gfl", "resnet18"), ("fcos", "resnet18"), ("retinanet", "swin_tiny_patch4_window7_224")]
-)
-def test_activation_checkpointing_changes_no_gradient(name: str, backbone: str) -> None:
-    model, batch = tiny_model(name, backbone=backbone, frozen_stages=0).train(), tiny_batch(height=96)
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    model, batch = tiny_model(head_blocks=2).train(), tiny_batch(height=96)
+    calls = {"stage": 0, "block": 0}
+    model.backbone.body.layer2[0].conv1.register_forward_hook(lambda *_: calls.update(stage=calls["stage"] + 1))
+    model.head.cls_tower[0].conv.register_forward_hook(lambda *_: calls.update(block=calls["block"] + 1))
     kept = gradients(model, batch)
+    assert calls == {"stage": 1, "block": 5}
     model.activation_checkpointing_enable()
     assert model.is_activation_checkpointing
     again = gradients(model, batch)
+    assert calls == {"stage": 3, "block": 15}, "stages and towers are computed again"
     model.activation_checkpointing_disable()
     assert not model.is_activation_checkpointing
     assert kept.keys() == again.keys()
     assert all(torch.allclose(kept[key], again[key], rtol=1e-4, atol=1e-6) for key in kept)
-
-
-def test_activation_checkpointing_computes_stages_and_towers_again() -> None:
-    model, batch = tiny_model().train(), tiny_batch()
-    calls = {"stage": 0, "block": 0}
-    model.backbone.body.layer2[0].conv1.register_forward_hook(lambda *_: calls.update(stage=calls["stage"] + 1))
-    model.head.cls_tower[0].conv.register_forward_hook(lambda *_: calls.update(block=calls["block"] + 1))
-    gradients(model, batch)
-    assert calls == {"stage": 1, "block": 5}
-    model.activation_checkpointing_enable()
-    gradients(model, batch)
-    assert calls == {"stage": 3, "block": 15}
 
 
 def gradients(model, batch: dict) -> dict[str, torch.Tensor]:
@@ -303,31 +238,16 @@ def test_only_safetensors_are_written_and_label_names_come_back(tmp_path) -> Non
     assert again.config.id2label == {0: "cat", 1: "dog"} and again.config.label2id == {"cat": 0, "dog": 1}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", DETECTORS)
-def test_a_compiled_model_gives_the_same(name: str) -> None:
-    model, batch = tiny_model(name).train(), tiny_batch()
-    expected = model(**batch)
-    compiled = torch.compile(model)(**batch)
-    assert torch.allclose(compiled.loss, expected.loss, rtol=1e-4)
-    assert torch.allclose(compiled.logits, expected.logits, rtol=1e-3, atol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda label: {"boxes": label["boxes"] / 96}, "box 0 of image 0 has .*within 0..1"),
-        (lambda label: {"boxes": label["boxes"][:, [2, 3, 0, 1]]}, "box 0 of image 0 has .*x2"),
-        (lambda label: {"boxes": label["boxes"] * 100}, "wholly outside its 96 x 64 pixels"),
         (lambda label: {"class_labels": label["class_labels"] + 2}, "from 0 to 1"),
-        (lambda label: {"class_labels": label["class_labels"] - 2}, "from 0 to 1"),
-        (
-            lambda label: {"boxes": label["boxes"][1:]},
-            r"image 0 needs boxes \(G, 4\) .*got \(\(0, 4",
-        ),
+        (lambda label: {"boxes": label["boxes"][1:]}, r"image 0 needs boxes \(G, 4\) .*got \(\(0, 4"),
     ],
 )
-def test_a_training_loop_of_ones_own_gets_its_labels_checked(change, words):
+def test_labels_of_a_hand_written_loop_are_checked(change, words):
+    """See `check_labels`."""
     batch = tiny_batch()
     wrong = [{**label, **change(label)} for label in batch["labels"]]
     with pytest.raises(ValueError, match=words):

@@ -1,4 +1,4 @@
-"""A step in other layouts and precisions, and compiled: the same losses and gradients, up to their rounding."""
+"""A step in other layouts and precisions: the same losses and gradients, up to their rounding."""
 
 from pathlib import Path
 
@@ -7,7 +7,6 @@ import torch
 from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crosskd_hf.data.collator import padded_number
 from crosskd_hf.distillation import PKD, CrossKD, DistillationPair, Mimic
 from crosskd_hf.distillation.alignment import align, standardise
 from crosskd_hf.distillation.observers.dense import DenseObserver
@@ -16,24 +15,19 @@ from crosskd_hf.models.backbone import batchnorms
 from crosskd_hf.models.head import GroupNorm, HalfPrecisionGroupNorm, LevelScales
 from crosskd_hf.training.distillation_trainer import DistillationTrainer
 
-DETECTORS = ["gfl", "retinanet", "fcos", "atss"]
 # On levels of a cell or two the alignment standardises what is mostly rounding.
-LARGE = {"height": 256, "width": 320}
+LARGE = {"height": 128, "width": 160}
 
 
-# CPUs without such instructions take ten seconds for a step in half precision, and compiling takes as long.
-WITH_AND_WITHOUT_GROUP_NORM = [
-    "gfl",
-    "retinanet",
-    pytest.param("fcos", marks=pytest.mark.slow),
-    pytest.param("atss", marks=pytest.mark.slow),
-]
+# CPUs without such instructions take ten seconds for a step in half precision.
+WITH_AND_WITHOUT_GROUP_NORM = ["gfl", pytest.param("retinanet", marks=pytest.mark.slow)]
 
 
 def pair_of(detector: str, fold: bool = False, channels_last: bool = False) -> DistillationPair:
-    pair = DistillationPair(
-        tiny_model(detector, seed=1).train(), tiny_model(detector), [CrossKD(), PKD(PKD.Settings(weight=1.0))]
-    )
+    options = {"head_blocks": 1, "strides": [8, 16, 32]}
+    student, teacher = tiny_model(detector, seed=1, **options).train(), tiny_model(detector, **options)
+    methods = [CrossKD(CrossKD.Settings(tap_index=1)), PKD(PKD.Settings(weight=1.0))]
+    pair = DistillationPair(student, teacher, methods)
     pair.prepare_teacher(fold)
     return pair.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
@@ -49,30 +43,15 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def padded_batch(boxes: int, height: int = 64, width: int = 96) -> dict:
-    """`boxes` random boxes an image, padded as the collator does it."""
-    generator = torch.Generator().manual_seed(boxes)
-    length = padded_number(boxes)
-    corner = torch.rand(2, length, 2, generator=generator) * torch.tensor([width / 2, height / 2])
-    size = 16 + torch.rand(2, length, 2, generator=generator) * 24
-    labels = {
-        "boxes": torch.cat([corner, corner + size], dim=-1),
-        "class_labels": torch.randint(0, 2, (2, length), generator=generator),
-        "mask": (torch.arange(length) < boxes).expand(2, length).contiguous(),
-    }
-    return {"pixel_values": torch.randn(2, 3, height, width, generator=generator), "labels": labels}
-
-
-@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("detector", ["gfl", "retinanet"])
 def test_channels_last_and_a_folded_teacher_change_nothing(detector: str) -> None:
     inputs, plain = tiny_batch(**LARGE), pair_of(detector)
     expected = plain(**inputs).loss
     gradients = gradients_of(plain, expected)
-    for options in ({"channels_last": True}, {"fold": True}, {"channels_last": True, "fold": True}):
-        pair = pair_of(detector, **options)
-        loss = pair(**inputs).loss
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-4), options
-        assert relative(gradients_of(pair, loss), gradients) < 0.02, options  # as a change of the pixels by 1e-6
+    pair = pair_of(detector, channels_last=True, fold=True)
+    loss = pair(**inputs).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert relative(gradients_of(pair, loss), gradients) < 0.02  # as a change of the pixels by 1e-6
 
 
 @pytest.mark.parametrize("detector", WITH_AND_WITHOUT_GROUP_NORM)
@@ -107,74 +86,19 @@ def test_half_precision_with_a_scaled_loss(detector: str) -> None:
     assert scaler.get_scale() == 2.0**10, "no step was skipped"
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("detector", WITH_AND_WITHOUT_GROUP_NORM)
-def test_a_compiled_step_is_one_program_for_any_number_of_boxes(detector: str, backend: str) -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    pair = pair_of(detector)
-    compiled = torch.compile(pair, fullgraph=True, backend=backend)
-    for boxes in (3, 20, 200):
-        inputs = padded_batch(boxes)
-        for padded in inputs["labels"].values():
-            torch._dynamo.mark_dynamic(padded, 1)
-        expected = pair(**inputs).loss
-        gradients = gradients_of(pair, expected)
-        loss = compiled(**inputs).loss
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-5), boxes
-        assert relative(gradients_of(pair, loss), gradients) < 1e-4, boxes
-    counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
-
-
-@pytest.mark.slow
-def test_compiled_programs_serve_any_image_size() -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    pair = pair_of("retinanet")
-    compiled = torch.compile(pair, fullgraph=True, backend="eager")
-    for size in ((256, 320), (288, 256), (320, 384)):
-        inputs = padded_batch(8, *size)
-        assert compiled(**inputs).loss.item() == pytest.approx(pair(**inputs).loss.item(), rel=1e-5), size
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the first size's own, then one of all others
-
-
 def trainer(folder: Path, **options) -> DistillationTrainer:
     student, split = tiny_model(seed=1), tiny_split(folder / "data")
-    args, processor = tiny_args(folder / "run", max_steps=2, **options), tiny_processor(student)
-    # torch 2.15's bfloat16 convolutions of stride 2 on a CPU return whatever was in memory as the gradient of maps one
-    # cell wide, which images of 64 pixels have.
-    processor.size = {"shortest_edge": 128, "longest_edge": 192}
-    return DistillationTrainer(student, tiny_model(), args, split, split, processor)
+    args = tiny_args(folder / "run", **options)
+    return DistillationTrainer(student, tiny_model(), args, split, split, tiny_processor(student))
 
 
-def losses(found: DistillationTrainer) -> list[float]:
-    return [entry["loss"] for entry in found.state.log_history if "loss" in entry]
-
-
-def test_the_trainer_knows_them_all(tmp_path: Path) -> None:
-    expected = None
-    for i, options in enumerate(
-        (
-            {"fold_teacher_batchnorm": False},
-            {"channels_last": True},
-            {"torch_compile": True, "torch_compile_backend": "eager"},
-            {"bf16": True, "channels_last": True},
-        )
-    ):
-        mine = trainer(tmp_path / str(i), **options)
-        mine.train()
-        expected = expected or losses(mine)
-        assert losses(mine) == pytest.approx(expected, rel=0.05 if "bf16" in options else 1e-3), options
-        mine.save_model()
-        saved = type(mine.accelerator.unwrap_model(mine.model)).from_pretrained(tmp_path / str(i) / "run")
-        state = mine.accelerator.unwrap_model(mine.model).state_dict()
-        assert all(torch.equal(value, state[key]) for key, value in saved.state_dict().items()), options
-
-
-def test_the_teacher_itself_is_left_as_it_is(tmp_path: Path) -> None:
-    teacher = trainer(tmp_path, channels_last=True).teacher
-    assert list(batchnorms(teacher.backbone)) and set(teacher.state_dict()) == set(tiny_model().state_dict())
+def test_a_trainer_prepares_its_own_copy_of_the_teacher(tmp_path: Path) -> None:
+    found = trainer(tmp_path, bf16=True, channels_last=True)
+    weight = found.pair.teacher.head.cls_predictor.weight
+    assert weight.dtype == torch.bfloat16 and not list(batchnorms(found.pair.teacher.backbone))
+    assert found.model.head.cls_predictor.weight.is_contiguous(memory_format=torch.channels_last)
+    assert found.teacher.head.cls_predictor.weight.dtype == torch.float32
+    assert set(found.teacher.state_dict()) == set(tiny_model().state_dict()), "with its BatchNorms"
 
 
 # Half precision on a GPU --------------------------------------------------------------------------------------------
@@ -254,9 +178,8 @@ def test_aligned_maps_keep_their_precision(rectify: bool) -> None:
     assert standardise([half])[0].dtype == torch.float32  # of the feature loss
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
-def test_a_teachers_weights_are_cast_once(detector: str) -> None:
-    given = tiny_model(detector).eval().requires_grad_(False)
+def test_a_teachers_weights_are_cast_once() -> None:
+    given = tiny_model("atss").eval().requires_grad_(False)
     plain, cast = prepared_teacher(given), prepared_teacher(given, dtype=torch.bfloat16)
     shown = []
     for teacher in (plain, cast):
@@ -288,9 +211,3 @@ def test_maps_and_terms_have_their_precision() -> None:
     assert {level.dtype for level in [*shown.features, *shown.taps.cls, *shown.taps.reg]} == {torch.bfloat16}
     assert shown.predictions.logits.dtype == shown.predictions.boxes_xyxy.dtype == torch.float32
     assert {term.dtype for term in [output.loss, *output.loss_dict.values()]} == {torch.float32}
-
-
-def test_a_trainers_teacher_has_the_runs_precision(tmp_path: Path) -> None:
-    found = trainer(tmp_path, bf16=True)
-    assert found.pair.teacher.head.cls_predictor.weight.dtype == torch.bfloat16
-    assert found.teacher.head.cls_predictor.weight.dtype == torch.float32

@@ -33,7 +33,7 @@ def test_a_demo_is_interrupted_and_goes_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(running, "run", interrupted)
     with pytest.raises(SystemExit, match="130"):
         cli.main(arguments(tmp_path))
-    assert "interrupted: the same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert "interrupted: the same command resumes from the last checkpoint" in capsys.readouterr().err
     monkeypatch.setattr(running, "run", lambda trainer, recipe: trained.append(None) or run(trainer, recipe))
     cli.main(arguments(tmp_path))
     assert len(trained) == 3, "what was finished is not run again"

@@ -2,7 +2,6 @@
 
 import os
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +36,6 @@ XMP_TURNED = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://
         ("420.jpg", "RGB", {"subsampling": "4:2:0"}),
         ("444.jpg", "RGB", {"subsampling": "4:4:4"}),
         ("progressive.jpg", "RGB", {"progressive": True}),
-        ("comment.jpg", "RGB", {"comment": b"x" * 300}),
         ("grey.jpg", "L", {}),
         ("cmyk.jpg", "CMYK", {}),
         *((f"exif{orientation}.jpg", "RGB", {"exif": turned(orientation)}) for orientation in range(1, 9)),
@@ -47,76 +45,50 @@ XMP_TURNED = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://
         ("alpha.png", "RGBA", {}),
     ],
 )
-def test_tensors_hold_the_pixels_that_pillow_reads(tmp_path, name, mode, options):
+def test_images_are_turned_upright_and_read_alike_from_files_and_bytes(tmp_path, name, mode, options):
     file = tmp_path / name
     picture(mode).save(file, **options)
-    expected = pil_to_tensor(load_rgb(file))
+    with Image.open(file) as image:
+        expected = pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
     assert expected.shape == ((3, 53, 37) if name[-5] in "5678" else (3, 37, 53))
     for source in (file, str(file), file.read_bytes()):
         assert torch.equal(load_tensor(source), expected)
     assert inspect_image(file) == expected.shape[:0:-1]
 
 
-@pytest.mark.skipif("CROSSKD_DATA" not in os.environ, reason="needs real photographs")
-def test_tensors_of_photographs_hold_the_pixels_that_pillow_reads():
-    files = sorted(Path(os.environ["CROSSKD_DATA"]).rglob("*.jpg"))
-    files = files[:: max(1, len(files) // 40)]
-    if len(files) < 20:
-        pytest.skip("fewer than 20 photographs")
-    for file in files:
-        with Image.open(file) as image:
-            expected = pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
-        assert torch.equal(load_tensor(file), expected), file
+READERS = (load_rgb, load_tensor, inspect_image)
 
 
-def test_a_wrong_extension_does_no_harm(tmp_path):
-    picture().save(tmp_path / "photo.jpg", format="PNG")
-    assert torch.equal(load_tensor(tmp_path / "photo.jpg"), pil_to_tensor(picture()))
-
-
-@pytest.mark.parametrize("keep", [0, 1, 30, -40, -2])
-def test_cut_off_jpegs_are_refused(tmp_path, keep):
-    file = tmp_path / "cut.jpg"
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is an empty file"),
+        (slice(1), "cannot be read"),
+        (slice(-40), "cannot be read"),
+        (slice(-2), "cannot be read"),
+        # Pillow reads PostScript with a program that it starts.
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n", "it is no image: AVIF, BMP"),
+    ],
+)
+def test_what_is_no_image_is_refused(tmp_path, content, message):
+    file = tmp_path / "bad.jpg"
     picture().save(file)
-    file.write_bytes(file.read_bytes()[:keep])
-    for load in (load_rgb, load_tensor):
-        with pytest.raises(ImageError, match=r"cannot be read|is an empty file"):
-            load(file)
-
-
-def test_a_jpeg_that_is_too_large_is_refused(tmp_path, monkeypatch):
-    file = tmp_path / "large.jpg"
-    picture().save(file)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    with pytest.raises(ImageError, match="decompression bomb"):
-        load_tensor(file)
+    file.write_bytes(file.read_bytes()[content] if isinstance(content, slice) else content)
+    for read in READERS:
+        with pytest.raises(ImageError, match=message):
+            read(file)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
-@pytest.mark.parametrize("read", [load_rgb, load_tensor, inspect_image])
-def test_what_is_no_file_is_not_waited_for(tmp_path, read):
+def test_what_is_no_file_or_huge_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
-    with pytest.raises(ImageError, match="is no ordinary file"):
-        read(str(tmp_path / "pipe.jpg"))
-    with pytest.raises(ImageError, match="is a folder"):
-        read(str(tmp_path))
-
-
-@pytest.mark.parametrize("read", [load_rgb, load_tensor, inspect_image])
-def test_huge_files_are_not_read(tmp_path, read):
     with open(tmp_path / "huge.jpg", "wb") as file:
         file.truncate(LARGEST_FILE + 1)  # sparse
-    with pytest.raises(ImageError, match="has 1,073,741,825 bytes"):
-        read(str(tmp_path / "huge.jpg"))
-
-
-def test_only_raster_formats_are_opened(tmp_path):
-    """Pillow reads PostScript with a program that it starts."""
-    (tmp_path / "1.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
-    assert Image.open(tmp_path / "1.png").format == "EPS"
-    for read in (load_rgb, inspect_image):
-        with pytest.raises(ImageError, match="it is no image: AVIF, BMP"):
-            read(str(tmp_path / "1.png"))
+    rows = {"pipe.jpg": "is no ordinary file", ".": "is a folder", "huge.jpg": "has 1,073,741,825 bytes"}
+    for name, message in (rows | {"gone.jpg": "does not exist"}).items():
+        for read in READERS:
+            with pytest.raises(ImageError, match=message):
+                read(str(tmp_path / name))
 
 
 def write_tiff(path, values, bits, sample_format=1, **tags):
@@ -176,14 +148,10 @@ def test_more_than_8_bits_are_scaled_by_what_the_file_says(tmp_path, white, dtyp
     ("white", "dtype", "sample_format", "tags", "words"),
     [
         (65535, np.float32, 3, {}, "floating point values from 0 to 65535.*SMaxSampleValue"),
-        (256, np.float32, 3, {}, "floating point values from 0 to 256"),
         (np.nan, np.float32, 3, {}, "floating point values from nan"),
         (1_000_000, np.int32, 2, {}, r"integers from 0 to 1e\+06.*SMaxSampleValue"),
         (256, np.int32, 2, {}, "integers from 0 to 256"),
         (1, np.int32, 2, {}, "integers from 0 to 1,"),
-        (-200, np.int32, 2, {}, "integers from -200 to 0"),
-        (200, np.float32, 3, {"s_max": 0}, "floating point values from 0 to 200"),
-        (3_000_000_000, np.uint32, 1, {}, "integers from"),
         (4096, np.uint16, 1, {"s_max": 4095}, "integers from 0 to 4096, but says that they are 0 to 4095"),
         (4095, np.uint16, 1, {}, "no value above 4095 of 65535"),
     ],
@@ -192,7 +160,7 @@ def test_values_without_a_range_are_refused(tmp_path, white, dtype, sample_forma
     file = tmp_path / "deep.tif"
     values, _ = part_of(white, dtype)
     write_tiff(file, values, 8 * values.itemsize, sample_format, **tags)
-    for read in (load_rgb, load_tensor, inspect_image):
+    for read in READERS:
         with pytest.raises(ImageError, match=words):
             read(file)
 
@@ -218,7 +186,7 @@ def test_dark_16_bit_images_are_told_from_black_ones(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "sample_format"), [(np.float32, 3), (np.int32, 2)])
-@pytest.mark.parametrize("white", [2, 200, 255])
+@pytest.mark.parametrize("white", [2, 255])
 def test_values_of_8_bits_need_no_range(tmp_path, dtype, sample_format, white):
     values = np.array([[0, 1, white]], dtype=dtype)
     write_tiff(tmp_path / "levels.tif", values, 32, sample_format)
@@ -231,7 +199,7 @@ def test_jpegs_filled_up_with_zeros_are_refused(tmp_path, options):
     Image.effect_noise((160, 120), 60).convert("RGB").save(tmp_path / "whole.jpg", **options)
     content = (tmp_path / "whole.jpg").read_bytes()
     half = len(content) // 2
-    for read in (load_rgb, load_tensor, inspect_image):
+    for read in READERS:
         with pytest.raises(ImageError, match="filled up with zeros"):
             read(content[:half] + bytes(len(content) - half))
         for behind in (bytes(500), b"\xff\xda more \xff\xd8", b"x"):

@@ -8,37 +8,23 @@ from crosskd_hf.utils.label_checks import check_labels
 NAN = float("nan")
 
 
-def check(*boxes, classes=None, mask=None, num_labels=None, sizes=((40, 60),), names=None):
+def check(*boxes, classes=None, num_labels=None):
     """Check the boxes of one image of 60 x 40 pixels."""
     values = torch.tensor(boxes, dtype=torch.float32).reshape(1, -1, 4)
-    count = values.shape[1]
-    classes = torch.tensor([classes or [0] * count])
-    mask = torch.ones(1, count, dtype=torch.bool) if mask is None else torch.tensor([mask])
-    check_labels(values, classes, mask, torch.tensor(sizes), num_labels, names)
-
-
-@pytest.mark.parametrize(
-    "boxes",
-    [
-        [],
-        [[0, 0, 60, 40]],
-        [[0.2, 0.3, 1.1, 0.9]],  # a small one, but not within a pixel
-        [[0.5, 0.5, 0.6, 0.6], [5, 5, 9, 9]],
-        [[0, 0, 1, 1], [0, 0, 0.6, 0.6]],  # at the corner, where a relative box would hardly begin
-        [[-5, -5, 0.1, 0.1], [59.9, 39.9, 70, 50]],  # partly outside
-    ],
-)
-def test_pixels_pass(boxes):
-    check(*boxes)
+    classes = torch.tensor([classes or [0] * len(boxes)])
+    check_labels(values, classes, torch.ones(1, len(boxes), dtype=torch.bool), torch.tensor([[40, 60]]), num_labels)
 
 
 @pytest.mark.parametrize(
     ("boxes", "words"),
     [
-        (
-            [[0.5, 0.5, 0.2, 0.3], [0.1, 0.2, 0.9, 1]],
-            r"box 0 of image 0 has \[0.5, 0.5, 0.2, 0.3\], .*all 2 .*cxcywh",
-        ),
+        ([], None),
+        ([[0, 0, 60, 40]], None),
+        ([[0.2, 0.3, 1.1, 0.9]], None),  # a small one, but not within a pixel
+        ([[0.5, 0.5, 0.6, 0.6], [5, 5, 9, 9]], None),
+        ([[0, 0, 1, 1], [0, 0, 0.6, 0.6]], None),  # at the corner, where a relative box would hardly begin
+        ([[-5, -5, 0.1, 0.1], [59.9, 39.9, 70, 50]], None),  # partly outside
+        ([[0.5, 0.5, 0.2, 0.3], [0.1, 0.2, 0.9, 1]], r"box 0 of image 0 has \[0.5, 0.5, 0.2, 0.3\], .*all 2 .*cxcywh"),
         ([[0.1, 0.2, 0.9, 1]], r"\[0.1, 0.2, 0.9, 1.0\].*within 0..1"),
         ([[5, 5, 9, 9], [30, 20, 10, 30]], r"box 1 of image 0 has \[30.0, 20.0, 10.0, 30.0\].*x2.*xywh"),
         ([[5, 9, 9, 9]], r"\[5.0, 9.0, 9.0, 9.0\].*y2"),
@@ -47,7 +33,10 @@ def test_pixels_pass(boxes):
         ([[5, -9, 9, 0]], "wholly outside its 60 x 40 pixels"),
     ],
 )
-def test_other_boxes_are_refused(boxes, words):
+def test_boxes_must_be_pixels_of_the_image(boxes, words):
+    if words is None:
+        check(*boxes)
+        return
     with pytest.raises(ValueError, match=f"{words}.*xyxy in pixels of pixel_values"):
         check(*boxes)
 

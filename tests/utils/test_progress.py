@@ -47,6 +47,7 @@ def test_bytes_and_unknown_totals(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     with Progress("download", None, "B") as bar:
         bar.update(5_000_000)
     assert capsys.readouterr().err.splitlines() == ["download: 5 MB"]
+    assert duration(3723.4) == "1:02:03"
 
 
 @pytest.mark.parametrize("how", ["flag", "other process", "lines elsewhere"])
@@ -60,7 +61,3 @@ def test_nothing(how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     if how != "lines elsewhere":
         say("hello")
     assert capsys.readouterr() == ("", "")
-
-
-def test_duration() -> None:
-    assert duration(3723.4) == "1:02:03"

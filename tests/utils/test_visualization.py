@@ -31,12 +31,8 @@ def test_small_images_are_enlarged_by_a_whole_factor() -> None:
     picture = draw_boxes(Image.new("RGB", (96, 64)), boxes((10, 10, 20, 20)), colors=[RED])
     assert picture.size == (96 * 6, 64 * 6)  # 512 / 96 = 5.33
     assert [picture.getpixel((x, 90)) == RED for x in (59, 60, 119, 120)] == [False, True, True, False]
-    assert draw_boxes(Image.new("RGB", (1, 1)), boxes()).size == (512, 512)
-
-
-@pytest.mark.parametrize(("side", "expected"), [(MIN_LONG_SIDE - 1, 1022), (MIN_LONG_SIDE, 512)])
-def test_enlarging_ends_at_the_minimum(side: int, expected: int) -> None:
-    assert max(draw_boxes(Image.new("RGB", (side, 100)), boxes()).size) == expected
+    for side, expected in ((1, 512), (MIN_LONG_SIDE - 1, 1022), (MIN_LONG_SIDE, 512)):
+        assert max(draw_boxes(Image.new("RGB", (side, 1)), boxes()).size) == expected
 
 
 def test_no_boxes_leave_the_pixels() -> None:
@@ -49,12 +45,10 @@ def test_no_boxes_leave_the_pixels() -> None:
     [
         ((100, 100, 100, 100), True),  # a point
         ((100, 100, 100, 140), True),  # a line
-        ((-20, -20, 10, 10), True),
         ((-20, -20, 900, 900), True),  # all around: drawn along the border
         ((590, 500, 900, 900), True),
         ((-20, -20, -1, -1), False),
         ((601, 20, 700, 40), False),
-        ((20, 513, 40, 600), False),
         ((40, 40, 20, 60), False),  # corners the wrong way round
         ((math.nan, 0, 10, 10), False),
         ((0, 0, math.inf, 10), False),
@@ -71,45 +65,22 @@ def test_the_first_box_lies_on_top() -> None:
     assert picture.getpixel((10, 50)) == RED
 
 
-@pytest.mark.parametrize(("size", "font_low", "font_high"), [((96, 96), 8, 20), ((3000, 3000), 50, 110)])
-def test_tags_grow_with_the_image(size: tuple[int, int], font_low: int, font_high: int) -> None:
-    """Height of the tag: at least some pixels, and a few percent of a large image."""
-    image = Image.new("RGB", size)
-    box = boxes((size[0] / 4, size[1] / 2, size[0] / 2, size[1] * 0.75))
-    tagged, plain = draw_boxes(image, box, ["cat"], colors=[RED]), draw_boxes(image, box, colors=[RED])
-    height = plain.getbbox()[1] - tagged.getbbox()[1]  # the tag stands on the box
-    assert font_low <= height <= font_high
-
-
 @pytest.mark.parametrize("corner", [(0, 0), (580, 0), (0, 500), (580, 500)])
 def test_tags_stay_in_the_picture(corner: tuple[int, int]) -> None:
     """As many black pixels (the letters) and as much red, wherever the tag is pushed to."""
-    x, y = corner
-    picture = draw_boxes(
-        Image.new("RGB", (600, 512), (9, 9, 9)), boxes((x, y, x + 20, y + 12)), ["zebra"], [0.25], [RED]
-    )
-    middle = draw_boxes(Image.new("RGB", (600, 512), (9, 9, 9)), boxes((300, 300, 320, 312)), ["zebra"], [0.25], [RED])
 
-    def letters(image: Image.Image) -> int:
-        return sum(count for count, color in image.getcolors(600 * 512) if color == WHITE)
+    def letters(x: int, y: int) -> int:
+        image = Image.new("RGB", (600, 512), (9, 9, 9))
+        picture = draw_boxes(image, boxes((x, y, x + 20, y + 12)), ["zebra"], [0.25], [RED])
+        return sum(count for count, color in picture.getcolors(600 * 512) if color == WHITE)
 
-    assert letters(picture) == letters(middle) > 0
+    assert letters(*corner) == letters(300, 300) > 0
 
 
-@pytest.mark.parametrize(("color", "ink"), [((20, 20, 90), WHITE), ((250, 240, 60), BLACK)])
-def test_letters_stand_out(color: tuple[int, int, int], ink: tuple[int, int, int]) -> None:
-    picture = draw_boxes(Image.new("RGB", (600, 512), (9, 9, 9)), boxes((100, 100, 300, 300)), ["cat"], colors=[color])
-    assert ink in {value for _, value in picture.getcolors(600 * 512)}
-
-
-def test_texts_may_be_anything() -> None:
+def test_texts_and_shapes_may_be_anything() -> None:
     four = boxes(*[(10 * i, 50, 10 * i + 40, 90) for i in range(4)])
-    draw_boxes(Image.new("RGB", (600, 60)), four, ["", "two\nlines", "猫", "x" * 500], [0, 1, 0.5, 0.333])
-
-
-@pytest.mark.parametrize("size", [(2000, 100), (100, 2000), (2000, 1), (1, 700), (1, 1)])
-def test_extreme_shapes(size: tuple[int, int]) -> None:
-    draw_boxes(Image.new("RGB", size), boxes((0, 0, *size), (0, 0, 0.5, 0.5)), ["cat", "dog"], [0.9, 0.8])
+    for size in ((600, 60), (2000, 1), (1, 700), (1, 1)):
+        draw_boxes(Image.new("RGB", size), four, ["", "two\nlines", "猫", "x" * 500], [0, 1, 0.5, 0.333])
 
 
 @pytest.mark.parametrize("name", ["labels", "scores", "colors"])
@@ -147,7 +118,5 @@ def test_contact_sheet_shrinks_and_cuts() -> None:
     images = [Image.new("L", (3000, 1), 255), Image.new("RGBA", (1, 3000))]
     sheet = contact_sheet([images], ["x" * 400, ""], tile=32)
     assert sheet.width == 2 * 33 + 1
-    only_titles = contact_sheet([], ["a"], tile=32)
-    assert only_titles.height == sheet.height - 33
     # The long title ends in its own column.
     assert sheet.crop((34, 0, 67, 14)).getcolors() == [(33 * 14, WHITE)]

@@ -9,20 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from fuzzing import png_header
-from PIL import Image
 from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
-from transformers import AutoModelForObjectDetection
 
-from crosskd_hf.commands.main import main
 from crosskd_hf.hub.upload import RECIPE_FILE, read_recipe
-from crosskd_hf.inference.pipeline import DenseDetectionPipeline
 from crosskd_hf.recipe.load import load_recipe
 from crosskd_hf.training.checkpoints import MARKER, mark_complete
 from crosskd_hf.training.trainer import DetectionTrainer
 from crosskd_hf.utils.images import ImageError, inspect_image, load_rgb, load_tensor
 from crosskd_hf.utils.redact import without_credentials
 from crosskd_hf.utils.strict_yaml import RecipeError
-from crosskd_hf.weights.loading import load_detector
+from crosskd_hf.weights.loading import load_detector, load_processor
 from crosskd_hf.weights.mmdet import CheckpointError
 
 TOKEN = "hf_" + "s" * 34
@@ -49,12 +45,6 @@ def poison(path: Path, proof: Path, legacy: bool) -> None:
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
 
 
-def test_these_files_are_dangerous(tmp_path: Path, proof: Path) -> None:
-    poison(tmp_path / "evil.pt", proof, legacy=False)
-    torch.load(tmp_path / "evil.pt", weights_only=False)
-    assert proof.is_dir()
-
-
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """The folder of a model."""
@@ -64,18 +54,15 @@ def saved(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_pickled_weights_are_not_loaded(saved: Path, proof: Path, legacy: bool) -> None:
+    for name in ("training_args.bin", "pytorch_model.bin", "optimizer.pt"):
+        poison(saved / name, proof, legacy)
+    assert load_detector(str(saved), None, ()).config.num_labels == 2, "model.safetensors goes before"
     (saved / "model.safetensors").unlink()
-    poison(saved / "pytorch_model.bin", proof, legacy)
-    with pytest.raises(CheckpointError, match="can't be loaded as a detector"):
+    with pytest.raises(CheckpointError, match=r"can't be loaded as a detector .*nothing in it was executed"):
         load_detector(str(saved), None, ())
     assert not proof.exists()
-
-
-def test_other_pickles_beside_a_model_are_not_looked_at(saved: Path, proof: Path) -> None:
-    for name in ("training_args.bin", "pytorch_model.bin", "optimizer.pt"):
-        poison(saved / name, proof, legacy=False)
-    assert load_detector(str(saved), None, ()).config.num_labels == 2
-    assert not proof.exists()
+    torch.load(saved / "optimizer.pt", weights_only=False)
+    assert proof.exists(), "these files are dangerous"
 
 
 def bring_code(folder: Path, file: str, proof: Path, **content: object) -> None:
@@ -96,15 +83,6 @@ def yes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("yes")
-def test_code_that_a_model_brings_is_dangerous(saved: Path, proof: Path) -> None:
-    """transformers asks whether to run it."""
-    bring_code(saved, "config.json", proof, model_type="evil")
-    with pytest.raises(AttributeError, match="has no attribute 'AutoConfig'"):
-        AutoModelForObjectDetection.from_pretrained(saved)
-    assert proof.is_dir()
-
-
-@pytest.mark.usefixtures("yes")
 @pytest.mark.parametrize("model_type", ["evil", "bert", None])
 def test_code_that_a_model_brings_is_not_run(saved: Path, proof: Path, model_type: str | None) -> None:
     """trust_remote_code is never needed here. "bert" is known to transformers, but as no detector."""
@@ -121,39 +99,31 @@ def test_code_beside_a_model_of_this_package_is_not_run(saved: Path, proof: Path
 
 
 @pytest.mark.usefixtures("yes")
-@pytest.mark.parametrize("command", ["predict", "evaluate", "info", "export"])
-def test_an_image_processor_that_a_model_brings_is_not_run(
-    saved: Path, proof: Path, command: str, tmp_path: Path
-) -> None:
+def test_an_image_processor_that_a_model_brings_is_not_run(saved: Path, proof: Path) -> None:
     bring_code(saved, "preprocessor_config.json", proof, image_processor_type="EvilImageProcessor")
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    options = {
-        "predict": [str(tmp_path / "a.png"), "--output-dir", str(tmp_path / "out")],
-        "evaluate": ["--data", "x"],
-    }
-    with pytest.raises(
-        SystemExit, match=r"model' has no image processor that can be read \(.*: it is code of the model's"
-    ):
-        main([command, str(saved), *options.get(command, [])])
+    with pytest.raises(CheckpointError, match=r"model' has no image processor that can be read .*code of the model's"):
+        load_processor(str(saved))
     assert not proof.exists()
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DetectionTrainer]:
-    """Trainers that go on with a run of two steps."""
+    """Trainers of two steps."""
     root = tmp_path_factory.mktemp("run")
     split = tiny_split(root / "data")
 
     def trainer(name: str) -> DetectionTrainer:
         model = tiny_model(backbone="test_resnet")
-        args = tiny_args(root / name, max_steps=4, save_strategy="steps", save_steps=2)
+        args = tiny_args(root / name, max_steps=2, save_strategy="steps", save_steps=2)
         return DetectionTrainer(model, args, split, None, tiny_processor(model))
 
     return trainer
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+@pytest.mark.parametrize(
+    ("name", "legacy"),
+    [("optimizer.pt", False), ("optimizer.pt", True), ("scheduler.pt", False), ("rng_state.pth", False)],
+)
 def test_pickles_of_a_checkpoint_are_not_executed(run: Callable, proof: Path, name: str, legacy: bool) -> None:
     """Of somebody else's run, with a marker that says all is well."""
     if not (checkpoint := Path(run("run").args.output_dir) / "checkpoint-2").exists():
@@ -163,11 +133,8 @@ def test_pickles_of_a_checkpoint_are_not_executed(run: Callable, proof: Path, na
     (checkpoint / MARKER).unlink()
     mark_complete(checkpoint)
     try:
-        if name == "training_args.bin":  # nothing reads it
+        with pytest.raises(CheckpointError, match=rf"{name}.*refused.*[Nn]othing was executed"):
             run("other").train(resume_from_checkpoint=str(checkpoint))
-        else:
-            with pytest.raises(CheckpointError, match=rf"{name}.*refused.*[Nn]othing was executed"):
-                run("other").train(resume_from_checkpoint=str(checkpoint))
     finally:
         (checkpoint / name).write_bytes(honest)
     assert not proof.exists()
@@ -190,14 +157,6 @@ def test_image_bombs_are_refused(tmp_path: Path, read: Callable) -> None:
     for source in (str(tmp_path / "bomb.png"), png_header(60_000, 60_000)):
         with pytest.raises(ImageError, match="decompression bomb"):
             read(source)
-
-
-def test_the_pipeline_refuses_image_bombs(saved: Path, tmp_path: Path) -> None:
-    (tmp_path / "bomb.png").write_bytes(png_header(60_000, 60_000))
-    model = tiny_model()
-    pipe = DenseDetectionPipeline(model=model, image_processor=tiny_processor(model))
-    with pytest.raises((ImageError, Image.DecompressionBombError)):
-        pipe(str(tmp_path / "bomb.png"))
 
 
 @pytest.mark.parametrize(
