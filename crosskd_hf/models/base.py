@@ -29,6 +29,7 @@ class DenseDetector(PreTrainedModel):
     else is here."""
 
     config_class = DenseDetectorConfig
+    config: DenseDetectorConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)

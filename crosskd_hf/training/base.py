@@ -8,6 +8,7 @@ from accelerate.utils import send_to_device
 from PIL import Image
 from torch import nn
 from transformers import Trainer
+from transformers.utils.hub import PushInProgress
 
 from ..data.collator import DetectionCollator
 from ..data.dataset import DetectionDataset
@@ -43,6 +44,8 @@ class BaseTrainer(Trainer):
     data_collator: DetectionCollator
     train_dataset: DetectionDataset | None
     eval_dataset: DetectionDataset | None
+    hub_model_id: str | None  # type: ignore[assignment]
+    push_in_progress: PushInProgress | None  # type: ignore[assignment]
 
     monitor: StepMonitor
     termination: TerminationSignal

@@ -46,7 +46,9 @@ class CocoEvaluation(BaseTrainer):
         model = self.average.model if self.average else self.model
         was_training = model.training
         model.eval()
-        evaluator = CocoEvaluator(dataloader.dataset.split)
+        dataset = dataloader.dataset
+        assert isinstance(dataset, DetectionDataset)  # see `get_eval_dataloader`
+        evaluator = CocoEvaluator(dataset.split)
         self.callback_handler.eval_dataloader = dataloader
         with out_of_memory_explained(lambda: self._memory_advice("per_device_eval_batch_size")):
             for batch in dataloader:
@@ -63,12 +65,12 @@ class CocoEvaluation(BaseTrainer):
         metrics, self.evaluation_sheet = None, None
         if self.accelerator.is_main_process:
             if (count := self.args.evaluation_pictures) and trackers(self):
-                self.evaluation_sheet = evaluation_sheet(dataloader.dataset, evaluator, count)
-            metrics = self._metrics(evaluator, dataloader.dataset, metric_key_prefix)
+                self.evaluation_sheet = evaluation_sheet(dataset, evaluator, count)
+            metrics = self._metrics(evaluator, dataset, metric_key_prefix)
         (metrics,) = broadcast_object_list([metrics])
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.last_evaluation = self.state.global_step, named
-        return EvalLoopOutput(predictions=results, label_ids=None, metrics=named, num_samples=len(dataloader.dataset))
+        return EvalLoopOutput(results, label_ids=None, metrics=named, num_samples=len(dataset))  # type: ignore[arg-type]
 
     def _metrics(self, evaluator: CocoEvaluator, dataset: DetectionDataset, prefix: str) -> dict[str, float]:
         """The metrics, written with which images they are of, and how; as others may read it."""

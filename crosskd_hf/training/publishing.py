@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedConfig
-from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.trainer_utils import HubStrategy, SaveStrategy, SchedulerType
 from transformers.utils.hub import PushInProgress, hf_api
 
 from ..hub.model_card import COCO_METRICS, CardFacts, DataFacts, DetectorFacts, TeacherFacts, unique, write_model_card
@@ -69,12 +69,12 @@ class HubUpload(BaseTrainer):
         more |= {name: value for name, value in optional.items() if value}
         facts = trainer_facts(self, read_recipe(folder), model_name or folder.absolute().name, **more)
         if dataset or dataset_args:
-            given = {"name": ", ".join(_listed(dataset)), "split": ", ".join(_listed(dataset_args))}
+            given: dict[str, Any] = {"name": ", ".join(_listed(dataset)), "split": ", ".join(_listed(dataset_args))}
             data = replace(facts.data, **{key: text for key, text in given.items() if text})
             facts = replace(facts, data=data)
         write_model_card(folder, facts)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
@@ -102,6 +102,7 @@ class HubUpload(BaseTrainer):
             self.init_hf_repo(token=token, private=private)
         if not self.is_world_process_zero():
             return None
+        assert self.hub_model_id is not None  # see `init_hf_repo`
         self._finish_current_push()
         files = self._files_with_card(**kwargs)
         job = (self.hub_model_id, files, commit_message, token, revision or self.args.hub_revision)
@@ -110,7 +111,7 @@ class HubUpload(BaseTrainer):
     def _files_with_card(self, **kwargs: Any) -> dict[str, Path | bytes]:
         model = self.accelerator.unwrap_model(self.model)
         kwargs["tags"] = unique([*_listed(kwargs.get("tags")), *(model.model_tags or ())])
-        kwargs["model_name"] = kwargs.get("model_name") or self.hub_model_id.split("/")[-1]
+        kwargs["model_name"] = kwargs.get("model_name") or (self.hub_model_id or "").split("/")[-1]
         self.create_model_card(**kwargs)
         files = files_to_upload(Path(self.args.output_dir))
         if not measured(self):
@@ -140,7 +141,7 @@ class HubUpload(BaseTrainer):
         step, epoch = f"step {self.state.global_step}", f"epoch {int(self.state.epoch or 0)}"
         message = f"Training in progress, {epoch if self.args.save_strategy == SaveStrategy.EPOCH else step}"
         job = (self.hub_model_id, files, message, self.args.hub_token, self.args.hub_revision)
-        self.push_in_progress = PushInProgress([hf_api().run_as_future(upload, *job)])
+        self.push_in_progress = PushInProgress([hf_api().run_as_future(upload, *job)])  # type: ignore[arg-type]
 
     def finish_checkpoint_push(self) -> None:
         """Wait for an upload that reads from checkpoints, before any is removed."""
@@ -237,7 +238,7 @@ def _teacher_facts(config: PreTrainedConfig, recipe: Content | None) -> TeacherF
 
 def _hub_source(config: PreTrainedConfig) -> str | None:
     """Hub id that a model was loaded from. It was loaded here, so that a folder's name is that of one."""
-    name = config.name_or_path
+    name = config.name_or_path or ""
     return name if "/" in name and HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
@@ -245,7 +246,7 @@ def _training_facts(trainer: BaseTrainer) -> dict[str, str]:
     args, state = trainer.args, trainer.state
     schedule = f"times {args.lr_gamma:g} after epochs {args.lr_milestones}"
     if args.lr_milestones is None:
-        schedule = str(args.lr_scheduler_type.value)
+        schedule = SchedulerType(args.lr_scheduler_type).value
     facts = {
         "Steps": f"{state.global_step}" + (f" of {state.max_steps}" if state.global_step < state.max_steps else ""),
         "Epochs": f"{state.epoch or 0:.4g}",

@@ -232,7 +232,7 @@ class SafeSaving(HubUpload):
             self.load_weights(best)
             if self.average is not None:
                 self.average.load(best)
-        self.state.best_model_checkpoint = best and str(best)
+        self.state.best_model_checkpoint = None if best is None else str(best)
 
     # Resuming ---------------------------------------------------------------------------------------------------
 
@@ -275,9 +275,9 @@ class SafeSaving(HubUpload):
         set_seed(int(seeds.generate_state(1)[0]))
         restore_group_values(self.optimizer, self.lr_scheduler, self.group_values)
         if self.eval_dataset is not None:
-            self._catch_up_evaluation()
+            self._catch_up_evaluation(Path(self._resumed_from))
 
-    def _catch_up_evaluation(self) -> None:
+    def _catch_up_evaluation(self, checkpoint: Path) -> None:
         """Evaluate what the checkpoint says is due, or read what its evaluation found.
 
         Raises:
@@ -287,7 +287,7 @@ class SafeSaving(HubUpload):
             return
         entry = None
         with contextlib.suppress(FileNotFoundError, ValueError):  # none, or a damaged one
-            entry = json.loads((Path(self._resumed_from) / EVALUATION_FILE).read_text())
+            entry = json.loads((checkpoint / EVALUATION_FILE).read_text())
         (entry,) = broadcast_object_list([entry])  # of the first process, whatever others see of a network drive
         control = self.state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
         # An epoch's end comes after the checkpoint of its last step, which then knows nothing of it.

@@ -87,7 +87,7 @@ def evaluation_sheet(dataset: DetectionDataset, evaluator: CocoEvaluator, count:
         scores, labels, boxes = evaluator.detections_of(image_id)
         shown = scores > THRESHOLD
         labels = labels[shown].tolist()
-        boxes = torch.from_numpy(boxes[shown]) * torch.tensor(factors * 2)
-        predicted = Boxes(boxes, labels, [names[label] for label in labels], scores[shown].tolist())
+        corners = torch.from_numpy(boxes[shown]) * torch.tensor(factors * 2)
+        predicted = Boxes(corners, labels, [names[label] for label in labels], scores[shown].tolist())
         rows.append([with_boxes(image, truth), with_boxes(image, predicted)])
     return contact_sheet(rows, ["ground truth", "predictions"], TILE)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
@@ -62,26 +62,27 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
-        model = as_detector(model)
+        detector = as_detector(model)
         refuse_unsupported(args)
-        processor = processing_class or DenseDetectorImageProcessor.for_model(model.config)
-        datasets = {}
+        processor = processing_class or DenseDetectorImageProcessor.for_model(detector.config)
+        datasets: dict[str, DetectionDataset | None] = {}
         for name, data, train in (("train_dataset", train_dataset, True), ("eval_dataset", eval_dataset, False)):
-            datasets[name] = dataset = as_dataset(data, processor, train, args.seed)
+            datasets[name] = dataset = None if data is None else as_dataset(data, processor, train, args.seed)
             if dataset is not None:
-                check_classes(model, dataset, name, "give the model id2label=split.id2label")
+                check_classes(detector, dataset, name, "give the model id2label=split.id2label")
                 check_same(f"the images and classes of {name}", (len(dataset), dataset.split.label_names))
         if args.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        super().__init__(
-            model=model,
+            detector.to(memory_format=torch.channels_last)
+        super().__init__(  # type: ignore[call-arg]
+            model=detector,
             args=args,
             # A GPU normalises faster than the loaders, which then send a quarter of the bytes.
             data_collator=DetectionCollator(processor, normalize=args.device.type == "cpu"),
+            train_dataset=datasets["train_dataset"],
+            eval_dataset=datasets["eval_dataset"],
             processing_class=processor,
             callbacks=callbacks,
             optimizers=optimizers,
-            **datasets,
         )
         self.monitor = StepMonitor(self.args.device)
         self.train_sampler: OrientationBatchSampler | None = None
@@ -112,11 +113,11 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
         self._batches_per_epoch = len(loader)
         return loader
 
-    def get_test_dataloader(self, test_dataset: DetectionDataset | DetectionSplit) -> DataLoader:
+    def get_test_dataloader(self, test_dataset: Dataset | DetectionSplit | str) -> DataLoader:
         """The same as for evaluation."""
         return self.get_eval_dataloader(test_dataset)
 
-    def get_eval_dataloader(self, eval_dataset: DetectionDataset | DetectionSplit | None = None) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: Dataset | DetectionSplit | str | None = None) -> DataLoader:
         """Every image exactly once over all processes, in the same batches however many there are."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -176,7 +177,7 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
             if self.args.optim == OptimizerNames.SGD:
                 self.optimizer = build_optimizer(module, self.args)
             else:
-                optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, module)
+                optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, module)  # type: ignore[arg-type]
                 groups = groups_of(module, self.args)
                 self.optimizer = optimizer_class(groups, **{**options, "lr": self.args.scaled_learning_rate})
         self.group_values = group_values(self.optimizer)
@@ -185,7 +186,9 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """Warm-up and milestones of the arguments, or transformers' scheduler if there are no milestones."""
         if self.lr_scheduler is None and self.args.lr_milestones is not None:
-            self.lr_scheduler = multistep_scheduler(optimizer or self.optimizer, self.args, self.steps_per_epoch)
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None  # its scheduler is made after it
+            self.lr_scheduler = multistep_scheduler(optimizer, self.args, self.steps_per_epoch)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 

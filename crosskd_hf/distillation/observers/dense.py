@@ -65,6 +65,9 @@ class DenseObserver(Observer):
         classes: (S,) its labels that the other model knows, in the student's order; None: all, in this order.
     """
 
+    model: DenseDetector
+    classes: Tensor | None
+
     def __init__(self, model: DenseDetector, levels: Sequence[int] | None = None, classes: Tensor | None = None):
         super().__init__(model)
         strides = model.config.strides
