@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -85,7 +86,7 @@ class DistillationTrainer(DetectionTrainer):
         parts = []
         for name, method in self.pair.methods.items():
             resolved = method.resolved
-            settings = dataclasses.asdict(resolved) if dataclasses.is_dataclass(resolved) else {}
+            settings: dict[str, Any] = dataclasses.asdict(resolved) if dataclasses.is_dataclass(resolved) else {}
             parts.append(f"{name} ({', '.join(f'{key} {value}' for key, value in settings.items())})")
         return ", ".join(parts)
 

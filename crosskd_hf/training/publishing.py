@@ -105,7 +105,8 @@ class HubUpload(BaseTrainer):
         assert self.hub_model_id is not None  # see `init_hf_repo`
         self._finish_current_push()
         files = self._files_with_card(**kwargs)
-        job = (self.hub_model_id, files, commit_message, token, revision or self.args.hub_revision)
+        message = commit_message or "End of training"
+        job = (self.hub_model_id, files, message, token, revision or self.args.hub_revision)
         return upload(*job) if blocking else hf_api().run_as_future(upload, *job)
 
     def _files_with_card(self, **kwargs: Any) -> dict[str, Path | bytes]:

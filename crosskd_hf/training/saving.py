@@ -211,7 +211,8 @@ class SafeSaving(HubUpload):
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 states.setdefault(type(callback).__name__, []).append(callback.state())
-        self.state.stateful_callbacks |= {name: s[0] if len(s) == 1 else s for name, s in states.items()}
+        merged = {name: s[0] if len(s) == 1 else s for name, s in states.items()}
+        self.state.stateful_callbacks.update(merged)  # type: ignore[union-attr]
 
     def best_checkpoint(self) -> Path | None:
         """Of the checkpoints that are kept, the one of the best evaluation."""
@@ -273,6 +274,7 @@ class SafeSaving(HubUpload):
         # For processes that the saved run didn't have: others have their random states restored at the first step.
         seeds = np.random.SeedSequence((self.args.seed, self.state.global_step, self.args.process_index))
         set_seed(int(seeds.generate_state(1)[0]))
+        assert self.optimizer is not None
         restore_group_values(self.optimizer, self.lr_scheduler, self.group_values)
         if self.eval_dataset is not None:
             self._catch_up_evaluation(Path(self._resumed_from))
@@ -289,7 +291,7 @@ class SafeSaving(HubUpload):
         with contextlib.suppress(FileNotFoundError, ValueError):  # none, or a damaged one
             entry = json.loads((checkpoint / EVALUATION_FILE).read_text())
         (entry,) = broadcast_object_list([entry])  # of the first process, whatever others see of a network drive
-        control = self.state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+        control = self.state.stateful_callbacks.get("TrainerControl", {}).get("args", {})  # type: ignore[union-attr]
         # An epoch's end comes after the checkpoint of its last step, which then knows nothing of it.
         epoch_ends = self.args.eval_strategy == IntervalStrategy.EPOCH and float(self.state.epoch or 0).is_integer()
         if entry is not None:

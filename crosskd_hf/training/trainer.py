@@ -72,8 +72,8 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
                 check_classes(detector, dataset, name, "give the model id2label=split.id2label")
                 check_same(f"the images and classes of {name}", (len(dataset), dataset.split.label_names))
         if args.channels_last:
-            detector.to(memory_format=torch.channels_last)
-        super().__init__(  # type: ignore[call-arg]
+            detector.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
+        super().__init__(
             model=detector,
             args=args,
             # A GPU normalises faster than the loaders, which then send a quarter of the bytes.
