@@ -6,12 +6,12 @@ import json
 import os
 import signal
 import struct
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -25,26 +25,8 @@ SECONDS = 20  # for one data set
 TOLERANCE = 0.01  # pixels
 MODES = ("RGB", "L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "P with transparency", "RGB turned")
 KINDS = {"RGB": ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF"), "CMYK": ("JPEG", "TIFF"), "RGB turned": ("JPEG",)}
-ODD = (
-    None,
-    True,
-    "7",
-    "\ud800",
-    "",
-    [],
-    {},
-    1e308,
-    -1e308,
-    10**400,
-    2**63,
-    -1,
-    0,
-    0.5,
-    1e-9,
-    float("nan"),
-    float("inf"),
-    [[1]],
-)
+ODD = (None, True, "7", "\ud800", "", [], {}, 1e308, -1e308, 10**400, 2**63, -1, 0, 0.5, 1e-9, [[1]])
+ODD += (float("nan"), float("inf"))
 IMAGE_FAULTS = {
     "empty file": lambda path: path.write_bytes(b""),
     "cut off": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
@@ -72,16 +54,12 @@ FILE_FAULTS = {
 
 
 def png_header(width: int, height: int) -> bytes:
-    """The beginning of a PNG of a size."""
-    import zlib
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
-    )
+    """A PNG that names another size than its pixel's."""
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(file, "PNG")
+    content = file.getvalue()
+    header = b"IHDR" + struct.pack(">II", width, height) + content[24:29]
+    return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
 
 
 def changed(content: bytes) -> bytes:
@@ -131,9 +109,7 @@ def data_sets(draw) -> dict[str, Any]:
         st.tuples(st.just("box number"), one, st.integers(0, 3), st.sampled_from(ODD)),
         st.tuples(st.just("box number"), one, st.integers(0, 3), st.sampled_from(ODD)),
         st.tuples(st.just("no key"), one, st.sampled_from(IMAGE_KEYS + ANNOTATION_KEYS)),
-        st.tuples(
-            st.just("file name"), one, st.sampled_from(["../1.png", "/etc/hostname", "a\0b.png", "C:\\x.png", "."])
-        ),
+        st.tuples(st.just("file name"), one, st.sampled_from(["../1.png", "/etc/hostname", "a\0b.png", "C:\\x.png"])),
         st.tuples(st.just("size"), one, st.integers(1, 99)),
         st.tuples(st.just("twice"), one, st.sampled_from(["images", "annotations", "categories"])),
         st.tuples(st.just("list"), st.sampled_from(["images", "annotations", "categories"]), st.sampled_from(ODD)),
@@ -319,15 +295,3 @@ def train(split: DetectionSplit, model, processor) -> Counter:
     losses = model(**batch).loss_dict
     assert all(value.isfinite() for value in losses.values()), losses
     return Counter({"trained on": 1})
-
-
-def describe(spec: dict[str, Any]) -> str:
-    """A data set as text that can be read back."""
-    file = io.StringIO()
-    print({"faults": spec["faults"], "images": spec["images"]}, file=file)
-    return file.getvalue()
-
-
-def quiet_torch() -> None:
-    """One thread, so that many small steps don't wait for each other."""
-    torch.set_num_threads(1)

@@ -67,16 +67,13 @@ class HubServer:
         repos: name -> repository.
         requests: (method, path, whether with the token) of each request so far.
         failures: (method, pattern of the path) -> status to answer with instead.
-        keep: a download without Range is cut off after this many bytes; None: never.
     """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, bool]] = []
-        self.ranges: list[str] = []
         self.failures: dict[tuple[str, str], int] = {}
-        self.keep: int | None = None
         self.lock = threading.Lock()
 
     def __enter__(self) -> "HubServer":
@@ -145,15 +142,12 @@ class _Handler(BaseHTTPRequestHandler):
     # Answers ----------------------------------------------------------------------------------------------------
 
     def _send(self, content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        keep = self.server_hub.keep
-        cut = keep is not None and self.command == "GET" and status == 200 and len(content) > keep
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content[:keep] if cut else content)
-        self.close_connection = self.close_connection or cut
+            self.wfile.write(content)
 
     def _json(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self._send(json.dumps(content).encode(), status, {"Content-Type": "application/json", **(headers or {})})
@@ -189,11 +183,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _validate_yaml(self) -> None:
         content = json.loads(self.body)["content"]
         try:
-            data = yaml.safe_load(content.split("---\n")[1]) if content.startswith("---\n") else {}
-            errors = [] if isinstance(data, dict) else [{"message": "the metadata is no mapping"}]
-        except yaml.YAMLError as error:
-            errors = [{"message": str(error)}]
-        self._json({"errors": errors, "warnings": []}, 400 if errors else 200)
+            valid = not content.startswith("---\n") or isinstance(yaml.safe_load(content.split("---\n")[1]), dict)
+        except yaml.YAMLError:
+            valid = False
+        errors = [] if valid else [{"message": "the metadata is no mapping"}]
+        self._json({"errors": errors, "warnings": []}, 200 if valid else 400)
 
     def _preupload(self, repo: str, revision: str) -> None:
         if (commit := self._found(repo, revision)) is None:
@@ -201,10 +195,9 @@ class _Handler(BaseHTTPRequestHandler):
         answer = []
         for asked in json.loads(self.body)["files"]:
             path = asked["path"]
-            large = asked["size"] >= LARGE or path.endswith(".safetensors")
-            entry = {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            mode = "lfs" if asked["size"] >= LARGE or path.endswith(".safetensors") else "regular"
             oid = {"oid": _oid(path, commit.files[path])} if path in commit.files else {}
-            answer.append(entry | oid)
+            answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False} | oid)
         self._json({"files": answer, "commitOid": commit.oid})
 
     def _lfs_batch(self, repo: str) -> None:
@@ -250,23 +243,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Reading ----------------------------------------------------------------------------------------------------
 
-    def _info(self, repo: str, revision: str | None = None) -> None:
-        if (commit := self._found(repo, revision or "main")) is None:
-            return
-        card = commit.files.get("README.md", b"").decode()
-        data = yaml.safe_load(card.split("---\n")[1]) if card.startswith("---\n") else {}
-        answer = {"id": repo, "modelId": repo, "sha": commit.oid, "private": False, "author": USER, "gated": False}
-        siblings = [{"rfilename": path} for path in sorted(commit.files)]
-        more = {"tags": data.get("tags", []), "pipeline_tag": data.get("pipeline_tag"), "cardData": data}
-        self._json(answer | more | {"siblings": siblings, "model-index": data.get("model-index")})
-
-    def _tree(self, repo: str, revision: str, folder: str | None = None) -> None:
-        if (commit := self._found(repo, revision)) is None:
-            return
-        inside = f"{folder}/" if folder else ""
-        paths = [path for path in sorted(commit.files) if path.startswith(inside)]
-        sizes = {path: len(commit.files[path]) for path in paths}
-        self._json([{"type": "file", "path": p, "size": sizes[p], "oid": _oid(p, commit.files[p])} for p in paths])
+    def _info(self, repo: str) -> None:
+        if commit := self._found(repo, "main"):
+            siblings = [{"rfilename": path} for path in sorted(commit.files)]
+            self._json({"id": repo, "modelId": repo, "sha": commit.oid, "private": False, "siblings": siblings})
 
     def _resolve(self, repo: str, revision: str, path: str) -> None:
         if (commit := self._found(repo, revision)) is None:
@@ -286,12 +266,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _lfs_download(self, oid: str) -> None:
         content = self.server_hub.large[oid]
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            self.server_hub.ranges.append(asked[0])
-            start, end = int(asked[1]), int(asked[2] or len(content) - 1)
-            span = {"Content-Range": f"bytes {start}-{end}/{len(content)}"}
-            return self._send(content[start : end + 1], 206, span)
-        return self._send(content, 200, {"ETag": f'"{oid}"'})
+        self._send(content, 200, {"ETag": f'"{oid}"'})
 
 
 def _is_large(path: str, content: bytes) -> bool:
@@ -316,8 +291,6 @@ ROUTES = (
     ("POST", r"/lfs/verify/(?P<oid>\w+)", "_lfs_verify", False),
     ("POST", rf"/api/models/{NAME}/commit/(?P<revision>[^/]+)", "_commit", False),
     ("GET", rf"/api/models/{NAME}", "_info", True),
-    ("GET", rf"/api/models/{NAME}/revision/(?P<revision>[^/]+)", "_info", True),
-    ("GET", rf"/api/models/{NAME}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", "_tree", True),
     ("GET HEAD", rf"/{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "_resolve", True),
     ("GET HEAD", r"/lfs/download/(?P<oid>\w+)", "_lfs_download", True),
 )

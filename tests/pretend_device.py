@@ -184,7 +184,7 @@ def cuda_autocast() -> dict[str, str]:
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # or .to() mixes both tensors
     found = {}
     with PretendDevice():
-        for detector in DETECTORS:
+        for detector in ("gfl", "retinanet"):  # with group norm and without
             head = tiny_model(detector).head.requires_grad_(False).to(PretendTensor.where)
             features = [torch.ones(1, 32, 8, 8).to(PretendTensor.where)]
             torch.set_autocast_enabled("cuda", True)
@@ -224,8 +224,9 @@ def main() -> None:
                 ),
                 "waits": waits,
                 "operators": operators,
-                "planted": planted(pair),
             }
+            if detector == DETECTORS[-1]:
+                report["planted"] = planted(pair)
     report["cuda_autocast"] = cuda_autocast()
     print(json.dumps(report))
 

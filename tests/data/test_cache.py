@@ -46,7 +46,6 @@ DAMAGES = {
     "empty": (".arrow", lambda content: b""),
     "other bytes": (".arrow", overwrite_middle),
     "half JSON": ("dataset_info.json", lambda content: content[:100]),
-    "no JSON": ("dataset_info.json", lambda content: b""),
     "other JSON": ("dataset_info.json", lambda content: b"{}"),
     "no JSON object": ("dataset_info.json", lambda content: b"[]"),
 }

@@ -44,9 +44,7 @@ def test_training_batch(collator):
     assert set(types.values()) == {torch.int64}
 
 
-@pytest.mark.parametrize(
-    ("boxes", "length"), [(0, 8), (1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (512, 512), (513, 1024)]
-)
+@pytest.mark.parametrize(("boxes", "length"), [(0, 8), (8, 8), (9, 16), (513, 1024)])
 def test_boxes_are_padded_to_few_lengths(collator, boxes, length):
     assert padded_number(boxes) == length
     labels = collator([item(1, 4, 4, []), item(2, 4, 4, [[0, 0, 1, 1]] * boxes)])["labels"]
@@ -88,8 +86,9 @@ def test_refused_batches(collator, items):
         collator(items)
 
 
-@pytest.mark.parametrize("settings", [{}, BGR_CAFFE, {"pad_size": {"height": 96, "width": 128}}, {"size_divisor": 1}])
-@pytest.mark.parametrize("boxes", [None, [[1, 2, 3, 4]]])
+@pytest.mark.parametrize(
+    ("settings", "boxes"), [(BGR_CAFFE, [[1, 2, 3, 4]]), ({"pad_size": {"height": 96, "width": 128}}, None)]
+)
 def test_finishing_on_the_device_gives_the_same_batch(settings, boxes):
     processor = DenseDetectorImageProcessor(**settings)
     items = [item(7, 20, 40, boxes), item(9, 34, 6, boxes)]

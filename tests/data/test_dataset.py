@@ -1,5 +1,4 @@
 import os
-import pickle
 from operator import itemgetter
 
 import pytest
@@ -114,10 +113,6 @@ def test_workers_change_nothing(split):
     here = [dataset[key]["size"] for key in keys]
     loader = DataLoader(dataset, sampler=keys, batch_size=None, num_workers=2, collate_fn=itemgetter("size"))
     assert list(loader) == here
-
-
-def test_dataset_is_light_to_send_to_workers(split):
-    assert len(pickle.dumps(DetectionDataset(split, train=True))) < 20_000
 
 
 def test_orientations_do_not_decode(split):

@@ -36,8 +36,7 @@ def calls(module: nn.Module) -> list:
 # Taps ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("raw", [False, True])
-@pytest.mark.parametrize("k", range(5))
+@pytest.mark.parametrize(("k", "raw"), [(0, False), (1, True), (2, False), (4, False), (4, True)])
 def test_taps_are_the_heads_after_k_blocks(k, raw):
     observer, pixels = observer_of("gfl", k, raw), tiny_batch()["pixel_values"]
     shown = observer(pixels)
@@ -71,8 +70,7 @@ def test_two_methods_may_tap_the_same_only(other):
         observer.ask_for_taps(*other)
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
-@pytest.mark.parametrize("k", range(5))
+@pytest.mark.parametrize(("detector", "k"), [("gfl", 0), ("retinanet", 1), ("fcos", 2), ("atss", 3), ("gfl", 4)])
 def test_finishing_its_own_taps_gives_its_own_predictions(k, detector):
     observer, batch = observer_of(detector, k), tiny_batch()
     mask = torch.zeros(2, 64, 96, dtype=torch.bool)
@@ -83,13 +81,6 @@ def test_finishing_its_own_taps_gives_its_own_predictions(k, detector):
         found, expected = getattr(finished, name), getattr(shown.predictions, name)
         assert (found is None) == (expected is None)
         assert found is None or torch.equal(found, expected), name
-
-
-def test_finishing_from_another_block_gives_others():
-    observer, pixels = observer_of("gfl", 2), tiny_batch()["pixel_values"]
-    shown = observer(pixels)
-    observer.tap_index = 1
-    assert not torch.allclose(observer.finish(shown.taps, shown).logits, shown.predictions.logits, atol=1e-2)
 
 
 # Predictions --------------------------------------------------------------------------------------------------------
@@ -118,11 +109,8 @@ def test_padding_is_masked_unless_the_detector_trains_on_it(detector, of_padding
 
 
 def test_classes_are_picked_in_the_given_order():
-    pixels, whole, some = (
-        tiny_batch()["pixel_values"],
-        observer_of(k=3),
-        observer_of(k=3, classes=torch.tensor([1, 0])),
-    )
+    whole, some = observer_of(k=3), observer_of(k=3, classes=torch.tensor([1, 0]))
+    pixels = tiny_batch()["pixel_values"]
     shown = some(pixels)
     logits = whole(pixels).predictions.logits
     assert torch.equal(shown.predictions.logits, logits[..., [1, 0]])
@@ -141,10 +129,8 @@ def test_levels_are_restricted_in_everything(detector):
         assert all(map(torch.equal, getattr(shown.taps, name), getattr(whole.taps, name)[1:3]))
     assert len(shown.features) == 2 and all(map(torch.equal, shown.features, whole.features[1:3]))
     first, second, third = whole.context.priors.level_sizes[:3]
-    assert shown.context.priors.level_sizes == [second, third] and shown.context.priors.strides.unique().tolist() == [
-        16,
-        32,
-    ]
+    priors = shown.context.priors
+    assert priors.level_sizes == [second, third] and priors.strides.unique().tolist() == [16, 32]
     for predictions in (shown.predictions, some.finish(shown.taps, shown)):
         for name in FIELDS:
             found, expected = getattr(predictions, name), getattr(whole.predictions, name)
@@ -163,15 +149,7 @@ def test_without_labels_taps_and_predictions_the_head_is_not_run():
     assert shown.taps is shown.predictions is shown.targets is None and not shown.loss_dict
 
 
-def test_predictions_are_kept_only_when_they_are_asked_for():
-    observer = DenseObserver(tiny_model())
-    shown = observer(**tiny_batch())
-    assert shown.predictions is None and shown.context.predictions is None and shown.taps is None
-    observer.ask_for_predictions()
-    assert observer(**tiny_batch()).predictions is not None
-
-
-@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("detector", ["gfl", "fcos"])
 def test_losses_and_targets_are_the_detectors_own(detector):
     observer, batch = DenseObserver(tiny_model(detector)), tiny_batch()
     shown, output = observer(**batch), observer.model(**batch)
@@ -190,8 +168,3 @@ def test_labels_are_alike_where_priors_and_assignment_are():
     observers = [DenseObserver(tiny_model(**options)) for options in ({}, {}, {"anchor_scale": 4})]
     observers.append(DenseObserver(tiny_model("atss")))
     assert [observers[0].labels_like(other) for other in observers] == [True, True, False, False]
-
-
-def test_predictions_of_as_many_priors_can_be_compared():
-    gfl, retinanet, fcos = (DenseObserver(tiny_model(name)) for name in ("gfl", "retinanet", "fcos"))
-    assert gfl.incomparable(fcos) is None and gfl.incomparable(retinanet) == "1 and 9 priors per cell"

@@ -7,8 +7,7 @@ import pytest
 import torch
 from tiny import tiny_batch, tiny_model
 
-from crosskd_hf.distillation import PKD, CrossKD, DistillationPair, KDMethod, Mimic, PairError, method_class
-from crosskd_hf.distillation.methods import method_names
+from crosskd_hf.distillation import PKD, CrossKD, DistillationPair, KDMethod, Mimic, PairError
 from crosskd_hf.distillation.pair import METHODS_FILE
 from crosskd_hf.models.backbone import batchnorms
 
@@ -46,14 +45,6 @@ def test_the_teacher_is_no_submodule_and_stays_as_it_is():
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-def test_everything_trained_gets_a_gradient():
-    """DDP would wait for what gets none."""
-    pair = pair_of(**NARROW)
-    pair(**tiny_batch()).loss.backward()
-    assert all(p.grad is not None for p in pair.parameters() if p.requires_grad)
-    assert all(p.grad.any() for p in pair.methods.parameters())
-
-
 def test_the_teacher_moves_along():
     pair = pair_of(id2label={0: "dog", 1: "cat"}).to("meta")
     assert all(value.is_meta for value in pair.teacher.state_dict().values())
@@ -86,12 +77,6 @@ def test_a_prepared_teacher_is_a_copy():
 # Methods ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_method_is_found_by_its_files_name():
-    assert method_names() == ["crosskd", "mimic", "pkd"]
-    assert [method_class(name) for name in method_names()] == [CrossKD, Mimic, PKD]
-    assert all(method_class(name).name == name for name in method_names())
-
-
 def test_methods_compose():
     batch, terms = tiny_batch(), {}
     for method in (CrossKD, PKD, Mimic):
@@ -105,30 +90,19 @@ def test_all_problems_are_named_at_once():
         DistillationPair(student, tiny_model("retinanet"), [CrossKD(), Mimic(), Mimic()])
     problems = str(error.value).split("\n  - ")[1:]
     starts = ["label names", "size_divisor: student 16", "methods: crosskd, mimic, mimic", "crosskd.student_tap_index"]
-    assert [p.startswith(start) for p, start in zip(problems, [*starts, "predictions (mimic)"], strict=True)] == [
-        True
-    ] * 5
+    assert all(map(str.startswith, problems, [*starts, "predictions (mimic)"])) and len(problems) == 5
 
 
 def test_adapters_follow_the_seed_and_leave_the_random_state_alone():
-    before = torch.get_rng_state()
     first, again, other = (copied(pair_of(seed=seed, **NARROW).methods.state_dict()) for seed in (1, 1, 2))
     pair = DistillationPair(tiny_model(**NARROW), tiny_model(), [CrossKD()])
     state = torch.get_rng_state()
     DistillationPair(pair.student, pair.teacher, [CrossKD()], seed=7)
-    assert torch.equal(torch.get_rng_state(), state) and len(before) == len(state)
+    assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name]) for name in first)
 
 
 # Checkpoints --------------------------------------------------------------------------------------------------------
-
-
-def test_what_methods_train_comes_back(tmp_path: Path):
-    first, second = (pair_of(seed=seed, **NARROW) for seed in (1, 2))
-    first.save_methods(tmp_path)
-    second.load_methods(tmp_path)
-    saved = first.methods.state_dict()
-    assert saved and all(torch.equal(value, saved[name]) for name, value in second.methods.state_dict().items())
 
 
 def test_methods_that_train_nothing_write_nothing(tmp_path: Path):
@@ -158,9 +132,7 @@ def test_a_checkpoint_of_other_methods_is_refused(tmp_path: Path, saved: dict, l
 # Compiled -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "detector", [name if name == "gfl" else pytest.param(name, marks=pytest.mark.slow) for name in DETECTORS]
-)
+@pytest.mark.parametrize("detector", ["gfl", *(pytest.param(d, marks=pytest.mark.slow) for d in DETECTORS[1:])])
 def test_a_pair_compiles_to_one_program(detector: str):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -205,12 +177,6 @@ def test_methods_are_objects():
         pair_of(["crosskd"])
     with pytest.raises(TypeError, match="needs the class attributes name, Settings"):
         type("Nameless", (KDMethod,), {})
-
-
-def test_settings_in_effect_are_known_after_connecting():
-    crosskd, pkd = (pair_of().methods[name].resolved for name in ("crosskd", "pkd"))
-    assert (crosskd.tap_index, crosskd.student_tap_index, crosskd.cls_weight, crosskd.box_weight) == (3, 3, 1.0, 4.0)
-    assert pkd.weight == 6.0
 
 
 def test_a_batch_without_labels_is_refused_by_name():

@@ -30,12 +30,7 @@ else:
 
 DETECTORS = tuple(MODELS)
 # Writing a file takes long. That the graph is right is checked for all of them without one.
-QUICK = (("gfl", True), ("fcos", False))
-CASES = [
-    pytest.param(detector, nms, marks=() if (detector, nms) in QUICK else pytest.mark.slow)
-    for detector in DETECTORS
-    for nms in (True, False)
-]
+CASES = [("gfl", True), *(pytest.param(name, name != "fcos", marks=pytest.mark.slow) for name in DETECTORS[1:])]
 # One image alone, three in a batch that pads each of them, and one whose deepest map is a single cell. They are padded
 # little: where all cells see nothing but padding, scores are equal, and which of them are kept is chance.
 BATCHES = ([(70, 100)], [(128, 100), (110, 128), (101, 110)], [(8, 8)])
@@ -134,8 +129,7 @@ def check_session(path: Path, processor: DenseDetectorImageProcessor) -> None:
     assert boxes[1].max() <= 80 and boxes[1, :, 3].max() <= 64  # its own area, not the batch's
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
-@pytest.mark.parametrize("nms", [True, False])
+@pytest.mark.parametrize(("detector", "nms"), [*((name, True) for name in DETECTORS), ("atss", False)])
 def test_the_graph_gives_the_detections_of_pytorch(detector: str, nms: bool) -> None:
     model = small_model(detector).eval()
     processor = processor_of(model, max_candidates=300)
