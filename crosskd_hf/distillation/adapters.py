@@ -1,6 +1,7 @@
 """1x1 convolutions that give a student's maps the teacher's width: trained, but in no saved model."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -20,6 +21,10 @@ class Adapters(nn.ModuleDict):
             if channels != teacher[place]:
                 self[place] = nn.Conv2d(channels, teacher[place], 1, bias=False)
                 nn.init.kaiming_normal_(self[place].weight, nonlinearity="linear")
+
+    if TYPE_CHECKING:
+
+        def __getitem__(self, place: str) -> nn.Conv2d: ...
 
     def adapt(self, place: str, maps: list[Tensor]) -> list[Tensor]:
         """Maps (N, C, H, W) per level, with the student's C channels -> the teacher's; as they are if widths agree."""

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
+from ..models.configuration import DenseDetectorConfig
 from ..models.image_processing import DenseDetectorImageProcessor, pixel_style
 from ..utils.label_names import coco_spelling, near_matches, spelling_problem
 from ..utils.messages import listed
@@ -20,6 +20,9 @@ class PixelChange(nn.Module):
     Args:
         student, teacher: `pixel_style` of each.
     """
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, student: dict[str, Any], teacher: dict[str, Any]):
         super().__init__()
@@ -58,7 +61,7 @@ class Pairing:
 
 
 def pair_up(
-    student: PreTrainedConfig, teacher: PreTrainedConfig, processor: DenseDetectorImageProcessor | None = None
+    student: DenseDetectorConfig, teacher: DenseDetectorConfig, processor: DenseDetectorImageProcessor | None = None
 ) -> Pairing:
     """Find what two models have in common, before any data is read.
 
@@ -93,7 +96,7 @@ def pair_up(
 
 
 def _shared_classes(
-    student: PreTrainedConfig, teacher: PreTrainedConfig, problems: list[str], notes: list[str]
+    student: DenseDetectorConfig, teacher: DenseDetectorConfig, problems: list[str], notes: list[str]
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     student_names, teacher_names = coco_spelling(student.label_names), coco_spelling(teacher.label_names)
     if student_names == teacher_names:
@@ -118,7 +121,7 @@ def _shared_classes(
 
 
 def _shared_levels(
-    student: PreTrainedConfig, teacher: PreTrainedConfig, problems: list[str], notes: list[str]
+    student: DenseDetectorConfig, teacher: DenseDetectorConfig, problems: list[str], notes: list[str]
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | tuple[None, None]:
     student_strides, teacher_strides = list(student.strides), list(teacher.strides)
     if student_strides == teacher_strides:

@@ -6,9 +6,10 @@ An `Observer` knows a family of detectors and no method; a method (see `method.p
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..models.box_coding import distances_to_boxes
 
@@ -21,14 +22,14 @@ class Predictions:
         logits: (N, P, classes), of the classes that both models know.
         sides: gives a point of each box (P, 2) xy, and the distances (N, P, 4) from it to the box's left, top, right
             and bottom sides, in pixels of the student's input. Called when needed: not every method looks at boxes.
-        mask: (N, P) 1 or 0: 0 leaves a prior out, such as one beyond an image's own area. None: all count.
+        mask: (N, P) 1 or 0: 0 leaves a prior out, such as one beyond an image's own area.
         bins: (N, P, 4, bins) logits of the distances to the left, top, right and bottom sides, or None.
         quality: (N, P) logits of the centerness, or None.
     """
 
     logits: Tensor
     sides: Callable[[], tuple[Tensor, Tensor]]
-    mask: Tensor | None = None
+    mask: Tensor
     bins: Tensor | None = None
     quality: Tensor | None = None
 
@@ -65,10 +66,10 @@ class Targets:
 class Taps(Protocol):
     """State of a half-run head. Each family has its own; a cross pass needs no more than this of it."""
 
-    def adapted(self, adapt: Callable[[str, Any], Any]) -> "Taps":
+    def adapted(self, adapt: Callable[[str, Any], Any]) -> Self:
         """The same with every part given the other model's width by `adapt(place, part)`."""
 
-    def aligned_to(self, other: "Taps") -> "Taps":
+    def aligned_to(self, other: Self) -> Self:
         """The same with the other's statistics, where the family aligns any."""
 
 
@@ -111,8 +112,9 @@ class Observer(nn.Module):
 
     model_type: str
     feature_channels: int
+    model: PreTrainedModel
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.__dict__["model"] = model  # not registered
         self.model_type = model.config.model_type
@@ -145,11 +147,11 @@ class Observer(nn.Module):
         """Run the model on a batch, and compute its losses if there are labels."""
         raise NotImplementedError
 
-    def finish(self, taps: Taps, guide: Observation) -> Predictions:
+    def finish(self, taps: Any, guide: Observation) -> Predictions:
         """The rest of *this* model's head on other taps: the cross pass.
 
         Args:
-            taps: in this model's width, from where this model's own were tapped.
+            taps: of this family, in this model's width, from where this model's own were tapped.
             guide: this model's observation of the same batch.
         """
         raise NotImplementedError

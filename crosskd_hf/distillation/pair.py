@@ -1,18 +1,18 @@
 """A student with its teacher and the methods between them, as one module: what is trained."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from ..models.base import DenseDetector, Labels
 from ..models.batchnorm_folding import fold_batchnorms
+from ..models.configuration import DenseDetectorConfig
 from ..models.image_processing import DenseDetectorImageProcessor
 from .compatibility import pair_up
 from .method import KDMethod
@@ -56,6 +56,9 @@ class DistillationPair(nn.Module):
         PairError: the student can't learn from this teacher by these methods, with every reason.
     """
 
+    student: DenseDetector
+    teacher: DenseDetector
+
     def __init__(
         self,
         student: DenseDetector,
@@ -71,7 +74,8 @@ class DistillationPair(nn.Module):
         if wrong := [method for method in methods if not isinstance(method, KDMethod)]:
             raise PairError(f"methods: {wrong[0]!r} is not a KDMethod: give objects, such as [CrossKD(), PKD()]")
         # In the order of their names: an optimizer's state knows parameters by their place.
-        self.methods = nn.ModuleDict({m.name: m for m in sorted(methods, key=lambda m: m.name)})
+        by_name = {method.name: method for method in sorted(methods, key=lambda method: method.name)}
+        self.methods = nn.ModuleDict(by_name)
         self.pixels = pairing.pixels
         self.student_observer = DenseObserver(student, pairing.levels[0], pairing.classes[0])
         self.teacher_observer = DenseObserver(teacher, pairing.levels[1], pairing.classes[1])
@@ -79,13 +83,13 @@ class DistillationPair(nn.Module):
         problems = list(pairing.problems)
         if len(self.methods) < len(methods):
             problems.append(f"methods: {', '.join(m.name for m in methods)}: leave one of each name")
-        self._connect(problems, seed)
+        self._connect(by_name.values(), problems, seed)
         teacher.eval().requires_grad_(False)
 
-    def _connect(self, problems: list[str], seed: int) -> None:
+    def _connect(self, methods: Iterable[KDMethod], problems: list[str], seed: int) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed GPUs, too
-            for method in self.methods.values():
+            for method in methods:
                 try:
                     method.connect(self.student_observer, self.teacher_observer)
                 except PairError as error:
@@ -97,7 +101,7 @@ class DistillationPair(nn.Module):
             self.notes.append(f"trained with the student and not saved with it: {'; '.join(parts)}")
 
     @property
-    def config(self) -> PreTrainedConfig:
+    def config(self) -> DenseDetectorConfig:
         """The student's."""
         return self.student.config
 
@@ -162,13 +166,13 @@ def prepared_teacher(
     teacher: DenseDetector, fold_batchnorm: bool = True, dtype: torch.dtype | None = None
 ) -> DenseDetector:
     """A copy of a frozen teacher as a run calls it; see `DistillationPair.prepare_teacher`."""
-    parts = dict(teacher._modules)
+    parts = dict(teacher.named_children())
     if fold_batchnorm:
         parts["backbone"] = fold_batchnorms(teacher.backbone)
     if dtype is not None:
         parts = {name: _cast_weights(copy.deepcopy(part), dtype) for name, part in parts.items()}
     prepared = copy.copy(teacher)
-    prepared._modules = parts
+    prepared._modules = {**parts}
     return prepared
 
 

@@ -87,6 +87,7 @@ class KDTargets:
         targets = student.targets
         class_normalizer = targets.class_normalizer.clamp(min=1)
         if not same_rule:
+            assert teacher.predictions is not None  # see `KDMethod.connect`
             return cls(teacher.predictions.mask, class_normalizer, None, class_normalizer)
         normalizer = targets.box_normalizer.clamp(min=1) if box_normalizer else class_normalizer
         return cls(targets.mask, normalizer, targets.positive, class_normalizer)
@@ -159,5 +160,7 @@ def centerness_kd_loss(
     predictions: Predictions, teacher: Predictions, targets: KDTargets, weight: float = 1.0
 ) -> Tensor:
     """BCE with the teacher's centerness at the student's positives, (N, P)."""
-    loss = F.binary_cross_entropy_with_logits(predictions.quality, teacher.quality.sigmoid(), reduction="none")
-    return loss * (targets.positive / (targets.class_normalizer / weight))
+    quality, teacher_quality, positive = predictions.quality, teacher.quality, targets.positive
+    assert quality is not None and teacher_quality is not None and positive is not None
+    loss = F.binary_cross_entropy_with_logits(quality, teacher_quality.sigmoid(), reduction="none")
+    return loss * (positive / (targets.class_normalizer / weight))

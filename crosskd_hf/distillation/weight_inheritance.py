@@ -69,7 +69,7 @@ def _module(name: str) -> str:
 def _foreign(student: DenseDetector, teacher: DenseDetector) -> set[str]:
     """Parts of names whose weights mean something else in the teacher, whatever their shapes."""
     mine, theirs = student.config, teacher.config
-    foreign = set()
+    foreign: set[str] = set()
     if not _same_outputs(student, teacher):
         foreign.update(PREDICTORS)
     if coco_spelling(mine.label_names) != coco_spelling(theirs.label_names):

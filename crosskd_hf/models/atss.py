@@ -18,7 +18,7 @@ from .targets import class_targets, matched_distances, positives_per_image
 class ATSSForObjectDetection(DenseDetector):
     """ATSS detector; see `DenseDetector.forward` for inputs and outputs."""
 
-    config_class = ATSSConfig
+    config: ATSSConfig
 
     @staticmethod
     def head_spec(config: ATSSConfig) -> HeadSpec:
@@ -50,6 +50,7 @@ class ATSSForObjectDetection(DenseDetector):
         cls_loss = focal_loss(predictions.logits, labels, config.focal_alpha, config.focal_gamma)
         _, giou = distance_overlaps(self.distances(predictions.boxes, priors), targets)
         # Of positives only, whose weights are their centerness.
+        assert predictions.centerness is not None  # see `head_spec`
         centerness_loss = F.binary_cross_entropy_with_logits(predictions.centerness, weights, reduction="none")
 
         return DetectionLosses(

@@ -2,10 +2,12 @@
 
 import difflib
 from collections.abc import Iterator
+from typing import Any
 
 import timm
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .configuration import DenseDetectorConfig
 from .swin import is_swin, pad_before_shifting, pad_to_patches
@@ -24,6 +26,8 @@ class Backbone(nn.Module):
         ValueError: if timm doesn't know the name, the model has no maps of strides 8, 16 and 32, or the style or
             the number of frozen stages doesn't fit it.
     """
+
+    body: Any  # one of timm's classes, with `feature_info`
 
     def __init__(self, config: DenseDetectorConfig, pretrained: bool = False):
         super().__init__()
@@ -86,7 +90,7 @@ class Backbone(nn.Module):
         return self
 
 
-def _create_body(config: DenseDetectorConfig, pretrained: bool) -> nn.Module:
+def _create_body(config: DenseDetectorConfig, pretrained: bool) -> Any:
     name = config.backbone
     if not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5)
@@ -96,7 +100,7 @@ def _create_body(config: DenseDetectorConfig, pretrained: bool) -> nn.Module:
     options["drop_path_rate"] = config.drop_path_rate
     try:
         try:
-            body = timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+            body: Any = timm.create_model(name, pretrained=pretrained, features_only=True, **options)
         except TypeError:
             if options.pop("drop_path_rate"):
                 raise
@@ -116,14 +120,14 @@ def _create_body(config: DenseDetectorConfig, pretrained: bool) -> nn.Module:
     return body
 
 
-def batchnorms(module: nn.Module) -> Iterator[nn.Module]:
+def batchnorms(module: nn.Module) -> Iterator[_BatchNorm]:
     """Every BatchNorm inside `module`, timm's fused one included."""
     for child in module.modules():
-        if isinstance(child, (nn.modules.batchnorm._BatchNorm, BatchNormAct2d)):
+        if isinstance(child, (_BatchNorm, BatchNormAct2d)):
             yield child
 
 
-def frozen_parameters(body: nn.Module, config: DenseDetectorConfig) -> Iterator[nn.Parameter]:
+def frozen_parameters(body: Any, config: DenseDetectorConfig) -> Iterator[nn.Parameter]:
     """Parameters that get no gradient: the stem and the first stages, and BatchNorm's if it isn't trained.
 
     Raises:

@@ -1,8 +1,10 @@
 """The dense detector that every architecture is made of: backbone -> FPN -> head -> losses or predictions."""
 
+import functools
 import logging
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +30,10 @@ class DenseDetector(PreTrainedModel):
     """Base of the detectors. A detector gives its head's shape, priors, decoding, assignment and losses; everything
     else is here."""
 
-    config_class = DenseDetectorConfig
+    config: DenseDetectorConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     # With device_map: parts that hand maps across each other stay on one device.
     _no_split_modules = ["Backbone", "FPN", "DenseHead"]  # noqa: RUF012 - transformers' name and type
@@ -50,8 +52,8 @@ class DenseDetector(PreTrainedModel):
     # What a detector provides -----------------------------------------------------------------------------------
 
     @staticmethod
-    def head_spec(config: DenseDetectorConfig) -> HeadSpec:
-        """Shape of the detector's head."""
+    def head_spec(config: Any) -> HeadSpec:
+        """Shape of the detector's head, by its own configuration."""
         raise NotImplementedError
 
     def cell_priors(self, corners: Tensor, strides: Tensor) -> Tensor:
@@ -123,7 +125,7 @@ class DenseDetector(PreTrainedModel):
             if labels is not None:
                 losses, _ = self.losses(predictions, priors, image_sizes, labels)
                 loss_dict = {name: term.sum() for name, term in losses.terms.items()}
-                loss = sum(loss_dict.values())
+                loss = functools.reduce(torch.add, loss_dict.values())
             # Tensors, since the pipeline divides every output among the images.
             sizes = [image_sizes.new_full((len(image_sizes), 1), n, dtype=torch.long) for n in priors.level_sizes]
             if output_hidden_states is None:
@@ -231,9 +233,10 @@ class DenseDetector(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # transformers skips modules without parameters of their own, so that this goes by leaves.
-        if hasattr(module, "init_non_persistent_buffers"):
+        init_buffers = getattr(module, "init_non_persistent_buffers", None)
+        if init_buffers is not None:
             # timm's buffers that no checkpoint holds (Swin's relative positions) come off the meta device as garbage.
-            module.init_non_persistent_buffers()
+            init_buffers()
         elif isinstance(module, LevelScales):
             for scale in module.parameters():
                 init.ones_(scale)

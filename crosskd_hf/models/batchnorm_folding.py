@@ -6,6 +6,7 @@ import logging
 import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .backbone import Backbone, batchnorms
@@ -41,6 +42,7 @@ def fold_batchnorms(backbone: Backbone) -> Backbone:
         logger.info("folded 0 of %d BatchNorms: none follows a convolution of its own", total)
         return backbone
     for norm, convolution in pairs.items():
+        assert norm.running_mean is not None and norm.running_var is not None  # see `_pairs`
         convolution.weight, convolution.bias = fuse_conv_bn_weights(
             convolution.weight,
             convolution.bias,
@@ -60,15 +62,15 @@ def fold_batchnorms(backbone: Backbone) -> Backbone:
     return folded.to(weight.device, weight.dtype).requires_grad_(False).eval()
 
 
-def _pairs(backbone: Backbone, pixels: Tensor) -> dict[nn.Module, nn.Conv2d]:
+def _pairs(backbone: Backbone, pixels: Tensor) -> dict[_BatchNorm, nn.Conv2d]:
     """BatchNorm -> the convolution whose output it is given, of those that run once."""
     outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # kept, so that no other tensor takes the place in memory
-    found: list[tuple[nn.Module, nn.Conv2d]] = []
+    found: list[tuple[_BatchNorm, nn.Conv2d]] = []
 
-    def saw_convolution(module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+    def saw_convolution(module: nn.Conv2d, _inputs: tuple, output: Tensor) -> None:
         outputs[id(output)] = (module, output)
 
-    def saw_norm(module: nn.Module, inputs: tuple) -> None:
+    def saw_norm(module: _BatchNorm, inputs: tuple) -> None:
         if id(inputs[0]) in outputs:
             found.append((module, outputs[id(inputs[0])][0]))
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import field
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -96,6 +96,9 @@ class DenseDetectorConfig(PreTrainedConfig):
         StrictDataclassFieldValidationError: one of another type, or no choice, by the name of its key.
     """
 
+    if TYPE_CHECKING:
+        id2label: dict[int, str] = field(default_factory=dict)  # transformers fills it in
+
     backbone: str = "resnet50"
     backbone_style: Literal["pytorch", "caffe"] = "pytorch"
     drop_path_rate: float = 0.0
@@ -114,7 +117,7 @@ class DenseDetectorConfig(PreTrainedConfig):
     @property
     def label_names(self) -> list[str]:
         """Class names, by label."""
-        return [self.id2label[label] for label in range(self.num_labels)]
+        return [self.id2label[label] for label in range(len(self.id2label))]
 
     @label_names.setter
     def label_names(self, names: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from .targets import class_targets, matched_distances
 class FCOSForObjectDetection(DenseDetector):
     """FCOS detector; see `DenseDetector.forward` for inputs and outputs."""
 
-    config_class = FCOSConfig
+    config: FCOSConfig
 
     @staticmethod
     def head_spec(config: FCOSConfig) -> HeadSpec:
@@ -59,6 +59,7 @@ class FCOSForObjectDetection(DenseDetector):
         cls_loss = focal_loss(predictions.logits, labels, config.focal_alpha, config.focal_gamma)
         iou, _ = distance_overlaps(predictions.boxes, targets)
         # Of positives only, whose weights are their centerness.
+        assert predictions.centerness is not None  # see `head_spec`
         centerness_loss = F.binary_cross_entropy_with_logits(predictions.centerness, weights, reduction="none")
 
         return DetectionLosses(

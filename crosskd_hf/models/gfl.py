@@ -21,7 +21,7 @@ from .targets import class_targets, matched_distances, positives_per_image
 class GFLForObjectDetection(DenseDetector):
     """GFL detector; see `DenseDetector.forward` for inputs and outputs."""
 
-    config_class = GFLConfig
+    config: GFLConfig
 
     @staticmethod
     def head_spec(config: GFLConfig) -> HeadSpec:

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -60,7 +61,7 @@ class HeadSpec:
     ) -> "HeadSpec":
         """The spec of a configuration's sizes and a detector's shape."""
         return cls(
-            num_labels=config.num_labels,
+            num_labels=len(config.id2label),
             in_channels=config.fpn_channels,
             channels=config.head_channels,
             num_blocks=config.head_blocks,
@@ -124,7 +125,7 @@ class HalfPrecisionGroupNorm(torch.autograd.Function):
     """GroupNorm of half precision maps with fp32 weights: computed in fp32, of which only statistics are kept."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, features: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
         shape = (features.shape[0], features.shape[1], features.shape[2] * features.shape[3], groups)
         # A GPU's kernels know no other layout: they refuse features, and misread gradients, with channels last.
         output, mean, factor = torch.native_group_norm(features.float().contiguous(), weight, bias, *shape, eps)
@@ -134,7 +135,7 @@ class HalfPrecisionGroupNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         features, weight, mean, factor = ctx.saved_tensors
         maps = (tensor.float().contiguous() for tensor in (gradient, features))
         of_features, of_weight, of_bias = torch.ops.aten.native_group_norm_backward(

@@ -127,7 +127,7 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
                     f"image_mean is {mean!r}, image_std {std!r}; both must have a number for each channel."
                 )
         if self.do_resize:
-            _check_size(self.size)
+            _check_size(self.size)  # type: ignore[arg-type] # of __init__ on, it is a SizeDict
         if isinstance(self.resample, int):
             PILImageResampling(self.resample)  # a ValueError names what it isn't
 
@@ -248,7 +248,7 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
             raise ValueError("images of different sizes make a batch only with do_pad=True")
 
         if do_rescale and do_normalize and max(image_mean) > 1:
-            logger.warning_once(  # transformers' addition
+            logger.warning_once(  # type: ignore[attr-defined] # transformers' addition
                 f"do_rescale=True is left out: image_mean {list(image_mean)} is of grey levels 0..255, as they come. "
                 "For pixels of 0..1 set image_mean and image_std of 0..1, or do_normalize=False."
             )
@@ -312,7 +312,7 @@ def _check_size(size: SizeDict) -> None:
     """Raise ValueError for sides that images can't be resized to."""
     for side in ("shortest_edge", "longest_edge"):
         pixels = getattr(size, side)
-        if isinstance(pixels, bool) or not (isinstance(pixels, Integral) and 1 <= pixels <= LARGEST_SIDE):
+        if isinstance(pixels, bool) or not (isinstance(pixels, Integral) and 1 <= int(pixels) <= LARGEST_SIDE):
             raise ValueError(
                 f"size has the {side} {pixels!r}; it must be a whole number of pixels from 1 to {LARGEST_SIDE}."
             )

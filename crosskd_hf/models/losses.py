@@ -1,8 +1,10 @@
 """Losses of priors and box overlaps: pure tensor functions. Weighting, summing and normalising is the caller's."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 EPS = 1e-6  # lower bound of unions, enclosing areas and of the IoU inside a logarithm
@@ -56,7 +58,7 @@ class _ScaledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         logits: Tensor,
         targets: Tensor,
         exponent: float,
@@ -82,7 +84,7 @@ class _ScaledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.saved_tensors[0] * gradient.unsqueeze(-1), None, None, None, None
 
 

@@ -16,7 +16,7 @@ from .targets import class_targets, matched_distances, positives_per_image
 class RetinaNetForObjectDetection(DenseDetector):
     """RetinaNet detector; see `DenseDetector.forward` for inputs and outputs."""
 
-    config_class = RetinaNetConfig
+    config: RetinaNetConfig
 
     @staticmethod
     def head_spec(config: RetinaNetConfig) -> HeadSpec:

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
@@ -75,6 +75,9 @@ class DetectionTrainingArguments(TrainingArguments):
     Raises:
         ValueError: naming every field that can't be, its value and what to do.
     """
+
+    if TYPE_CHECKING:
+        output_dir: str  # transformers fills it in where it isn't given
 
     optim: OptimizerNames | str = field(default="sgd", metadata={"help": "Optimizer; sgd is the published one."})
     learning_rate: float = field(default=0.01, metadata={"help": "Learning rate at a batch of base_batch_size."})

@@ -1,6 +1,7 @@
 """An exponential moving average of the weights beside those that are trained (`training.ema_decay`)."""
 
 from pathlib import Path
+from typing import cast
 
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -29,7 +30,7 @@ class WeightAverage:
     @property
     def model(self) -> DenseDetector:
         """The detector with the averaged weights, in evaluation mode."""
-        return self._averaged.module.eval()
+        return cast(DenseDetector, self._averaged.module.eval())
 
     def update(self, model: DenseDetector) -> None:
         """Add the weights after an optimizer step."""

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,7 +85,8 @@ class DistillationTrainer(DetectionTrainer):
         """The methods and their settings."""
         parts = []
         for name, method in self.pair.methods.items():
-            settings = dataclasses.asdict(method.resolved) if dataclasses.is_dataclass(method.resolved) else {}
+            resolved = method.resolved
+            settings: dict[str, Any] = dataclasses.asdict(resolved) if dataclasses.is_dataclass(resolved) else {}
             parts.append(f"{name} ({', '.join(f'{key} {value}' for key, value in settings.items())})")
         return ", ".join(parts)
 

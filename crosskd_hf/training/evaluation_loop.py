@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
@@ -13,22 +12,15 @@ from ..data.dataset import DetectionDataset
 from ..models.base import DenseDetector
 from ..utils.memory import out_of_memory_explained
 from ..utils.redact import public
+from .base import BaseTrainer
 from .coco_metrics import CocoEvaluator
 from .tracking import evaluation_sheet, trackers
 
 EVALUATION_FOLDER = "evaluation"
 
 
-class CocoEvaluation:
-    """The part of a trainer that evaluates; comes before `transformers.Trainer` among the bases.
-
-    Attributes:
-        last_evaluation: the step of the last evaluation, and its metrics.
-        evaluation_sheet: pictures of the last evaluation, for the trackers.
-    """
-
-    last_evaluation: tuple[int, dict[str, float]] = (-1, {})
-    evaluation_sheet: Image.Image | None = None
+class CocoEvaluation(BaseTrainer):
+    """The part of a trainer that evaluates."""
 
     @property
     def precision(self) -> str:
@@ -54,7 +46,9 @@ class CocoEvaluation:
         model = self.average.model if self.average else self.model
         was_training = model.training
         model.eval()
-        evaluator = CocoEvaluator(dataloader.dataset.split)
+        dataset = dataloader.dataset
+        assert isinstance(dataset, DetectionDataset)  # see `get_eval_dataloader`
+        evaluator = CocoEvaluator(dataset.split)
         self.callback_handler.eval_dataloader = dataloader
         with out_of_memory_explained(lambda: self._memory_advice("per_device_eval_batch_size")):
             for batch in dataloader:
@@ -71,12 +65,12 @@ class CocoEvaluation:
         metrics, self.evaluation_sheet = None, None
         if self.accelerator.is_main_process:
             if (count := self.args.evaluation_pictures) and trackers(self):
-                self.evaluation_sheet = evaluation_sheet(dataloader.dataset, evaluator, count)
-            metrics = self._metrics(evaluator, dataloader.dataset, metric_key_prefix)
+                self.evaluation_sheet = evaluation_sheet(dataset, evaluator, count)
+            metrics = self._metrics(evaluator, dataset, metric_key_prefix)
         (metrics,) = broadcast_object_list([metrics])
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.last_evaluation = self.state.global_step, named
-        return EvalLoopOutput(predictions=results, label_ids=None, metrics=named, num_samples=len(dataloader.dataset))
+        return EvalLoopOutput(results, label_ids=None, metrics=named, num_samples=len(dataset))  # type: ignore[arg-type]
 
     def _metrics(self, evaluator: CocoEvaluator, dataset: DetectionDataset, prefix: str) -> dict[str, float]:
         """The metrics, written with which images they are of, and how; as others may read it."""

@@ -158,7 +158,7 @@ def group_values(optimizer: torch.optim.Optimizer) -> list[dict]:
 
 
 def restore_group_values(
-    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, values: list[dict]
+    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler | None, values: list[dict]
 ) -> None:
     """Go back to the arguments' rates, decay and momentum after a checkpoint's were loaded.
 

@@ -10,20 +10,18 @@ from concurrent.futures import Future
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedConfig
-from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.trainer_utils import HubStrategy, SaveStrategy, SchedulerType
 from transformers.utils.hub import PushInProgress, hf_api
 
 from ..hub.model_card import COCO_METRICS, CardFacts, DataFacts, DetectorFacts, TeacherFacts, unique, write_model_card
 from ..hub.upload import METRICS_FILE, Content, files_to_upload, public_recipe, read_recipe, upload
 from ..utils.redact import last_part, public
 from ..version import __version__
-
-if TYPE_CHECKING:
-    from .trainer import DetectionTrainer
+from .base import BaseTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +29,8 @@ LIBRARIES = ("torch", "torchvision", "transformers", "timm", "accelerate", "data
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-class HubUpload:
-    """The part of a trainer that talks to the Hub; goes before `transformers.Trainer` among the bases.
+class HubUpload(BaseTrainer):
+    """The part of a trainer that talks to the Hub.
 
     One private method of `transformers.Trainer` is overridden, `_finish_current_push`: an upload that failed is told.
 
@@ -71,12 +69,12 @@ class HubUpload:
         more |= {name: value for name, value in optional.items() if value}
         facts = trainer_facts(self, read_recipe(folder), model_name or folder.absolute().name, **more)
         if dataset or dataset_args:
-            given = {"name": ", ".join(_listed(dataset)), "split": ", ".join(_listed(dataset_args))}
+            given: dict[str, Any] = {"name": ", ".join(_listed(dataset)), "split": ", ".join(_listed(dataset_args))}
             data = replace(facts.data, **{key: text for key, text in given.items() if text})
             facts = replace(facts, data=data)
         write_model_card(folder, facts)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
@@ -104,15 +102,17 @@ class HubUpload:
             self.init_hf_repo(token=token, private=private)
         if not self.is_world_process_zero():
             return None
+        assert self.hub_model_id is not None  # see `init_hf_repo`
         self._finish_current_push()
         files = self._files_with_card(**kwargs)
-        job = (self.hub_model_id, files, commit_message, token, revision or self.args.hub_revision)
+        message = commit_message or "End of training"
+        job = (self.hub_model_id, files, message, token, revision or self.args.hub_revision)
         return upload(*job) if blocking else hf_api().run_as_future(upload, *job)
 
     def _files_with_card(self, **kwargs: Any) -> dict[str, Path | bytes]:
         model = self.accelerator.unwrap_model(self.model)
         kwargs["tags"] = unique([*_listed(kwargs.get("tags")), *(model.model_tags or ())])
-        kwargs["model_name"] = kwargs.get("model_name") or self.hub_model_id.split("/")[-1]
+        kwargs["model_name"] = kwargs.get("model_name") or (self.hub_model_id or "").split("/")[-1]
         self.create_model_card(**kwargs)
         files = files_to_upload(Path(self.args.output_dir))
         if not measured(self):
@@ -142,7 +142,7 @@ class HubUpload:
         step, epoch = f"step {self.state.global_step}", f"epoch {int(self.state.epoch or 0)}"
         message = f"Training in progress, {epoch if self.args.save_strategy == SaveStrategy.EPOCH else step}"
         job = (self.hub_model_id, files, message, self.args.hub_token, self.args.hub_revision)
-        self.push_in_progress = PushInProgress([hf_api().run_as_future(upload, *job)])
+        self.push_in_progress = PushInProgress([hf_api().run_as_future(upload, *job)])  # type: ignore[arg-type]
 
     def finish_checkpoint_push(self) -> None:
         """Wait for an upload that reads from checkpoints, before any is removed."""
@@ -164,7 +164,7 @@ def _listed(value: str | Sequence[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or ())
 
 
-def trainer_facts(trainer: "DetectionTrainer", recipe: Content | None, name: str, **more: Any) -> CardFacts:
+def trainer_facts(trainer: BaseTrainer, recipe: Content | None, name: str, **more: Any) -> CardFacts:
     """What a trainer knows of its model.
 
     Args:
@@ -192,7 +192,7 @@ def trainer_facts(trainer: "DetectionTrainer", recipe: Content | None, name: str
     return replace(facts, **more)
 
 
-def measured(trainer: "DetectionTrainer") -> dict[str, float]:
+def measured(trainer: BaseTrainer) -> dict[str, float]:
     """The metrics of the model as it is now on the trainer's own eval data; empty if there was no such evaluation."""
     step, metrics = trainer.last_evaluation
     loader = trainer.callback_handler.eval_dataloader
@@ -239,15 +239,15 @@ def _teacher_facts(config: PreTrainedConfig, recipe: Content | None) -> TeacherF
 
 def _hub_source(config: PreTrainedConfig) -> str | None:
     """Hub id that a model was loaded from. It was loaded here, so that a folder's name is that of one."""
-    name = config.name_or_path
+    name = config.name_or_path or ""
     return name if "/" in name and HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
-def _training_facts(trainer: "DetectionTrainer") -> dict[str, str]:
+def _training_facts(trainer: BaseTrainer) -> dict[str, str]:
     args, state = trainer.args, trainer.state
     schedule = f"times {args.lr_gamma:g} after epochs {args.lr_milestones}"
     if args.lr_milestones is None:
-        schedule = str(args.lr_scheduler_type.value)
+        schedule = SchedulerType(args.lr_scheduler_type).value
     facts = {
         "Steps": f"{state.global_step}" + (f" of {state.max_steps}" if state.global_step < state.max_steps else ""),
         "Epochs": f"{state.epoch or 0:.4g}",

@@ -43,7 +43,9 @@ class RunLog(TrainerCallback):
             self.evaluation.close()
             self.evaluation = None
 
-    on_predict = on_evaluate
+    def on_predict(self, args, state, control, metrics, **kwargs) -> None:
+        """The same."""
+        self.on_evaluate(args, state, control)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Print a line."""

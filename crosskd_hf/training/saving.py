@@ -5,6 +5,7 @@ import copy
 import json
 import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerControl, set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME, safe_globals
 from transformers.trainer_callback import ExportableState
@@ -33,28 +34,23 @@ from .checkpoints import (
 )
 from .disk_space import full_disk_explained
 from .optimization import restore_group_values
-from .termination import Terminated, TerminationSignal
+from .publishing import HubUpload
+from .step_monitor import NonFiniteLossError
+from .termination import Terminated
 
 EVALUATION_FILE = "evaluation.json"  # in a checkpoint: the result of the evaluation after it, as the log has it
 
 
-class SafeSaving:
-    """The part of a trainer that saves and resumes; comes before `transformers.Trainer` among the bases.
+class SafeSaving(HubUpload):
+    """The part of a trainer that saves and resumes.
 
     Two private methods of `transformers.Trainer` are overridden:
 
     - `_save_checkpoint`: a checkpoint counts once all of it is on the disk, and none is removed before that.
     - `_load_from_checkpoint`: weights that a checkpoint lacks are an error, and not left as they were drawn.
-
-    Attributes:
-        termination: listens to SIGTERM while it trains.
-        average: of the weights, from the beginning of training on, if there is an ema_decay.
     """
 
-    termination: TerminationSignal
-    average: WeightAverage | None = None
     _resumed_from: str | None = None
-    _saved_at = -1  # the last step that this run has saved, or resumed from
     _trained_to = -1  # the last step that this run has done
     _ends = False  # whether all processes agreed to end after it
 
@@ -125,22 +121,7 @@ class SafeSaving:
         if self._ends:
             raise self.terminated()
 
-    def terminated(self) -> Terminated:
-        """The exception that ends a run, with what is saved."""
-        step = self.state.global_step
-        if self._saved_at == step:
-            state = f": its state is saved in {self.latest_checkpoint}; the same command resumes from there"
-        else:
-            newest = newest_complete(self.args.output_dir) if self.is_world_process_zero() else None
-            state = f", which isn't saved; the same command resumes from {newest or 'the beginning'}"
-        return Terminated(f"ended by SIGTERM after step {step}{state}")
-
     # Writing ----------------------------------------------------------------------------------------------------
-
-    @property
-    def latest_checkpoint(self) -> Path:
-        """The folder of this step's checkpoint."""
-        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
     def _save_checkpoint(self, model: nn.Module, trial: object = None) -> None:
         """Save a checkpoint; remove those that it makes needless, and have it uploaded, unless an evaluation is due.
@@ -178,6 +159,36 @@ class SafeSaving:
             remove_surplus(folder.parent, self.args.save_total_limit, newest=folder, best=self.best_checkpoint())
         self.push_checkpoint(folder)
 
+    def check_finite(self) -> None:
+        """Look at all that training computes, before it is saved.
+
+        Raises:
+            NonFiniteLossError: a loss term since the last log, a parameter, a buffer or the average isn't finite.
+        """
+        with self._last_checkpoint_named():
+            self.monitor.check(self._tensors(), self.accelerator.gather)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers of what is trained, and of the average, by name."""
+        module = self.trained_module()
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        average = self.average.model.state_dict() if self.average is not None else {}
+        return tensors | {f"the average of {name}": tensor for name, tensor in average.items()}
+
+    @contextlib.contextmanager
+    def _last_checkpoint_named(self) -> Iterator[None]:
+        """Add to a `NonFiniteLossError` where the run can start again."""
+        try:
+            yield
+        except NonFiniteLossError as error:
+            good = newest_complete(self.run_folder)
+            saved = f"the last checkpoint, {good}, is from before" if good else "no checkpoint was saved before"
+            raise NonFiniteLossError(
+                f"{error} (found after step {self.state.global_step}): training is stopped, and {saved}. Usual "
+                "causes: a learning rate too high for this batch size, no warm-up, half precision, or broken boxes in "
+                "the data. Start the same command again with other values and --accept-changes."
+            ) from None
+
     def write_model(self, folder: Path, model: PreTrainedModel, **options) -> None:
         """Write a model with its image processor and the arguments, without the token: folders may be uploaded."""
         model.save_pretrained(folder, **options)
@@ -200,7 +211,8 @@ class SafeSaving:
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 states.setdefault(type(callback).__name__, []).append(callback.state())
-        self.state.stateful_callbacks |= {name: s[0] if len(s) == 1 else s for name, s in states.items()}
+        merged = {name: s[0] if len(s) == 1 else s for name, s in states.items()}
+        self.state.stateful_callbacks.update(merged)  # type: ignore[union-attr]
 
     def best_checkpoint(self) -> Path | None:
         """Of the checkpoints that are kept, the one of the best evaluation."""
@@ -221,7 +233,7 @@ class SafeSaving:
             self.load_weights(best)
             if self.average is not None:
                 self.average.load(best)
-        self.state.best_model_checkpoint = best and str(best)
+        self.state.best_model_checkpoint = None if best is None else str(best)
 
     # Resuming ---------------------------------------------------------------------------------------------------
 
@@ -262,11 +274,12 @@ class SafeSaving:
         # For processes that the saved run didn't have: others have their random states restored at the first step.
         seeds = np.random.SeedSequence((self.args.seed, self.state.global_step, self.args.process_index))
         set_seed(int(seeds.generate_state(1)[0]))
+        assert self.optimizer is not None
         restore_group_values(self.optimizer, self.lr_scheduler, self.group_values)
         if self.eval_dataset is not None:
-            self._catch_up_evaluation()
+            self._catch_up_evaluation(Path(self._resumed_from))
 
-    def _catch_up_evaluation(self) -> None:
+    def _catch_up_evaluation(self, checkpoint: Path) -> None:
         """Evaluate what the checkpoint says is due, or read what its evaluation found.
 
         Raises:
@@ -276,9 +289,9 @@ class SafeSaving:
             return
         entry = None
         with contextlib.suppress(FileNotFoundError, ValueError):  # none, or a damaged one
-            entry = json.loads((Path(self._resumed_from) / EVALUATION_FILE).read_text())
+            entry = json.loads((checkpoint / EVALUATION_FILE).read_text())
         (entry,) = broadcast_object_list([entry])  # of the first process, whatever others see of a network drive
-        control = self.state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+        control = self.state.stateful_callbacks.get("TrainerControl", {}).get("args", {})  # type: ignore[union-attr]
         # An epoch's end comes after the checkpoint of its last step, which then knows nothing of it.
         epoch_ends = self.args.eval_strategy == IntervalStrategy.EPOCH and float(self.state.epoch or 0).is_integer()
         if entry is not None:

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class StepClock:
     def switch(self, name: str | None) -> None:
         """Stop the clock that runs, if any, and start another, or none."""
         if self._on_gpu:
-            now = torch.cuda.Event(enable_timing=True)
+            now: Any = torch.cuda.Event(enable_timing=True)
             now.record()
         else:
             now = time.perf_counter()
@@ -71,6 +72,13 @@ class StepMonitor:
         self.overflows = torch.zeros((), dtype=torch.long, device=device)
         self._start([])
 
+    def _start(self, names: list[str]) -> None:
+        self.names = names
+        self.sums = torch.zeros(len(names), device=self.device)
+        self.first_bad = torch.full((len(names),), -1, dtype=torch.long, device=self.device)
+        self.count = self.steps = 0  # batches and optimizer steps since the last log
+        self._last_step = -1
+
     def record(self, terms: dict[str, Tensor], step: int) -> None:
         """Add the terms (scalars) of a batch of a step. Doesn't wait for the device."""
         if [*terms] != self.names:
@@ -85,13 +93,6 @@ class StepMonitor:
     def record_overflow(self, bad: Tensor) -> None:
         """Note whether GradScaler skips the step, since a gradient overflowed (a scalar)."""
         self.overflows = torch.where(bad, self.overflows + 1, 0)
-
-    def _start(self, names: list[str]) -> None:
-        self.names = names
-        self.sums = torch.zeros(len(names), device=self.device)
-        self.first_bad = torch.full((len(names),), -1, dtype=torch.long, device=self.device)
-        self.count = self.steps = 0  # batches and optimizer steps since the last log
-        self._last_step = -1
 
     def check(self, tensors: Mapping[str, Tensor], gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Look at the loss terms since the last log, and at the model. One read of the device.

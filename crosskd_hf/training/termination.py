@@ -57,7 +57,7 @@ class TerminationSignal:
         self.noted = False  # what ended an earlier training is no reason to end this one
         before = signal.signal(signal.SIGTERM, self._note)
         self._depth += 1
-        self._group = dist.new_group(backend="gloo") if num_processes() > 1 else None
+        self._group = dist.new_group(backend="gloo") if num_processes() > 1 else None  # type: ignore[assignment]
         try:
             yield
         except Terminated as end:

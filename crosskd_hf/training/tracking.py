@@ -4,22 +4,20 @@
 recipe of the run follows as text, and after each evaluation a sheet of ground truth beside predictions.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
+from ..data.dataset import DetectionDataset
 from ..utils.redact import without_credentials
 from ..utils.visualization import contact_sheet
+from .base import BaseTrainer
 from .coco_metrics import CocoEvaluator
 from .evaluation_pictures import THRESHOLD, Boxes, evenly_spaced, example, with_boxes
-
-if TYPE_CHECKING:
-    from ..data.dataset import DetectionDataset
-    from .trainer import DetectionTrainer
 
 TRACKERS = (TensorBoardCallback, TrackioCallback, WandbCallback)
 PICTURE_NAME = "eval/examples"
@@ -29,7 +27,7 @@ TILE = 400  # pixels a side of a picture on the sheet
 class TrackingCallback(TrainerCallback):
     """Hands recipe and evaluation pictures to the trackers of a trainer. The main process logs, others do nothing."""
 
-    def __init__(self, trainer: "DetectionTrainer"):
+    def __init__(self, trainer: BaseTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -44,12 +42,12 @@ class TrackingCallback(TrainerCallback):
             log_picture(self.trainer, PICTURE_NAME, sheet, state.global_step)
 
 
-def trackers(trainer: "DetectionTrainer") -> list[Any]:
+def trackers(trainer: Trainer) -> list[Any]:
     """The trainer's callbacks that log to a tracker that takes pictures."""
     return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TRACKERS)]
 
 
-def log_text(trainer: "DetectionTrainer", name: str, text: str) -> None:
+def log_text(trainer: Trainer, name: str, text: str) -> None:
     """A text to every tracker: beside the arguments of the run."""
     for tracker in trackers(trainer):
         if isinstance(tracker, TensorBoardCallback):
@@ -61,7 +59,7 @@ def log_text(trainer: "DetectionTrainer", name: str, text: str) -> None:
             tracker._trackio.config[name] = text
 
 
-def log_picture(trainer: "DetectionTrainer", name: str, picture: Image.Image, step: int) -> None:
+def log_picture(trainer: Trainer, name: str, picture: Image.Image, step: int) -> None:
     """A picture to every tracker, at an optimizer step."""
     for tracker in trackers(trainer):
         if isinstance(tracker, TensorBoardCallback):
@@ -74,7 +72,7 @@ def log_picture(trainer: "DetectionTrainer", name: str, picture: Image.Image, st
             tracker._trackio.log({name: tracker._trackio.Image(picture), "train/global_step": step})
 
 
-def evaluation_sheet(dataset: "DetectionDataset", evaluator: CocoEvaluator, count: int) -> Image.Image:
+def evaluation_sheet(dataset: DetectionDataset, evaluator: CocoEvaluator, count: int) -> Image.Image:
     """Ground truth beside predictions, on evenly spaced images of an evaluation.
 
     Args:
@@ -89,7 +87,7 @@ def evaluation_sheet(dataset: "DetectionDataset", evaluator: CocoEvaluator, coun
         scores, labels, boxes = evaluator.detections_of(image_id)
         shown = scores > THRESHOLD
         labels = labels[shown].tolist()
-        boxes = torch.from_numpy(boxes[shown]) * torch.tensor(factors * 2)
-        predicted = Boxes(boxes, labels, [names[label] for label in labels], scores[shown].tolist())
+        corners = torch.from_numpy(boxes[shown]) * torch.tensor(factors * 2)
+        predicted = Boxes(corners, labels, [names[label] for label in labels], scores[shown].tolist())
         rows.append([with_boxes(image, truth), with_boxes(image, predicted)])
     return contact_sheet(rows, ["ground truth", "predictions"], TILE)

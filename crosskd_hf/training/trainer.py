@@ -1,18 +1,15 @@
 """The trainer of a detector, on transformers.Trainer."""
 
-import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
+from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
 
@@ -23,12 +20,11 @@ from ..data.split import DetectionSplit
 from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
 from ..utils.distributed import check_same
-from ..utils.memory import batch_advice, out_of_memory_explained
+from ..utils.memory import out_of_memory_explained
 from .arguments import DetectionTrainingArguments
-from .checkpoints import newest_complete
+from .base import MODEL_LABELS
 from .evaluation_loop import CocoEvaluation
 from .optimization import build_optimizer, group_values, groups_of, multistep_scheduler
-from .publishing import HubUpload
 from .saving import SafeSaving
 from .step_monitor import NonFiniteLossError, StepMonitor
 from .termination import TerminationSignal, obey_parent_only
@@ -36,11 +32,10 @@ from .tracking import TrackingCallback
 from .trainer_inputs import as_dataset, as_detector, check_classes, refuse_unsupported
 
 logger = logging.getLogger(__name__)
-MODEL_LABELS = ("boxes", "class_labels", "mask")  # what a model reads of the labels
 MAX_OVERFLOWS = 20  # steps in a row: GradScaler halves its scale in each, from 65536 to below 0.1
 
 
-class DetectionTrainer(SafeSaving, CocoEvaluation, HubUpload, Trainer):
+class DetectionTrainer(SafeSaving, CocoEvaluation):
     """Trains a detector alone.
 
     Of the private methods of `transformers.Trainer` only those are overridden that `SafeSaving` and `HubUpload` list.
@@ -67,41 +62,35 @@ class DetectionTrainer(SafeSaving, CocoEvaluation, HubUpload, Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
-        model = as_detector(model)
+        detector = as_detector(model)
         refuse_unsupported(args)
-        processor = processing_class or DenseDetectorImageProcessor.for_model(model.config)
-        datasets = {}
+        processor = processing_class or DenseDetectorImageProcessor.for_model(detector.config)
+        datasets: dict[str, DetectionDataset | None] = {}
         for name, data, train in (("train_dataset", train_dataset, True), ("eval_dataset", eval_dataset, False)):
-            datasets[name] = dataset = as_dataset(data, processor, train, args.seed)
+            datasets[name] = dataset = None if data is None else as_dataset(data, processor, train, args.seed)
             if dataset is not None:
-                check_classes(model, dataset, name, "give the model id2label=split.id2label")
+                check_classes(detector, dataset, name, "give the model id2label=split.id2label")
                 check_same(f"the images and classes of {name}", (len(dataset), dataset.split.label_names))
         if args.channels_last:
-            model = model.to(memory_format=torch.channels_last)
+            detector.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
         super().__init__(
-            model=model,
+            model=detector,
             args=args,
             # A GPU normalises faster than the loaders, which then send a quarter of the bytes.
             data_collator=DetectionCollator(processor, normalize=args.device.type == "cpu"),
+            train_dataset=datasets["train_dataset"],
+            eval_dataset=datasets["eval_dataset"],
             processing_class=processor,
             callbacks=callbacks,
             optimizers=optimizers,
-            **datasets,
         )
         self.monitor = StepMonitor(self.args.device)
         self.train_sampler: OrientationBatchSampler | None = None
         self.termination = TerminationSignal()
-        self.recipe_text: str | None = None  # of the run, for the trackers
-        self._batch_shape: tuple[int, ...] | None = None  # of the last batch of images
         self.add_callback(_TrainingHooks(self))
         # Before all others, such as a tracker's that uploads the model at the end.
         self.callback_handler.callbacks.insert(0, _BestModelFirst(self))
         self.add_callback(TrackingCallback(self))
-
-    @property
-    def run_folder(self) -> Path:
-        """Where the run writes."""
-        return Path(self.args.output_dir)
 
     # Data -------------------------------------------------------------------------------------------------------
 
@@ -124,11 +113,11 @@ class DetectionTrainer(SafeSaving, CocoEvaluation, HubUpload, Trainer):
         self._batches_per_epoch = len(loader)
         return loader
 
-    def get_test_dataloader(self, test_dataset: DetectionDataset | DetectionSplit) -> DataLoader:
+    def get_test_dataloader(self, test_dataset: Dataset | DetectionSplit | str) -> DataLoader:
         """The same as for evaluation."""
         return self.get_eval_dataloader(test_dataset)
 
-    def get_eval_dataloader(self, eval_dataset: DetectionDataset | DetectionSplit | None = None) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: Dataset | DetectionSplit | str | None = None) -> DataLoader:
         """Every image exactly once over all processes, in the same batches however many there are."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -155,17 +144,6 @@ class DetectionTrainer(SafeSaving, CocoEvaluation, HubUpload, Trainer):
             "generator": torch.Generator().manual_seed(self.args.seed),
         }
 
-    def to_device(self, batch: dict) -> dict:
-        """What the model reads of a batch, on the device that trains. The host doesn't wait for pinned memory."""
-        if isinstance(labels := batch.get("labels"), Mapping):
-            batch = {**batch, "labels": {name: labels[name] for name in MODEL_LABELS if name in labels}}
-        if "pixel_values" in batch:
-            self._batch_shape = tuple(batch["pixel_values"].shape)
-        device = self.args.device
-        # On MPS, a copy that isn't waited for reads memory that may be another tensor's by then.
-        batch = send_to_device(batch, device, non_blocking=device.type != "mps")
-        return self.data_collator.finish(batch) if "pixel_sizes" in batch else batch
-
     def get_batch_samples(self, *args, **kwargs):
         """Fetch batches, timed. What follows, up to the optimizer's update, is the step.
 
@@ -186,30 +164,6 @@ class DetectionTrainer(SafeSaving, CocoEvaluation, HubUpload, Trainer):
         with out_of_memory_explained(lambda: self._memory_advice("per_device_train_batch_size")):
             return super().train(*args, **kwargs)
 
-    def _memory_advice(self, key: str) -> str:
-        return batch_advice(self.args, key, self._batch_shape)
-
-    def trained_module(self) -> nn.Module:
-        """What DDP wraps, `torch.compile` compiles and the optimizer trains: the model, or a module around it.
-
-        A trainer that returns another one has `save_methods` and `load_methods`, too. `trainer.model` stays the model.
-        """
-        return self.model
-
-    def methods_text(self) -> str:
-        """What the model is distilled by, for cards and logs: nothing."""
-        return ""
-
-    def save_methods(self, folder: Path) -> None:
-        """Write what is trained besides the model into a checkpoint: nothing."""
-
-    def load_methods(self, folder: Path) -> None:
-        """Read what `save_methods` wrote.
-
-        Raises:
-            ValueError: it is of other methods.
-        """
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """SGD as the published recipes use it, or any optimizer that transformers names.
 
@@ -223,7 +177,7 @@ class DetectionTrainer(SafeSaving, CocoEvaluation, HubUpload, Trainer):
             if self.args.optim == OptimizerNames.SGD:
                 self.optimizer = build_optimizer(module, self.args)
             else:
-                optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, module)
+                optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, module)  # type: ignore[arg-type]
                 groups = groups_of(module, self.args)
                 self.optimizer = optimizer_class(groups, **{**options, "lr": self.args.scaled_learning_rate})
         self.group_values = group_values(self.optimizer)
@@ -232,7 +186,9 @@ class DetectionTrainer(SafeSaving, CocoEvaluation, HubUpload, Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """Warm-up and milestones of the arguments, or transformers' scheduler if there are no milestones."""
         if self.lr_scheduler is None and self.args.lr_milestones is not None:
-            self.lr_scheduler = multistep_scheduler(optimizer or self.optimizer, self.args, self.steps_per_epoch)
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None  # its scheduler is made after it
+            self.lr_scheduler = multistep_scheduler(optimizer, self.args, self.steps_per_epoch)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -281,36 +237,6 @@ class DetectionTrainer(SafeSaving, CocoEvaluation, HubUpload, Trainer):
                 logs = logs | self.monitor.averages(self._tensors(), self.accelerator.gather)
             self._refuse_overflows()
         super().log(logs, start_time)
-
-    def check_finite(self) -> None:
-        """Look at all that training computes, before it is saved.
-
-        Raises:
-            NonFiniteLossError: a loss term since the last log, a parameter, a buffer or the average isn't finite.
-        """
-        with self._last_checkpoint_named():
-            self.monitor.check(self._tensors(), self.accelerator.gather)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers of what is trained, and of the average, by name."""
-        module = self.trained_module()
-        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        average = self.average.model.state_dict() if self.average is not None else {}
-        return tensors | {f"the average of {name}": tensor for name, tensor in average.items()}
-
-    @contextlib.contextmanager
-    def _last_checkpoint_named(self) -> Iterator[None]:
-        """Add to a `NonFiniteLossError` where the run can start again."""
-        try:
-            yield
-        except NonFiniteLossError as error:
-            good = newest_complete(self.run_folder)
-            saved = f"the last checkpoint, {good}, is from before" if good else "no checkpoint was saved before"
-            raise NonFiniteLossError(
-                f"{error} (found after step {self.state.global_step}): training is stopped, and {saved}. Usual "
-                "causes: a learning rate too high for this batch size, no warm-up, half precision, or broken boxes in "
-                "the data. Start the same command again with other values and --accept-changes."
-            ) from None
 
     def _refuse_overflows(self) -> None:
         """Save, and raise NonFiniteLossError, if GradScaler has skipped all of the last steps. With fp16, reads the

@@ -1,5 +1,6 @@
 """What a trainer is given: made of what stands for it, and refused where it can't work."""
 
+from torch.utils.data import Dataset
 from transformers.integrations import is_tensorboard_available, is_trackio_available, is_wandb_available
 
 from ..data.dataset import DetectionDataset
@@ -32,7 +33,7 @@ def refuse_unsupported(args: DetectionTrainingArguments) -> None:
             "`accelerate launch --multi_gpu`, or hide the others with CUDA_VISIBLE_DEVICES=0."
         )
     for tracker, is_available in TRACKERS.items():
-        if tracker in args.report_to and not is_available():
+        if tracker in (args.report_to or ()) and not is_available():
             raise ValueError(
                 f"training.report_to={tracker} needs the package {tracker}: pip install {tracker}, or, in a clone of "
                 'the repository, pip install -e ".[tracking]"; or set training.report_to=none.'
@@ -41,13 +42,15 @@ def refuse_unsupported(args: DetectionTrainingArguments) -> None:
         raise ValueError("FSDP and DeepSpeed aren't supported; these detectors fit a GPU: use plain multi_gpu.")
 
 
-def as_dataset(data, processor: DenseDetectorImageProcessor, train: bool, seed: int) -> DetectionDataset | None:
+def as_dataset(
+    data: Dataset | DetectionSplit | str, processor: DenseDetectorImageProcessor, train: bool, seed: int
+) -> DetectionDataset:
     """A data set, made of a split if it is one, whose images are then resized as the processor does it.
 
     Raises:
         ValueError: it is neither.
     """
-    if data is None or isinstance(data, DetectionDataset):
+    if isinstance(data, DetectionDataset):
         return data
     if not isinstance(data, DetectionSplit):
         raise ValueError(

@@ -56,6 +56,7 @@ class CrossKD(KDMethod):
         self, student: Observation, teacher: Observation, student_observer: Observer, teacher_observer: Observer
     ) -> dict[str, Tensor]:
         """See `KDMethod.terms`; (N, P) each."""
+        assert student.taps is not None and teacher.taps is not None and teacher.predictions is not None
         taps = student.taps.adapted(self.adapters.adapt).aligned_to(teacher.taps)
         cross = teacher_observer.finish(taps, teacher)
         targets = KDTargets.of(student, teacher, self.same_rule, self.weights.box_normalizer)

@@ -46,5 +46,6 @@ class Mimic(KDMethod):
     ) -> dict[str, Tensor]:
         """See `KDMethod.terms`; (N, P) each."""
         targets = KDTargets.of(student, teacher, self.same_rule, self.weights.box_normalizer)
+        assert student.predictions is not None and teacher.predictions is not None
         terms = prediction_kd_losses(student.predictions, teacher.predictions, targets, self.weights)
         return {f"mimic_{name}": term for name, term in terms.items()}

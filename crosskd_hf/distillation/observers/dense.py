@@ -65,6 +65,9 @@ class DenseObserver(Observer):
         classes: (S,) its labels that the other model knows, in the student's order; None: all, in this order.
     """
 
+    model: DenseDetector
+    classes: Tensor | None
+
     def __init__(self, model: DenseDetector, levels: Sequence[int] | None = None, classes: Tensor | None = None):
         super().__init__(model)
         strides = model.config.strides
@@ -100,6 +103,7 @@ class DenseObserver(Observer):
 
     def incomparable(self, other: Observer) -> str | None:
         """Prior by prior, predictions of detectors with as many priors per cell can be compared."""
+        assert isinstance(other, DenseObserver)
         counts = [observer.model.head.spec.num_anchors for observer in (self, other)]
         return None if counts[0] == counts[1] else f"{counts[0]} and {counts[1]} priors per cell"
 
@@ -148,6 +152,7 @@ class DenseObserver(Observer):
 
     def finish(self, taps: DenseTaps, guide: Observation) -> Predictions:
         """The towers from the tapped block on, and the prediction convolutions."""
+        assert guide.predictions is not None
         cls, reg = taps.cls, taps.reg
         if not torch.is_autocast_enabled(cls[0].device.type):  # it would cast to the weights' precision
             dtype = self.model.head.cls_predictor.weight.dtype
@@ -176,10 +181,11 @@ class DenseObserver(Observer):
         if self.levels is None:
             return predictions, mask
 
-        def rows(values: Tensor | None) -> Tensor | None:
-            return values if values is None else torch.cat(self._at_levels(values.split(level_sizes, dim=1)), dim=1)
+        def rows(values: Tensor) -> Tensor:
+            return torch.cat(self._at_levels(values.split(level_sizes, dim=1)), dim=1)
 
-        return HeadPredictions(*map(rows, (predictions.logits, predictions.boxes, predictions.centerness))), rows(mask)
+        centerness = None if predictions.centerness is None else rows(predictions.centerness)
+        return HeadPredictions(rows(predictions.logits), rows(predictions.boxes), centerness), rows(mask)
 
 
 def _targets(losses: DetectionLosses, truth: GroundTruth, image_sizes: Tensor) -> Targets:
