@@ -40,6 +40,7 @@ def predictions(logits: list, boxes=None, bins=None, quality: list | None = None
     return Predictions(
         logits=torch.tensor([logits], dtype=torch.float32),
         sides=lambda: from_origin(boxes),
+        mask=torch.ones(1, len(logits)),
         bins=None if bins is None else torch.as_tensor(bins, dtype=torch.float32)[None],
         quality=None if quality is None else torch.tensor([quality]),
     )
