@@ -1,8 +1,10 @@
 """Maps with given statistics per channel: what the cross pass and PKD compare maps by (CrossKD, section 3.2)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 EPS = 1e-6  # added to a deviation that is divided by
 HALF = (torch.float16, torch.bfloat16)
@@ -61,7 +63,7 @@ class _Rescaled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, rectify: bool, narrow: bool, mean: Tensor | None, std: Tensor | None, *maps: Tensor
+        ctx: Any, rectify: bool, narrow: bool, mean: Tensor | None, std: Tensor | None, *maps: Tensor
     ) -> tuple[Tensor, ...]:
         own_mean, own_std = channel_statistics(list(maps))
         divisor = own_std + EPS
@@ -80,7 +82,7 @@ class _Rescaled(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         mean, std, factor, *saved = ctx.saved_tensors
         maps, outputs = saved[: len(gradients)], saved[len(gradients) :]
         if ctx.rectify:
