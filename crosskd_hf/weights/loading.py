@@ -62,7 +62,8 @@ def for_labels(model: DenseDetector, label_names: Sequence[str]) -> DenseDetecto
     config.label_names = given
     new = type(model)(config)
     kept = {name: value for name, value in model.state_dict().items() if "cls_predictor" not in name}
-    new.load_state_dict(kept, strict=False)
+    missing, unexpected = new.load_state_dict(kept, strict=False)
+    assert not unexpected and all("cls_predictor" in name for name in missing), (missing, unexpected)
     return new
 
 
