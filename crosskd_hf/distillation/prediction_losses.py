@@ -54,7 +54,7 @@ def resolve(settings: Any, model_type: str) -> tuple[Any, Published]:
     names = [field.name for field in fields(Published) if hasattr(settings, field.name)]
     unset = {name: getattr(published, name) for name in names if getattr(settings, name) is None}
     settings = replace(settings, **unset)
-    values = {name: getattr(settings, name) * (settings.weight if "weight" in name else 1) for name in names}
+    values = {name: getattr(settings, name) * (settings.weight if name.endswith("_weight") else 1) for name in names}
     return settings, replace(published, **values)
 
 

@@ -33,18 +33,19 @@ def inherit_weights(student: DenseDetector, teacher: DenseDetector, parts: Seque
     Raises:
         ValueError: if nothing of a part fits.
     """
-    own, given = student.state_dict(), teacher.state_dict()
+    weights, teacher_weights = student.state_dict(), teacher.state_dict()
     foreign = _foreign(student, teacher)
-    misfits = {_module(name) for name in own if name not in given or given[name].shape != own[name].shape}
-    misfits |= {_module(name) for name in own if any(part in name for part in foreign)}
+    shapes = {name: weight.shape for name, weight in teacher_weights.items()}
+    misfits = {_module(name) for name, weight in weights.items() if shapes.get(name) != weight.shape}
+    misfits |= {_module(name) for name in weights if any(part in name for part in foreign)}
     if "head.box_predictor" in misfits:
         misfits.add("head.scales")  # they scale its output
     reports, empty = [], []
     for part in parts:
-        names = [name for name in own if name.startswith(f"{PARTS[part]}.")]
+        names = [name for name in weights if name.startswith(f"{PARTS[part]}.")]
         taken = [name for name in names if _module(name) not in misfits]
         for name in taken:
-            own[name].copy_(given[name])
+            weights[name].copy_(teacher_weights[name])
         if not taken:
             empty.append(part)
         left = [name for name in names if name not in taken]
@@ -68,13 +69,13 @@ def _module(name: str) -> str:
 
 def _foreign(student: DenseDetector, teacher: DenseDetector) -> set[str]:
     """Parts of names whose weights mean something else in the teacher, whatever their shapes."""
-    mine, theirs = student.config, teacher.config
+    config, teacher_config = student.config, teacher.config
     foreign: set[str] = set()
     if not _same_outputs(student, teacher):
         foreign.update(PREDICTORS)
-    if coco_spelling(mine.label_names) != coco_spelling(theirs.label_names):
+    if coco_spelling(config.label_names) != coco_spelling(teacher_config.label_names):
         foreign.add("cls_predictor")
-    if (mine.fpn_extra_convs, mine.fpn_relu_before_p7) != (theirs.fpn_extra_convs, theirs.fpn_relu_before_p7):
+    if any(getattr(config, key) != getattr(teacher_config, key) for key in ("fpn_extra_convs", "fpn_relu_before_p7")):
         foreign.add("extra_convs")
     return foreign
 

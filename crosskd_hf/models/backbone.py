@@ -54,7 +54,7 @@ class Backbone(nn.Module):
                 tensor._is_hf_initialized = True
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """(N, 3, H, W) -> three maps (N, C_i, ceil(H / s), ceil(W / s)), s = 8, 16, 32."""
+        """(N, 3, H, W) -> three maps (N, C_i, H / s, W / s), s = 8, 16, 32, rounded up (ConvNeXt: down)."""
         maps = self.body(pad_to_patches(pixel_values) if self.is_swin else pixel_values)
         features = [maps[i] for i in self.indices]
         if self.is_swin:

@@ -38,10 +38,10 @@ def processes_where(condition: bool) -> str:
 
     All processes have to call it, and all get the same answer.
     """
-    mine = socket.gethostname(), condition
-    answers = [mine] * num_processes()
+    answer = socket.gethostname(), condition
+    answers = [answer] * num_processes()
     if num_processes() > 1:
-        dist.all_gather_object(answers, mine)
+        dist.all_gather_object(answers, answer)
     hosts: dict[str, list[str]] = {}
     for rank, (host, holds) in enumerate(answers):
         if holds:
