@@ -141,7 +141,7 @@ def evaluate_share(rank: int, world: int, port: int, folder: str, images: int) -
     split = load_coco(data, "mini", cache_dir=str(data / "cache"))
     args = tiny_args(Path(folder) / f"run{images}_{world}", per_device_eval_batch_size=2)
     model = tiny_model()
-    trainer = DetectionTrainer(model, args, None, split, tiny_processor(model))
+    trainer = DetectionTrainer(model, args, eval_dataset=split, processing_class=tiny_processor(model))
     assert trainer.accelerator.num_processes == world
     trainer.evaluate()
     if world > 1:
@@ -174,7 +174,7 @@ def run_row(folder: Path) -> dict:
         data = DetectionDataset(split, train=True, short_side=64, long_side=96)
         args = tiny_args(folder / name, max_steps=6, gradient_accumulation_steps=2)
         teacher = tiny_model(seed=2, backbone="test_resnet")
-        DistillationTrainer(model, teacher, args, data, None, tiny_processor(model)).train()
+        DistillationTrainer(model, teacher, args, train_dataset=data, processing_class=tiny_processor(model)).train()
         digest = hashlib.sha256()
         for value in model.state_dict().values():
             digest.update(value.contiguous().numpy().tobytes())

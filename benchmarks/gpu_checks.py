@@ -285,7 +285,7 @@ def small_trainer(
     )
     if options.device == "cuda":  # the peak of this run only
         torch.cuda.reset_peak_memory_stats()
-    return DistillationTrainer(student, teacher, arguments, data)
+    return DistillationTrainer(student, teacher, arguments, train_dataset=data)
 
 
 # Killed -------------------------------------------------------------------------------------------------------------

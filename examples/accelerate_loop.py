@@ -13,6 +13,7 @@ from transformers import AutoModelForObjectDetection
 
 from crosskd_hf import DenseDetectorImageProcessor, DetectionDataset, GFLConfig, GFLForObjectDetection, load_shapes
 from crosskd_hf.data.collator import DetectionCollator
+from crosskd_hf.data.sampler import OrientationBatchSampler
 from crosskd_hf.distillation import PKD, CrossKD, DistillationPair
 
 
@@ -26,7 +27,8 @@ def main(teacher: str | None = None, steps: int = 20, output: str = "runs/by_han
     else:
         teacher_model = AutoModelForObjectDetection.from_pretrained(teacher)
     processor = DenseDetectorImageProcessor.for_model(student.config)
-    loader = DataLoader(dataset, batch_size=4, shuffle=True, collate_fn=DetectionCollator(processor))
+    sampler = OrientationBatchSampler(dataset.orientations(), 4, seed=0)  # tells the data set the epoch, to augment
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=DetectionCollator(processor))
 
     pair = DistillationPair(student, teacher_model, [CrossKD(), PKD()])
     optimizer = torch.optim.SGD(pair.parameters(), lr=0.005, momentum=0.9)  # adapters too

@@ -84,11 +84,8 @@ def pair_up(
             f"size_divisor: student {divisor}, teacher {teacher.size_divisor}: the batch "
             "is padded for the student, whose divisor must be a multiple of the teacher's"
         )
-    student_style, teacher_style = pixel_style(student), pixel_style(teacher)
-    if processor is not None:
-        given = {name: getattr(processor, name) for name in student_style}
-        student_style = {name: value if isinstance(value, bool) else list(value) for name, value in given.items()}
-    pixels = None
+    student_style = pixel_style(student) if processor is None else processor.pixel_style()
+    teacher_style, pixels = pixel_style(teacher), None
     if student_style != teacher_style:
         pixels = PixelChange(student_style, teacher_style)
         notes.append("the teacher gets the input in its own normalisation and channel order")

@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..utils.recipe_fields import check_limits
 from .observation import Observation, Observer
 
 
@@ -17,14 +18,20 @@ class KDMethod(nn.Module):
     Args:
         settings: a `Settings` of this method; None: the published ones.
 
+    Raises:
+        TypeError: the settings are something else.
+        ValueError: a setting is beyond its limits.
+
     Attributes:
-        name: what recipes call it; a subclass sets it.
+        name: what recipes call it, and its file is called; a subclass sets it.
         Settings: the dataclass of its settings; a subclass sets it.
         resolved: the settings in effect: `connect` may fill in what depends on the teacher.
+        connected: whether it belongs to a pair. It can't belong to another one, too.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type]
+    connected = False
 
     def __init_subclass__(cls, **options) -> None:
         super().__init_subclass__(**options)
@@ -34,6 +41,10 @@ class KDMethod(nn.Module):
     def __init__(self, settings: Any = None):
         super().__init__()
         self.settings = self.Settings() if settings is None else settings
+        if not isinstance(self.settings, self.Settings):
+            own = type(self).__name__
+            raise TypeError(f"{own}({settings!r}): give a {own}.Settings, such as {own}({own}.Settings())")
+        check_limits(self.settings, self.name)
         self.resolved = self.settings
 
     def connect(self, student: Observer, teacher: Observer) -> None:

@@ -71,6 +71,8 @@ class DistillationPair(nn.Module):
         pairing = pair_up(student.config, teacher.config, processor)
         self.student = student
         self.__dict__["teacher"] = teacher  # not registered
+        if not isinstance(methods, Sequence):
+            raise PairError(f"methods: {type(methods).__name__} is no list: give one, such as [CrossKD(), PKD()]")
         if wrong := [method for method in methods if not isinstance(method, KDMethod)]:
             raise PairError(f"methods: {wrong[0]!r} is not a KDMethod: give objects, such as [CrossKD(), PKD()]")
         # In the order of their names: an optimizer's state knows parameters by their place.
@@ -90,10 +92,14 @@ class DistillationPair(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed GPUs, too
             for method in methods:
+                if method.connected:
+                    problems.append(f"methods: this {method.name} belongs to another pair already: make a new one")
+                    continue
                 try:
                     method.connect(self.student_observer, self.teacher_observer)
                 except PairError as error:
                     problems.append(str(error))
+                method.connected = True
         if problems:
             raise PairError("this student can't learn from this teacher:\n  - " + "\n  - ".join(problems))
         parts = [f"{name} ({', '.join(map(str, p.shape))})" for name, p in self.methods.named_parameters()]

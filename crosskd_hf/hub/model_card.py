@@ -24,7 +24,6 @@ CARD_FILE = "README.md"
 MARKER = "<!-- Written by crosskd_hf, which will write it again; remove this line to keep your own changes. -->"
 # Ours, and what transformers' Trainer and push_to_hub say in theirs.
 GENERATED = (MARKER, "has been generated automatically", "has been automatically generated")
-TAGS = ("crosskd", "knowledge-distillation", "object-detection")
 # Metric -> what COCO calls it.
 COCO_METRICS = {
     "AP": "IoU 0.50:0.95, all areas, 100 detections an image",
@@ -95,6 +94,7 @@ class CardFacts:
         label_names: its classes, in the order of the labels.
         repo_id: where it is or will be on the Hub.
         teacher: None if it was trained alone.
+        methods: by which it was distilled.
         started_from: Hub id of the detector whose weights training started from.
         data: what the metrics are of.
         metrics: COCO metrics in 0..1; only those of `COCO_METRICS` that were measured are told.
@@ -108,6 +108,7 @@ class CardFacts:
     label_names: Sequence[str]
     repo_id: str | None = None
     teacher: TeacherFacts | None = None
+    methods: Sequence[str] = ()
     started_from: str | None = None
     data: DataFacts = DataFacts()
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -136,6 +137,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         detector=_description(facts.detector),
         teacher=teacher
         and (f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else markdown_code(teacher.name)),
+        crosskd="crosskd" in facts.methods,
         teacher_detector=teacher and _description(teacher.detector),
         # Quoted, whatever it holds.
         source=printable(json.dumps(facts.repo_id or facts.name, ensure_ascii=False)),
@@ -157,13 +159,15 @@ def card_data(facts: CardFacts) -> ModelCardData:
     # Without a relation the Hub takes one by itself: it has no word for a teacher.
     relation = {"base_model_relation": "finetune"} if bases and not teacher else {}
     results = eval_results(facts)
-    tags = [*TAGS, detector.model_type.removeprefix("crosskd_"), detector.model_type, *facts.tags]
+    distilled = ["knowledge-distillation", *facts.methods] if facts.teacher else []
+    tags = ["crosskd_hf", *distilled, "object-detection"]
+    tags += [detector.model_type.removeprefix("crosskd_"), detector.model_type, *facts.tags]
     return ModelCardData(
         language=facts.language,
         license=facts.license,
         library_name="transformers",
         pipeline_tag=facts.pipeline_tag,
-        tags=unique(tag for tag in tags if facts.teacher or tag != "knowledge-distillation"),
+        tags=unique(tags),
         base_model=bases or None,
         datasets=unique(filter(None, (facts.data.hub_id, *facts.datasets))) or None,
         model_name=facts.name if results else None,
@@ -173,7 +177,7 @@ def card_data(facts: CardFacts) -> ModelCardData:
 
 
 def eval_results(facts: CardFacts) -> list[EvalResult]:
-    """The measured metrics; -1, which pycocotools gives where there is nothing to find, and NaN aren't any."""
+    """The measured metrics; -1, which COCO's metrics have where there is nothing to find, and NaN aren't any."""
     data = facts.data
     slug = re.sub(r"[^a-z0-9._-]+", "-", data.name.lower()).strip("-") or "unknown"
     return [
@@ -187,7 +191,7 @@ def eval_results(facts: CardFacts) -> list[EvalResult]:
             metric_type=name,
             metric_name=name,
             metric_value=float(facts.metrics[name]),
-            metric_config=f"pycocotools COCOeval, bbox, {how}",
+            metric_config=f"COCO metrics, bbox, {how}",
         )
         for name, how in COCO_METRICS.items()
         if facts.metrics.get(name, -1) >= 0

@@ -25,7 +25,7 @@ MODEL_FILES = (
 )
 # Everything else stays here: predictions are large, training_args.bin is a pickle that may hold a token, and
 # underscored files are a run's own.
-UPLOADED = (*MODEL_FILES, CARD_FILE, RECIPE_FILE, METRICS_FILE, "trainer_state.json")
+UPLOADED = (*MODEL_FILES, CARD_FILE, RECIPE_FILE, METRICS_FILE)
 
 Content = dict[str, dict[str, Any] | None]  # of a recipe: section -> key -> value
 

@@ -38,7 +38,7 @@ from .prediction_writer import (
     RESULTS_FILE,
     Prediction,
     PredictionWriter,
-    check_output,
+    check_prediction_folder,
     results_file,
 )
 
@@ -107,7 +107,7 @@ def predict_files(
     pictures_of = picture_names(names)
     results = Path(output) / RESULTS_FILE
     picture_folder = Path(output) / PICTURES_FOLDER if pictures else None
-    check_output(output, picture_folder, paths, pictures_of)
+    check_prediction_folder(output, picture_folder, paths, pictures_of)
     annotated = read_annotated(annotations) if annotations else None
     entries = match_images(paths, annotated) if annotated else number_images(names)
     detector, processor = _load(model, device)

@@ -146,7 +146,7 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def check_output(output: str, pictures: Path | None, paths: Sequence[Path], names: Sequence[str]) -> None:
+def check_prediction_folder(output: str, pictures: Path | None, paths: Sequence[Path], names: Sequence[str]) -> None:
     """Refuse folders that can't be written to, and to write over what isn't of an earlier call; name what is.
 
     Args:

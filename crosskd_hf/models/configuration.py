@@ -234,6 +234,11 @@ class FCOSConfig(DenseDetectorConfig):
         super().__post_init__(**kwargs)
         if not all(len(limits) == 2 and limits[0] < limits[1] for limits in self.regress_ranges):
             raise ValueError(f"regress_ranges is {self.regress_ranges}; it must hold [lowest, highest] of each level.")
+        if len(self.regress_ranges) != len(self.strides):
+            raise ValueError(
+                f"regress_ranges has {len(self.regress_ranges)} ranges for the {len(self.strides)} strides "
+                f"{self.strides}; it must have one for each."
+            )
 
 
 @strict

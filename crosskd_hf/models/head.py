@@ -122,7 +122,10 @@ class GroupNorm(nn.GroupNorm):
 
 
 class HalfPrecisionGroupNorm(torch.autograd.Function):
-    """GroupNorm of half precision maps with fp32 weights: computed in fp32, of which only statistics are kept."""
+    """GroupNorm of half precision maps with fp32 weights: computed in fp32, of which only statistics are kept.
+
+    By hand until a GPU has shown what it saves: `benchmarks/gpu.py` measures a step's memory.
+    """
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:

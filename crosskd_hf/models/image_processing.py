@@ -148,6 +148,16 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
             **pixel_style(config),
         )
 
+    def pixel_style(self) -> dict[str, Any]:
+        """What it does to grey levels of 0..255, in the terms of `pixel_style`."""
+        channels = len(self.image_mean or [0.0] * 3)
+        mean, std = [0.0] * channels, [1.0] * channels
+        if self.do_normalize:
+            mean, std = list(self.image_mean), list(self.image_std)
+        if self.do_rescale and not (self.do_normalize and max(mean) > 1):  # see `_normalize_and_pad`
+            mean, std = ([round(value / self.rescale_factor, 4) for value in values] for values in (mean, std))
+        return {"image_mean": mean, "image_std": std, "do_flip_channel_order": bool(self.do_flip_channel_order)}
+
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Files by name as training reads them: transformers' own way cuts 16 bits off at 255."""
         if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):

@@ -42,14 +42,15 @@ def build_trainer(recipe: Recipe, arguments: DetectionTrainingArguments | None =
     names = train_dataset.split.label_names
     model = build_model(recipe.model, names)
     processor = DenseDetectorImageProcessor.for_model(model.config, recipe.data.short_side, recipe.data.long_side)
+    parts = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processor}
     if recipe.teacher is None:
-        trainer = DetectionTrainer(model, args, train_dataset, eval_dataset, processor)
+        trainer = DetectionTrainer(model, args, **parts)
     else:
         teacher = load_teacher(recipe.teacher, names)
         if recipe.model.inherit:
             say(inherit_weights(model, teacher, recipe.model.inherit))
         methods = [method_class(name)(settings) for name, settings in recipe.distillation.methods.items()]
-        trainer = DistillationTrainer(model, teacher, args, train_dataset, eval_dataset, processor, methods)
+        trainer = DistillationTrainer(model, teacher, args, methods=methods, **parts)
     use_run_log(trainer)
     return trainer
 

@@ -25,7 +25,8 @@ def describe(trainer: DetectionTrainer) -> str:
         total, _ = count_parameters(trainer.teacher)
         name = f"{config.model_type}, {config.backbone}"
         lines.append(f"teacher            {name}: {total / 1e6:.2f} M parameters, frozen")
-        lines.append(f"distillation       {trainer.methods_text()}")
+        methods = ", ".join(f"{name} ({settings})" for name, settings in trainer.distilled_by().items())
+        lines.append(f"distillation       {methods}")
         lines += [f"                   {note}" for note in trainer.pair.notes]
     lines += [
         f"training images    {len(trainer.train_dataset)}",
@@ -50,8 +51,9 @@ def precision(trainer: DetectionTrainer) -> str:
         source = f"training.{mixed}" if by_recipe else "accelerate's configuration, ACCELERATE_MIXED_PRECISION"
         return f"{mixed}, mixed with fp32 ({source})"
     if trainer.args.device.type == "cuda":
-        parts = [("convolutions", torch.backends.cudnn), ("matrix products", torch.backends.cuda.matmul)]
-        tf32 = [name for name, backend in parts if backend.allow_tf32]
+        # Not `allow_tf32`: it can't be read once somebody, such as transformers, has set these.
+        parts = [("convolutions", torch.backends.cudnn.conv), ("matrix products", torch.backends.cuda.matmul)]
+        tf32 = [name for name, backend in parts if backend.fp32_precision == "tf32"]
         return "fp32" + (f", TF32 in {' and '.join(tf32)}" if tf32 else "")
     return "fp32"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
-from ..training.arguments import FIXED
+from ..training.arguments import FIXED_ARGUMENTS
 from ..utils.messages import nearest
 from ..utils.recipe_fields import settings_of
 
@@ -149,7 +149,7 @@ def cast_section(
             continue
         try:
             # Of what can't be changed, the reason says more than the type.
-            checked = value if name == "training" and key in FIXED else cast(value, hints[key])
+            checked = value if name == "training" and key in FIXED_ARGUMENTS else cast(value, hints[key])
             # transformers' fields may have choices of their own, in the same place.
             check_range(checked, fields[key].metadata)
             values_cast[key] = checked

@@ -36,7 +36,7 @@ MAY_CHANGE = (
 # Those that make up the global batch with the number of processes: `check_batch` compares the product.
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # What a checkpoint can't be fitted to: weights, and the optimizer's values a parameter group.
-FIXED = ("training.optim", "training.optim_args", "training.bias_lr_factor", "training.bias_weight_decay")
+NEEDS_NEW_RUN = ("training.optim", "training.optim_args", "training.bias_lr_factor", "training.bias_weight_decay")
 ACCEPT = "--accept-changes"
 SHOWN = 10  # names in a message
 
@@ -55,7 +55,7 @@ def check_others_files(output: Path) -> None:
     """
     # Hidden ones are nobody's work, and the lock is of a run that was killed before it wrote its recipe.
     others = [path for path in sorted(output.glob("[!.]*")) if path.name != LOCK]
-    written = (*UPLOADED, TEACHER_FILE, "training_args.bin", "evaluation")
+    written = (*UPLOADED, TEACHER_FILE, STATE_FILE, "training_args.bin", "evaluation")
     lost = [p.name for p in others if NAME.fullmatch(p.name) or any(p.match(pattern) for pattern in written)]
     if lost:
         raise RecipeError(
@@ -92,7 +92,7 @@ def check_output(recipe: Recipe, output: Path, accept_changes: bool = False) -> 
             f"{output} holds a finished run of other settings:{lines}\nChanges come too late for it. Name another "
             f"training.output_dir; a finished model is trained on with model.checkpoint={output}."
         )
-    fixed = [key for key in changes if key.startswith("model.") or key in FIXED]
+    fixed = [key for key in changes if key.startswith("model.") or key in NEEDS_NEW_RUN]
     if fixed:
         raise RecipeError(
             f"{output} holds a run of other settings:{lines}\nIts checkpoints don't fit another {', '.join(fixed)}. "
@@ -231,7 +231,7 @@ def mark_finished(state: TrainerState, output: Path) -> None:
     write_atomically(output / STATE_FILE, text)
 
 
-def check_labels(model: DenseDetector, checkpoint: str | None) -> None:
+def check_classes_of_run(model: DenseDetector, checkpoint: str | None) -> None:
     """Refuse to resume from a checkpoint of other classes, or of the same in another order, whatever is accepted.
 
     Args:

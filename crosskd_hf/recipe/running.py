@@ -22,7 +22,7 @@ from .build import build_trainer
 from .preflight import check_schedule, describe
 from .run_folder import (
     check_batch,
-    check_labels,
+    check_classes_of_run,
     check_output,
     check_teacher,
     final_metrics,
@@ -64,7 +64,7 @@ def prepare(recipe: Recipe, dry_run: bool = False, accept_changes: bool = False)
     if isinstance(trainer, DistillationTrainer):
         check_teacher(trainer.teacher, output, accept_changes)
     if dry_run:  # a run itself looks once the folder is claimed
-        check_labels(trainer.model, last_complete_checkpoint(output))
+        check_classes_of_run(trainer.model, last_complete_checkpoint(output))
     check_disk_space(trainer.model, arguments)
     if trainer.is_world_process_zero():
         tell = print if dry_run else say
@@ -97,7 +97,7 @@ def run(trainer: DetectionTrainer, recipe: Recipe) -> None:
     claim = folder_lock(output) if trainer.args.should_save else contextlib.nullcontext()
     with claim, trainer.termination.listening(), full_disk_explained(output):
         checkpoint = last_complete_checkpoint(output)
-        check_labels(trainer.model, checkpoint)
+        check_classes_of_run(trainer.model, checkpoint)
         trainer.recipe_text = recipe.to_yaml()
         trainer.add_callback(RunNotes(trainer, recipe))  # after the trainer's own, which read of the checkpoint too
         if checkpoint is not None:

@@ -14,7 +14,7 @@ from ..utils.recipe_fields import Problem
 
 WARMUP_STYLES = ("linear", "constant")
 # What the trainer can't work with otherwise, or would silently ignore -> (value, why).
-FIXED: dict[str, tuple[Any, str]] = {
+FIXED_ARGUMENTS: dict[str, tuple[Any, str]] = {
     "bf16_full_eval": (False, "boxes need fp32; bf16: true evaluates the networks in bfloat16"),
     "fp16_full_eval": (False, "boxes need fp32; fp16: true evaluates the networks in half precision"),
     "remove_unused_columns": (False, "the data sets read images and boxes from columns the model doesn't name"),
@@ -174,7 +174,7 @@ def training_problems(values: Mapping[str, Any]) -> list[Problem]:
         the fields and text of each problem; what only transformers checks is not among them.
     """
     problems: list[Problem] = []
-    for name, (fixed, reason) in FIXED.items():
+    for name, (fixed, reason) in FIXED_ARGUMENTS.items():
         if values[name] != fixed:
             problems.append(((name,), f"{name} is {values[name]!r}, but must stay {fixed!r}: {reason}."))
     for name, (low, high) in LIMITS.items():

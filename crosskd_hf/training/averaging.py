@@ -15,7 +15,7 @@ class WeightAverage:
     """torch's `AveragedModel` of a detector, with what a resumed run needs.
 
     After step t the average is decay * average + (1 - decay) * weights; after the first it is the weights themselves.
-    Buffers (BatchNorm's statistics) are averaged too.
+    Buffers, such as BatchNorm's statistics, are the latest.
 
     Args:
         model: the detector that is trained, without wrappers.
@@ -23,8 +23,7 @@ class WeightAverage:
     """
 
     def __init__(self, model: DenseDetector, decay: float):
-        average = get_ema_multi_avg_fn(decay)
-        self._averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self._averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self._averaged.requires_grad_(False)
 
     @property

@@ -67,6 +67,12 @@ class BaseTrainer(Trainer):
         """The folder of this step's checkpoint."""
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
+    @property
+    def precision(self) -> str:
+        """What it computes in, "bf16", "fp16" or "fp32": by its arguments or accelerate's own configuration."""
+        mixed = self.accelerator.mixed_precision
+        return "fp32" if mixed == "no" else mixed
+
     def terminated(self) -> Terminated:
         """The exception that ends a run, with what is saved."""
         step = self.state.global_step
@@ -98,9 +104,9 @@ class BaseTrainer(Trainer):
         """
         return self.model
 
-    def methods_text(self) -> str:
-        """What the model is distilled by, for cards and logs: nothing."""
-        return ""
+    def distilled_by(self) -> dict[str, str]:
+        """Method -> its settings, for cards and logs; none without a teacher."""
+        return {}
 
     def save_methods(self, folder: Path) -> None:
         """Write what is trained besides the model into a checkpoint: nothing."""

@@ -18,12 +18,13 @@ DISK_FULL = "the disk is full"
 
 
 @contextlib.contextmanager
-def full_disk_explained(output_dir: Path, partial: Path | None = None) -> Iterator[None]:
+def full_disk_explained(output_dir: Path, partial: Path | None = None, needed: int = 0) -> Iterator[None]:
     """Around a run, or the writing of a checkpoint: say that the disk is full, and what is safe.
 
     Args:
         output_dir: of the run.
         partial: the folder that is written, removed at any error of these kinds.
+        needed: about how many bytes it takes.
 
     Raises:
         OSError: the disk is full (`errno` ENOSPC). Other errors pass as they are, and explained ones.
@@ -45,7 +46,10 @@ def full_disk_explained(output_dir: Path, partial: Path | None = None) -> Iterat
             raise
         good = newest_complete(output_dir)
         intact = f"The last good checkpoint, {good}, is intact" if good else "There is no earlier checkpoint"
-        what = f"{partial.with_suffix('')} can't be written, with {_gb(free)} GB free ({error})" if partial else error
+        what = str(error)
+        if partial is not None:
+            sizes = f"needs about {_gb(needed)} GB, but only {_gb(free)} GB were free"
+            what = f"{partial.with_suffix('')} {sizes} ({error})"
         advice = "free some space (or lower save_total_limit) and start the same command again to resume"
         raise OSError(errno.ENOSPC, f"{DISK_FULL}: {what}. {intact}; {advice}") from error
 

@@ -50,6 +50,7 @@ class DistillationTrainer(DetectionTrainer):
         model: DenseDetector | str,
         teacher: DenseDetector | str,
         args: DetectionTrainingArguments,
+        *,
         train_dataset: DetectionDataset | DetectionSplit | None = None,
         eval_dataset: DetectionDataset | DetectionSplit | None = None,
         processing_class: DenseDetectorImageProcessor | None = None,
@@ -60,7 +61,15 @@ class DistillationTrainer(DetectionTrainer):
         model, self.teacher = as_detector(model), as_detector(teacher)
         methods = [CrossKD()] if methods is None else methods
         self.pair = DistillationPair(model, self.teacher, methods, processing_class, args.seed)
-        super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers)
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
         if self.optimizer is not None and self.pair.methods.state_dict():
             raise ValueError(
                 "the distillation methods train parameters of their own, such as adapters where student and teacher "
@@ -72,8 +81,9 @@ class DistillationTrainer(DetectionTrainer):
         if self.is_world_process_zero():
             for note in self.pair.notes:
                 logger.log(logging.WARNING if PARTLY in note else logging.INFO, "%s", printable(note))
-        self.pair.to(args.device)
+        # Before it moves: the teacher as it was given stays where it is.
         self.pair.prepare_teacher(args.fold_teacher_batchnorm, PRECISIONS.get(self.accelerator.mixed_precision))
+        self.pair.to(args.device)
         if args.channels_last:
             self.pair.to(memory_format=torch.channels_last)
 
@@ -81,14 +91,14 @@ class DistillationTrainer(DetectionTrainer):
         """The pair."""
         return self.pair
 
-    def methods_text(self) -> str:
+    def distilled_by(self) -> dict[str, str]:
         """The methods and their settings."""
-        parts = []
+        methods = {}
         for name, method in self.pair.methods.items():
             resolved = method.resolved
             settings: dict[str, Any] = dataclasses.asdict(resolved) if dataclasses.is_dataclass(resolved) else {}
-            parts.append(f"{name} ({', '.join(f'{key} {value}' for key, value in settings.items())})")
-        return ", ".join(parts)
+            methods[name] = ", ".join(f"{key} {value}" for key, value in settings.items())
+        return methods
 
     def save_methods(self, folder: Path) -> None:
         """Write what the methods train themselves."""

@@ -22,12 +22,6 @@ EVALUATION_FOLDER = "evaluation"
 class CocoEvaluation(BaseTrainer):
     """The part of a trainer that evaluates."""
 
-    @property
-    def precision(self) -> str:
-        """What it computes in, "bf16", "fp16" or "fp32": by its arguments or accelerate's own configuration."""
-        mixed = self.accelerator.mixed_precision
-        return "fp32" if mixed == "no" else mixed
-
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -49,7 +43,9 @@ class CocoEvaluation(BaseTrainer):
         dataset = dataloader.dataset
         assert isinstance(dataset, DetectionDataset)  # see `get_eval_dataloader`
         evaluator = CocoEvaluator(dataset.split)
-        self.callback_handler.eval_dataloader = dataloader
+        predicts = description == "Prediction"  # `predict`, whose metrics aren't remembered
+        if not predicts:
+            self.callback_handler.eval_dataloader = dataloader
         with out_of_memory_explained(lambda: self._memory_advice("per_device_eval_batch_size")):
             for batch in dataloader:
                 if self.termination.noted:
@@ -60,7 +56,7 @@ class CocoEvaluation(BaseTrainer):
             model.train(was_training)
             raise self.terminated()
         evaluator.gather()
-        results = evaluator.results() if description == "Prediction" else None
+        results = evaluator.results() if predicts else None
         model.train(was_training)
         metrics, self.evaluation_sheet = None, None
         if self.accelerator.is_main_process:
@@ -69,7 +65,8 @@ class CocoEvaluation(BaseTrainer):
             metrics = self._metrics(evaluator, dataset, metric_key_prefix)
         (metrics,) = broadcast_object_list([metrics])
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.last_evaluation = self.state.global_step, named
+        if not predicts:
+            self.last_evaluation = self.state.global_step, named
         return EvalLoopOutput(results, label_ids=None, metrics=named, num_samples=len(dataset))  # type: ignore[arg-type]
 
     def _metrics(self, evaluator: CocoEvaluator, dataset: DetectionDataset, prefix: str) -> dict[str, float]:

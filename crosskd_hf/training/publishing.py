@@ -183,6 +183,7 @@ def trainer_facts(trainer: BaseTrainer, recipe: Content | None, name: str, **mor
         label_names=model.config.label_names,
         repo_id=trainer.hub_model_id,
         teacher=None if teacher is None else _teacher_facts(teacher.config, recipe),
+        methods=list(trainer.distilled_by()),
         started_from=_hub_source(model.config),
         data=DataFacts(images=images) if recipe is None else data_facts(recipe.get("data") or {}, images),
         metrics=measured(trainer),
@@ -258,9 +259,9 @@ def _training_facts(trainer: BaseTrainer) -> dict[str, str]:
         "Optimizer": f"{getattr(args.optim, 'value', args.optim)}, weight decay {args.weight_decay:g}",
         "Learning rate": f"{args.scaled_learning_rate:g}, {schedule}, warm-up {args.warmup_steps:g}",
         "Weights": "" if args.ema_decay is None else f"average of the trained ones, decay {args.ema_decay:g}",
-        "Precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        "Precision": trainer.precision,
         "Seed": str(args.seed),
-        "Distillation": trainer.methods_text(),
+        "Distillation": ", ".join(f"{name} ({settings})" for name, settings in trainer.distilled_by().items()),
         "Versions": ", ".join([f"crosskd_hf {__version__}", *(f"{name} {version(name)}" for name in LIBRARIES)]),
     }
     return {name: value for name, value in facts.items() if value}

@@ -32,7 +32,7 @@ from .checkpoints import (
     remove_surplus,
     step_of,
 )
-from .disk_space import full_disk_explained
+from .disk_space import checkpoint_bytes, full_disk_explained
 from .optimization import restore_group_values
 from .publishing import HubUpload
 from .step_monitor import NonFiniteLossError
@@ -135,7 +135,8 @@ class SafeSaving(HubUpload):
         if self._saved_at != self.state.global_step:
             self.check_finite()
             self.store_flos()
-            with full_disk_explained(folder.parent, partial if writes else None):
+            needed = checkpoint_bytes(self.model, self.args)
+            with full_disk_explained(folder.parent, partial if writes else None, needed):
                 if writes:
                     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
                     self.write_model(partial, self.model, save_original_format=False)  # under its own names
@@ -296,6 +297,8 @@ class SafeSaving(HubUpload):
         epoch_ends = self.args.eval_strategy == IntervalStrategy.EPOCH and float(self.state.epoch or 0).is_integer()
         if entry is not None:
             self.state.log_history.append(entry)
+            # As `evaluate` does: callbacks such as EarlyStoppingCallback count evaluations.
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, entry)
         elif control.get("should_evaluate") or epoch_ends:
             entry = self.evaluate()
         else:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 STEP_CLOCKS = ("data_time", "step_time")
+MOST_SPANS = 10_000
 
 
 class StepClock:
@@ -39,6 +40,7 @@ class StepClock:
             now = time.perf_counter()
         if self._running is not None:
             self.spans.append((*self._running, now))
+            del self.spans[:-MOST_SPANS]  # nobody may ask: a run without logs
         self._running = None if name is None else (name, now)
 
     def take(self) -> dict[str, float]:

@@ -46,7 +46,8 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
         train_dataset: a `DetectionDataset`, or a `DetectionSplit`, which is then resized as the processor does it.
         eval_dataset: the same.
         processing_class: the image processor, saved beside the model; None makes the one that goes with the model.
-        callbacks, optimizers: as in `transformers.Trainer`.
+        callbacks, optimizers: as in `transformers.Trainer`. Its data_collator, compute_metrics and model_init can't
+            be given: detectors have their own, and COCO's metrics.
 
     Raises:
         ValueError: if the data's labels aren't the model's, or the arguments ask for DataParallel, FSDP or DeepSpeed.
@@ -56,6 +57,7 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
         self,
         model: DenseDetector | str,
         args: DetectionTrainingArguments,
+        *,
         train_dataset: DetectionDataset | DetectionSplit | None = None,
         eval_dataset: DetectionDataset | DetectionSplit | None = None,
         processing_class: DenseDetectorImageProcessor | None = None,
@@ -113,11 +115,11 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
         self._batches_per_epoch = len(loader)
         return loader
 
-    def get_test_dataloader(self, test_dataset: Dataset | DetectionSplit | str) -> DataLoader:
+    def get_test_dataloader(self, test_dataset: Dataset | DetectionSplit) -> DataLoader:
         """The same as for evaluation."""
         return self.get_eval_dataloader(test_dataset)
 
-    def get_eval_dataloader(self, eval_dataset: Dataset | DetectionSplit | str | None = None) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: Dataset | DetectionSplit | None = None) -> DataLoader:
         """Every image exactly once over all processes, in the same batches however many there are."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:

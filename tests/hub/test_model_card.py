@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 from tiny import LABELS, tiny_args, tiny_model, tiny_processor, tiny_split
 
-from crosskd_hf import DetectionTrainer, DistillationTrainer
+from crosskd_hf import PKD, DetectionTrainer, DistillationTrainer
 from crosskd_hf.data.settings import DataSection
 from crosskd_hf.hub.model_card import (
     MARKER,
@@ -43,6 +43,7 @@ def facts(**options) -> CardFacts:
         "detector": GFL,
         "repo_id": "user/small",
         "teacher": teacher,
+        "methods": ["crosskd"],
         "data": COCO,
         "label_names": list(LABELS.values()),
     }
@@ -75,7 +76,7 @@ def test_metadata_of_a_student() -> None:
         "library_name": "transformers",
         "pipeline_tag": "object-detection",
         "license": "apache-2.0",
-        "tags": ["crosskd", "knowledge-distillation", "object-detection", "gfl", "crosskd_gfl"],
+        "tags": ["crosskd_hf", "knowledge-distillation", "crosskd", "object-detection", "gfl", "crosskd_gfl"],
         "base_model": ["user/teacher"],
         "datasets": ["detection-datasets/coco"],
     }
@@ -86,11 +87,12 @@ def test_metadata_of_a_student() -> None:
     assert result["dataset"] == {"name": COCO.name, "type": COCO.hub_id, "split": "val"}
     values = {metric["type"]: metric["value"] for metric in result["metrics"]}
     assert values == {"AP": 0.4023, "AP50": 0.58, "AP75": 0.433, "APl": 0.5}, "-1 and NaN weren't measured"
-    assert all("pycocotools" in metric["config"] for metric in result["metrics"])
+    assert all("COCO" in metric["config"] for metric in result["metrics"])
 
 
 def test_text_of_a_student() -> None:
     _, text = parsed(training={"Seed": "3"})
+    assert "The method is cross-head knowledge distillation" in text
     assert text.lstrip().startswith(f"# small\n\n{MARKER}")
     assert "`resnet18`" in text and "[user/teacher](https://huggingface.co/user/teacher), an ATSS detector" in text
     assert "`cat`, `dog`" in text and "- Seed: 3" in text
@@ -103,7 +105,7 @@ def test_text_of_a_student() -> None:
 def test_a_detector_trained_alone() -> None:
     data, text = parsed(teacher=None, started_from="user/start", tags=["mine"], language="en", license="mit")
     assert (data["base_model"], data["base_model_relation"]) == (["user/start"], "finetune")
-    assert data["tags"] == ["crosskd", "object-detection", "gfl", "crosskd_gfl", "mine"]
+    assert data["tags"] == ["crosskd_hf", "object-detection", "gfl", "crosskd_gfl", "mine"]
     assert data["language"] == "en" and data["license"] == "mit"
     assert "alone: without a teacher" in text
     data, text = parsed(teacher=None, metrics={"AP": -1.0, "AP50": math.nan})
@@ -154,9 +156,16 @@ def test_a_card_written_by_hand_is_kept(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def test_only_what_belongs_there_is_uploaded(tmp_path: Path) -> None:
-    sent = ["README.md", "config.json", "preprocessor_config.json", "model.safetensors", "trainer_state.json"]
+    sent = ["README.md", "config.json", "preprocessor_config.json", "model.safetensors"]
     sent += ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "evaluation/eval_metrics.json"]
-    kept = ["_lock", "training_args.bin", "evaluation/eval_predictions.json", "checkpoint-1/model.safetensors", ".env"]
+    kept = [
+        "_lock",
+        "training_args.bin",
+        "trainer_state.json",
+        "evaluation/eval_predictions.json",
+        "checkpoint-1/model.safetensors",
+        ".env",
+    ]
     for name in (*sent, *kept):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
@@ -190,14 +199,18 @@ def trained(folder: Path, teacher=None, **options) -> DetectionTrainer:
     model = tiny_model(seed=1)
     split = tiny_split(folder / "data")
     args = tiny_args(folder / "run", **{"max_steps": 1, **options})
-    parts = [args, split, split, tiny_processor(model)]
-    trainer = DistillationTrainer(model, teacher, *parts) if teacher else DetectionTrainer(model, *parts)
+    parts = {"train_dataset": split, "eval_dataset": split, "processing_class": tiny_processor(model)}
+    if teacher is None:
+        trainer = DetectionTrainer(model, args, **parts)
+    else:
+        trainer = DistillationTrainer(model, teacher, args, methods=[PKD()], **parts)
     nothing = {"scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)}
     trainer.detect = lambda _, batch: [nothing] * len(batch["image_ids"])  # fast
     return trainer
 
 
-def test_the_card_of_a_trainer(tmp_path: Path) -> None:
+def test_the_card_of_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     teacher = tiny_model(seed=2)
     teacher.save_pretrained(tmp_path / "big-teacher")
     trainer = trained(tmp_path, str(tmp_path / "big-teacher"))
@@ -212,6 +225,8 @@ def test_the_card_of_a_trainer(tmp_path: Path) -> None:
     assert found == {name: metrics[f"eval_{name}"] for name in ("AP", "AP50", "AP75", "APs")}
     assert loaded.data.datasets == ["user/noise"] and "mine" in loaded.data.tags
     assert "as the student of `big-teacher`" in loaded.text and "# tiny" in loaded.text
+    assert "Precision: bf16" in loaded.text and "Distillation: pkd (weight 6.0)" in loaded.text
+    assert "pkd" in loaded.data.tags and "crosskd" not in loaded.data.tags and "The method is cross" not in loaded.text
     for line in ("Steps: 1\n", "Training images: 5", "Processes: 1", "Global batch: 2 images", "Seed: 42", "torch "):
         assert line in loaded.text
     assert str(tmp_path) not in loaded.content
@@ -228,9 +243,9 @@ def test_metrics_of_other_weights_or_data_are_not_the_models(tmp_path: Path) -> 
     assert "AP" in measured(trainer)
     trainer.evaluate(tiny_split(tmp_path / "other", 2))
     assert measured(trainer) == {}, "of other data"
-    trainer.predict(trainer.eval_dataset)
-    assert measured(trainer) == {}, "of a prediction"
     trainer.evaluate()
+    trainer.predict(trainer.eval_dataset)
+    assert "AP" in measured(trainer), "a prediction changes nothing"
     trainer.state.global_step += 1
     assert measured(trainer) == {}, "of another step"
 

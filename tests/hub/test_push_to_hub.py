@@ -45,7 +45,9 @@ def distil(folder: str, teacher: str, repo: str) -> str:
     student = tiny_model(seed=1)
     split = tiny_split(Path(folder).parent / "data")
     args = tiny_args(Path(folder), max_steps=2, hub_model_id=repo, hub_token=TOKEN)
-    trainer = DistillationTrainer(student, teacher, args, split, split, tiny_processor(student))
+    trainer = DistillationTrainer(
+        student, teacher, args, train_dataset=split, eval_dataset=split, processing_class=tiny_processor(student)
+    )
     trainer.train()
     trainer.evaluate()
     commit = trainer.push_to_hub(dataset="noise", dataset_args="mini")

@@ -28,7 +28,7 @@ from crosskd_hf.inference.image_files import (
     read_annotated,
 )
 from crosskd_hf.inference.predict import predict
-from crosskd_hf.inference.prediction_writer import Prediction, check_output, coco_results
+from crosskd_hf.inference.prediction_writer import Prediction, check_prediction_folder, coco_results
 from crosskd_hf.utils.images import load_rgb
 
 
@@ -326,8 +326,8 @@ def test_inputs_are_never_overwritten(tmp_path: Path, link: str) -> None:
         (tmp_path / "link").symlink_to(path if link == "file" else path.parent)
         path = tmp_path / "link" if link == "file" else tmp_path / "link" / "a.png"
     with pytest.raises(PredictionError, match="lies where pictures are written"):
-        check_output(str(out), out / "pictures", [path], ["a.png"])
-    check_output(str(out), None, [path], ["a.png"])
+        check_prediction_folder(str(out), out / "pictures", [path], ["a.png"])
+    check_prediction_folder(str(out), None, [path], ["a.png"])
 
 
 def test_a_picture_replaces_a_link_and_not_what_it_points_to(tmp_path: Path, saved: str) -> None:
@@ -352,7 +352,7 @@ def test_output_folders_that_can_be_none(tmp_path: Path) -> None:
         (tmp_path / "out", "pictures is a file"),
     ):
         with pytest.raises(PredictionError, match=f"{reason}.*--output-dir"):
-            check_output(str(folder), Path(folder) / "pictures", [image], ["a.png"])
+            check_prediction_folder(str(folder), Path(folder) / "pictures", [image], ["a.png"])
 
 
 def test_an_old_folder_is_named_and_nothing_of_others_is_written_over(tmp_path: Path, capsys) -> None:
@@ -361,18 +361,18 @@ def test_an_old_folder_is_named_and_nothing_of_others_is_written_over(tmp_path: 
     noise(pictures / "1.png")
     arguments = str(tmp_path / "out"), pictures, [image]
     with pytest.raises(PredictionError, match=r"written over, such as 1\.png"):
-        check_output(*arguments, ["1.png"])
-    check_output(*arguments, ["2.png"])
+        check_prediction_folder(*arguments, ["1.png"])
+    check_prediction_folder(*arguments, ["2.png"])
     (pictures / ".crosskd_predict").touch()  # of a call that was interrupted
-    check_output(*arguments, ["1.png"])
+    check_prediction_folder(*arguments, ["1.png"])
     results.write_text("[]\n")
     capsys.readouterr()
-    check_output(*arguments, ["2.png"])
+    check_prediction_folder(*arguments, ["2.png"])
     printed = capsys.readouterr().out
     assert f"{results} is of an earlier call" in printed and "1 other pictures, such as 1.png" in printed
     results.write_text("my notes")
     with pytest.raises(PredictionError, match=r"predictions\.json is no file of this command"):
-        check_output(*arguments, ["1.png"])
+        check_prediction_folder(*arguments, ["1.png"])
 
 
 def test_stop_leaves_the_earlier_results(tmp_path: Path, saved: str) -> None:

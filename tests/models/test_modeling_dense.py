@@ -126,8 +126,8 @@ def test_padded_labels_give_the_losses_of_a_list(most: int) -> None:
         *(("gfl", "id2label", {0: "a", 2: "b"}), ("gfl", "id2label", {0: None}), ("gfl", "id2label", ["a"])),
         *(("retinanet", "anchor_ratios", []), ("retinanet", "anchor_ratios", [1.0, float("nan")])),
         *(("retinanet", "negative_iou", 0.6), ("fcos", "regress_ranges", [[64.0, -1.0]])),
-        *(("fcos", "regress_ranges", [[64.0]]), ("atss", "delta_scales", [0.1, 0.1])),
-        ("atss", "delta_scales", [0.1, 0.1, 0.2, 0.0]),
+        *(("fcos", "strides", [8, 16, 32, 64]), ("fcos", "regress_ranges", [[64.0]])),
+        *(("atss", "delta_scales", [0.1, 0.1]), ("atss", "delta_scales", [0.1, 0.1, 0.2, 0.0])),
     ],
 )
 def test_configurations_that_cannot_be(detector: str, field: str, value) -> None:

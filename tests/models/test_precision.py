@@ -89,7 +89,9 @@ def test_half_precision_with_a_scaled_loss(detector: str) -> None:
 def trainer(folder: Path, **options) -> DistillationTrainer:
     student, split = tiny_model(seed=1), tiny_split(folder / "data")
     args = tiny_args(folder / "run", **options)
-    return DistillationTrainer(student, tiny_model(), args, split, split, tiny_processor(student))
+    return DistillationTrainer(
+        student, tiny_model(), args, train_dataset=split, eval_dataset=split, processing_class=tiny_processor(student)
+    )
 
 
 def test_a_trainer_prepares_its_own_copy_of_the_teacher(tmp_path: Path) -> None:

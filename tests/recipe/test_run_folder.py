@@ -189,10 +189,10 @@ def test_the_global_batch_is_what_counts(tmp_path: Path, capsys: pytest.CaptureF
 def test_other_classes_are_refused(tmp_path: Path, now: list[str], difference: str) -> None:
     begun, other = (tiny_model(id2label=dict(enumerate(names))) for names in (["cat", "dog", "cow"], now))
     begun.config.save_pretrained(tmp_path)
-    run_folder.check_labels(begun, str(tmp_path))
-    run_folder.check_labels(other, None)
+    run_folder.check_classes_of_run(begun, str(tmp_path))
+    run_folder.check_classes_of_run(other, None)
     with pytest.raises(RecipeError, match=difference):
-        run_folder.check_labels(other, str(tmp_path))
+        run_folder.check_classes_of_run(other, str(tmp_path))
 
 
 def test_another_teacher_is_refused_unless_accepted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -11,6 +11,7 @@ from crosskd_hf.training.averaging import WeightAverage
 
 def test_by_hand() -> None:
     model = tiny_model()
+    model.register_buffer("index", torch.arange(1000))  # such as Swin's: an average would round it down
     average = WeightAverage(model, decay=0.75)
     weight, averaged = model.head.box_predictor.bias, average.model.head.box_predictor.bias
     for value, expected in ((8.0, 8.0), (4.0, 7.0), (0.0, 5.25)):  # the first, then 3/4 of the average + 1/4
@@ -19,7 +20,8 @@ def test_by_hand() -> None:
             model.backbone.body.bn1.running_mean.fill_(value)
         average.update(model)
         assert averaged.unique().tolist() == [expected]
-        assert average.model.backbone.body.bn1.running_mean.unique().tolist() == [expected]
+        assert average.model.backbone.body.bn1.running_mean.unique().tolist() == [value], "the latest"
+        assert torch.equal(average.model.index, model.index)
     assert not averaged.requires_grad and not average.model.training
 
 

@@ -282,8 +282,8 @@ def test_full_disks_are_told_from_other_errors(error: BaseException | None, full
 
 def test_a_full_disk_removes_the_partial_folder_and_names_the_last_good_one(tmp_path: Path) -> None:
     good, partial = make(tmp_path, 4), make(tmp_path, 6).rename(tmp_path / "checkpoint-6.partial")
-    with pytest.raises(OSError, match=r"checkpoint-6 can't be written, .*checkpoint-4, is intact") as raised:
-        with full_disk_explained(tmp_path, partial):
+    with pytest.raises(OSError, match=r"checkpoint-6 needs about 2 GB, but .*checkpoint-4, is intact") as raised:
+        with full_disk_explained(tmp_path, partial, 2 * 10**9):
             raise FULL
     assert raised.value.errno == errno.ENOSPC and damage(good) is None and not partial.exists()
     with pytest.raises(OSError, match=r"disk is full: .*predictions.json.*checkpoint-4, is intact.*start the same"):

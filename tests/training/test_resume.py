@@ -18,7 +18,7 @@ from paths import BENCHMARKS
 from processes import CONTEXT, run_processes
 from safetensors.torch import load_file, save_file
 from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from crosskd_hf.data.coco import load_coco
 from crosskd_hf.data.dataset import DetectionDataset
@@ -262,6 +262,25 @@ def test_a_run_killed_at_random_ends_as_an_undisturbed_one(tmp_path: Path, worke
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
+def test_a_callback_counts_the_evaluations_before_a_resume(tmp_path: Path) -> None:
+    """Noise gives no AP, so that patience ends both runs after the same evaluation."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 9}
+    options |= {"load_best_model_at_end": True, "restore_callback_states_from_checkpoint": True}
+    ends = []
+    for name in ("undisturbed", "cut"):
+        trainer = build(tmp_path, name, **options)
+        trainer.add_callback(EarlyStoppingCallback(3))
+        if name == "cut":
+            trainer.add_callback(InterruptAt(3))
+            with pytest.raises(Interrupted):
+                trainer.train()
+            trainer = build(tmp_path, name, **options)
+            trainer.add_callback(EarlyStoppingCallback(3))
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path / name))
+        ends.append(trainer.state.global_step)
+    assert ends[0] == ends[1] < 9
+
+
 def test_changed_rates_are_taken_and_momenta_kept(tmp_path: Path) -> None:
     """transformers would keep the checkpoint's rates, whatever the arguments say."""
     interrupted(tmp_path, 5)
@@ -292,7 +311,7 @@ def elsewhere(rank: int, world: int, port: int, root: str, steps: int) -> None:
     data = DetectionDataset(split, train=True, short_side=64, long_side=96)
     options = {**OPTIONS, "eval_strategy": "no", "save_steps": 3, "max_steps": 9}
     args = tiny_args(folder / "run", **options, gradient_accumulation_steps=2 // world)
-    trainer = DetectionTrainer(model, args, data, None, tiny_processor(model))
+    trainer = DetectionTrainer(model, args, train_dataset=data, processing_class=tiny_processor(model))
     seen, original = [], trainer.get_batch_samples
 
     def noting(*args, **kwargs):

@@ -45,7 +45,9 @@ def test_a_run_prints_lines_and_no_dicts(
 ) -> None:
     split, model = tiny_split(tmp_path / "data"), tiny_model()
     args = tiny_args(tmp_path / "run", max_steps=2, disable_tqdm=False)
-    trainer = DetectionTrainer(model, args, split, split, tiny_processor(model))
+    trainer = DetectionTrainer(
+        model, args, train_dataset=split, eval_dataset=split, processing_class=tiny_processor(model)
+    )
     use_run_log(trainer)
     trainer.train()
     trainer.evaluate()

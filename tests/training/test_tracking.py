@@ -30,7 +30,8 @@ root = Path(sys.argv[1])
 split = tiny_split(root / "data")
 args = tiny_args(root / "run", report_to=sys.argv[3], max_steps=2, evaluation_pictures=2, project="crosskd-test")
 model = tiny_model()
-trainer = DetectionTrainer(model, args, split, split, tiny_processor(model))
+parts = {"train_dataset": split, "eval_dataset": split, "processing_class": tiny_processor(model)}
+trainer = DetectionTrainer(model, args, **parts)
 trainer.recipe_text = "model: {}"
 trainer.train()
 trainer.evaluate()
@@ -45,7 +46,14 @@ def test_tensorboard(tmp_path: Path) -> None:
     split = tiny_split(tmp_path / "data")
     args = tiny_args(tmp_path / "run", report_to="tensorboard", max_steps=2, evaluation_pictures=3)
     model = tiny_model()
-    trainer = DistillationTrainer(model, tiny_model(seed=1), args, split, split, tiny_processor(model))
+    trainer = DistillationTrainer(
+        model,
+        tiny_model(seed=1),
+        args,
+        train_dataset=split,
+        eval_dataset=split,
+        processing_class=tiny_processor(model),
+    )
     trainer.recipe_text = "model:\n  detector: gfl\nteacher:\n  checkpoint: https://me:pw@a.org/b.pth?sig=secret\n"
     trainer.train()
     trainer.evaluate()
@@ -112,6 +120,8 @@ def test_evenly_spaced() -> None:
 
 def test_without_a_tracker_nothing_is_drawn(tmp_path: Path) -> None:
     split, model = tiny_split(tmp_path / "data", 1), tiny_model()
-    trainer = DetectionTrainer(model, tiny_args(tmp_path / "run"), None, split, tiny_processor(model))
+    trainer = DetectionTrainer(
+        model, tiny_args(tmp_path / "run"), eval_dataset=split, processing_class=tiny_processor(model)
+    )
     trainer.evaluate()
     assert trainer.evaluation_sheet is None

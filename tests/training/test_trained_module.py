@@ -36,7 +36,14 @@ def build(root: Path, name: str = "run", seed: int = 1, **options) -> Distillati
     student = tiny_model(seed=seed, backbone="test_resnet", drop_path_rate=0.5, frozen_stages=0, head_channels=16)
     split = tiny_split(root / "data", images=7)
     args = tiny_args(root / name, **{**OPTIONS, **options})
-    return DistillationTrainer(student, tiny_model(seed=2), args, split, split, tiny_processor(student))
+    return DistillationTrainer(
+        student,
+        tiny_model(seed=2),
+        args,
+        train_dataset=split,
+        eval_dataset=split,
+        processing_class=tiny_processor(student),
+    )
 
 
 def adapters(trainer: DistillationTrainer) -> dict[str, Tensor]:

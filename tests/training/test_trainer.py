@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_args, tiny_batch, tiny_model, tiny_processor, tiny_split, write_tiny_coco
+from tiny import tiny_args, tiny_model, tiny_processor, tiny_split, write_tiny_coco
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
@@ -143,7 +143,9 @@ def test_evaluation_writes_results_and_finds_the_best_checkpoint(tmp_path: Path)
     args = tiny_args(
         tmp_path / "run", max_steps=4, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2
     )
-    trainer = DetectionTrainer(model, args, split, split, tiny_processor(model))
+    trainer = DetectionTrainer(
+        model, args, train_dataset=split, eval_dataset=split, processing_class=tiny_processor(model)
+    )
     trainer.train()
     metrics = trainer.evaluate()
     written = json.loads((tmp_path / "run" / "evaluation" / "eval_metrics.json").read_text())
@@ -159,7 +161,7 @@ def test_evaluation_writes_results_and_finds_the_best_checkpoint(tmp_path: Path)
 
 
 def test_a_tracker_that_is_not_installed_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(checks.TRACKERS, "tensorboard", lambda: False)
+    monkeypatch.setitem(checks.TRACKER_PACKAGES, "tensorboard", lambda: False)
     args = tiny_args(tmp_path / "run", report_to=["tensorboard"])
     with pytest.raises(ValueError, match=r'report_to=tensorboard needs .*pip install -e "\.\[tracking\]"'):
         DetectionTrainer(tiny_model(), args)
@@ -169,13 +171,19 @@ def test_labels_that_differ_are_refused(tmp_path: Path) -> None:
     split = tiny_split(tmp_path / "data")
     model = tiny_model(id2label={0: "cat", 1: "bird"})
     with pytest.raises(ValueError, match=r"train_dataset has 2 labels \(cat, dog.*model 2 \(cat, bird"):
-        DetectionTrainer(model, tiny_args(tmp_path / "run"), split, None, tiny_processor(model))
+        DetectionTrainer(
+            model, tiny_args(tmp_path / "run"), train_dataset=split, processing_class=tiny_processor(model)
+        )
     model = tiny_model(id2label=dict(enumerate("abcdef")))
     with pytest.raises(ValueError, match=r"2 labels \(cat, dog\), the model 6 \(a, b, c, d, e, \.\.\.\)"):
-        DetectionTrainer(model, tiny_args(tmp_path / "run"), None, split, tiny_processor(model))
+        DetectionTrainer(
+            model, tiny_args(tmp_path / "run"), eval_dataset=split, processing_class=tiny_processor(model)
+        )
     model = tiny_model(id2label={0: "cat", 1: "Dog"})
     with pytest.raises(ValueError, match="model 'Dog', train_dataset 'dog'"):
-        DetectionTrainer(model, tiny_args(tmp_path / "run"), split, None, tiny_processor(model))
+        DetectionTrainer(
+            model, tiny_args(tmp_path / "run"), train_dataset=split, processing_class=tiny_processor(model)
+        )
 
 
 def test_evaluating_on_data_of_other_classes_says_which_data_to_name(tmp_path: Path) -> None:
@@ -193,7 +201,9 @@ def test_the_precision_of_metrics_is_that_of_accelerate(tmp_path: Path, monkeypa
     split, model = tiny_split(tmp_path / "data", 1), tiny_model()
     for setting, written in (("no", "fp32"), ("bf16", "bf16")):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", setting)
-        trainer = DetectionTrainer(model, tiny_args(tmp_path / "run"), None, split, tiny_processor(model))
+        trainer = DetectionTrainer(
+            model, tiny_args(tmp_path / "run"), eval_dataset=split, processing_class=tiny_processor(model)
+        )
         trainer.evaluate()
         metrics = json.loads((tmp_path / "run" / "evaluation" / "eval_metrics.json").read_text())
         assert metrics["evaluation"]["precision"] == written
@@ -216,7 +226,7 @@ def weights_after_a_step(folder: Path, images: int, batches: int, count: int = 2
     split = dataclasses.replace(split, dataset=split.dataset.select(taken))
     data = DetectionDataset(split, train=True, short_side=64, long_side=96, flip_probability=0.0)
     args = tiny_args(folder / f"run{images}_{batches}_{first}", **options)
-    DetectionTrainer(model, args, data, None, tiny_processor(model)).train()
+    DetectionTrainer(model, args, train_dataset=data, processing_class=tiny_processor(model)).train()
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
@@ -228,20 +238,6 @@ def test_accumulated_losses_are_means_of_batches(tmp_path: Path) -> None:
     for name, weights in accumulated.items():
         steps = torch.stack([single[name] - before[name] for single in singles])
         torch.testing.assert_close(weights - before[name], steps.mean(0), rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("detector", ["gfl", "fcos"])
-def test_boxes_keep_their_precision_under_autocast(detector: str) -> None:
-    """Only the networks run in bfloat16: from the same head output, boxes and losses are fp32's."""
-    model, batch = tiny_model(detector), tiny_batch()
-    with torch.autocast("cpu", torch.bfloat16):
-        output = model(**batch)
-        head = model.head(model.fpn(model.backbone(batch["pixel_values"])))
-        assert head.logits[0].dtype == torch.bfloat16
-    predictions, priors = model.flatten(head), model.priors(head)
-    assert torch.equal(output.pred_boxes, model.decode(predictions.boxes, priors))
-    assert predictions.boxes.dtype == output.pred_boxes.dtype == torch.float32
-    assert all(term.dtype == torch.float32 for term in output.loss_dict.values())
 
 
 def test_models_can_be_named_by_folder_and_bring_their_processor(tmp_path: Path) -> None:
@@ -343,5 +339,7 @@ def test_other_callbacks_see_the_best_model_at_the_end(tmp_path: Path) -> None:
     model, split, seen = tiny_model(), tiny_split(tmp_path / "data"), LastSeen()
     each = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     args = tiny_args(tmp_path / "run", max_steps=2, load_best_model_at_end=True, **each)
-    DetectionTrainer(model, args, split, split, tiny_processor(model), callbacks=[seen]).train()
+    DetectionTrainer(
+        model, args, train_dataset=split, eval_dataset=split, processing_class=tiny_processor(model), callbacks=[seen]
+    ).train()
     assert seen.checkpoint is not None and Path(seen.checkpoint).parent == tmp_path / "run"

@@ -6,7 +6,13 @@ import inspect
 import pytest
 from transformers import HfArgumentParser
 
-from crosskd_hf.training.arguments import FIXED, LIMITS, UNSUPPORTED, DetectionTrainingArguments, training_problems
+from crosskd_hf.training.arguments import (
+    FIXED_ARGUMENTS,
+    LIMITS,
+    UNSUPPORTED,
+    DetectionTrainingArguments,
+    training_problems,
+)
 from crosskd_hf.utils.recipe_fields import default_of, settings_of
 
 
@@ -32,7 +38,7 @@ def test_defaults_are_the_published_schedule(tmp_path):
 def test_known_names_and_help_texts(tmp_path):
     fields = {f.name: f for f in dataclasses.fields(DetectionTrainingArguments)}
     assert all(fields[name].metadata["help"] for name in inspect.get_annotations(DetectionTrainingArguments))
-    assert set(FIXED) | set(LIMITS) <= set(fields)
+    assert set(FIXED_ARGUMENTS) | set(LIMITS) <= set(fields)
     assert dataclasses.replace(arguments(tmp_path), learning_rate=0.02).learning_rate == 0.02
 
 

@@ -45,7 +45,9 @@ def test_of_which_errors(error: Exception, expected: bool) -> None:
 def test_a_run_names_batch_size_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, split = tiny_model(head_blocks=1), tiny_split(tmp_path / "data")
     args = tiny_args(tmp_path / "run", per_device_eval_batch_size=3)
-    trainer = DetectionTrainer(model, args, split, split, tiny_processor(model))
+    trainer = DetectionTrainer(
+        model, args, train_dataset=split, eval_dataset=split, processing_class=tiny_processor(model)
+    )
 
     def fail(*args, **kwargs):
         raise RuntimeError(CPU)
@@ -60,11 +62,11 @@ def test_a_run_names_batch_size_and_keys(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("small", [False, True])
 def test_advice_names_what_can_be_lowered(small: bool, tmp_path: Path) -> None:
-    options = {"per_device_train_batch_size": 1, "gradient_checkpointing": True} if small else {}
+    options = {"per_device_train_batch_size": 1, "activation_checkpointing": True} if small else {}
     args = tiny_args(tmp_path, dataloader_num_workers=2 if small else 0, **options)
     text = batch_advice(args, "per_device_train_batch_size", None if small else (2, 3, 64, 96))
     assert "data.short_side" in text and ("no batch" in text) == small
     assert ("Lower training.per_device_train_batch_size" in text) == (not small)
     assert ("training.gradient_accumulation_steps" in text) == (not small)
-    assert ("training.gradient_checkpointing=true" in text) == (not small)
+    assert ("training.activation_checkpointing=true" in text) == (not small)
     assert ("training.dataloader_num_workers" in text) == small

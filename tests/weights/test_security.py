@@ -115,7 +115,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DetectionTr
     def trainer(name: str) -> DetectionTrainer:
         model = tiny_model(backbone="test_resnet")
         args = tiny_args(root / name, max_steps=2, save_strategy="steps", save_steps=2)
-        return DetectionTrainer(model, args, split, None, tiny_processor(model))
+        return DetectionTrainer(model, args, train_dataset=split, processing_class=tiny_processor(model))
 
     return trainer
 
