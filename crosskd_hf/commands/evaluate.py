@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", help="split to evaluate on, instead of the recipe's data.val_split")
     parser.add_argument("--output-dir", help="where metrics and COCO results go (default: the model's folder)")
-    parser.add_argument("--batch-size", type=at_least(1), default=1, help="images a batch and process (default: 1)")
+    parser.add_argument("--batch-size", type=at_least(1), default=1, help="images per batch and process (default: 1)")
     parser.add_argument("--workers", type=at_least(0), default=2, help="processes that load images (default: 2)")
     parser.add_argument("--max-images", type=int, help="only the first images of the split")
 

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     folder = Path(arguments.model) if os.path.isdir(arguments.model) else Path()
     path = Path(arguments.output) if arguments.output else folder / f"model{SUFFIXES[arguments.format]}"
-    model = load_detector(arguments.model, None, ())
+    model = load_detector(arguments.model)
     difference = export_detector(
         model,
         load_processor(arguments.model),

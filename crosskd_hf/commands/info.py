@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if arguments.size and min(arguments.size) < 1:
         raise ValueError(f"--size must be at least 1 pixel, got {arguments.size}")
-    model = load_detector(arguments.model, None, ())
+    model = load_detector(arguments.model)
     processor = load_processor(arguments.model)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     size = tuple(arguments.size) if arguments.size else None

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="boxes with a higher score go into predictions.json (default: 0, all that the model's image processor "
         "keeps; AP needs them)",
     )
-    parser.add_argument("--batch-size", type=int, default=4, help="images a batch (default: 4)")
+    parser.add_argument("--batch-size", type=int, default=4, help="images per batch (default: 4)")
     parser.add_argument("--workers", type=int, default=2, help="threads that read images (default: 2)")
     parser.add_argument("--no-pictures", action="store_true", help="write predictions.json only")
     parser.add_argument(

@@ -18,6 +18,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from ..utils.escaping import printable
 from ..utils.files import CacheError
 from ..utils.images import ImageSource
+from ..utils.messages import first_line
 from .cache import CacheDir, cached_rows, open_cache
 from .checks import ImageRecord, ObjectRecord, arrow_row, cache_note, check_records, read_cache_note
 from .coco import LARGEST_INTEGER, files_hash
@@ -98,7 +99,7 @@ def _open(path: str, split: str, config: str | None, cache_dir: CacheDir) -> dat
     except datasets.exceptions.DatasetGenerationError as error:
         raise DataError(f"{where} can't be read: {error.__cause__ or error}") from error
     except Exception as error:  # the library raises a dozen kinds of its own
-        text = str(error).splitlines()[0] if str(error) else repr(error)
+        text = first_line(error)
         if not (folder.is_dir() or isinstance(error, FileNotFoundError)):
             text = f"there is no such folder here, and as a Hub id: {text}"
         raise DataError(
@@ -193,7 +194,7 @@ def _records(source: datasets.Dataset, vocabulary: Vocabulary, where: str, probl
             if len(values) != len(boxes):
                 raise DataError(
                     f"{where}: {printable(names[position])} has {len(boxes)} boxes, but {len(values)} {key_name}: "
-                    "each list of objects has an entry a box; mend that row"
+                    "each list of objects has an entry per box; mend that row"
                 )
         number += len(boxes)
         for object_id, box, category, area, crowd in zip(given, boxes, categories, areas, crowds, strict=True):

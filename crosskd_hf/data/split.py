@@ -37,11 +37,6 @@ class DetectionSplit:
         """Label -> class name, as a transformers config takes it."""
         return dict(enumerate(self.label_names))
 
-    @property
-    def label2id(self) -> dict[str, int]:
-        """Class name -> label, as a transformers config takes it."""
-        return {name: label for label, name in self.id2label.items()}
-
     def __len__(self) -> int:
         """Number of images."""
         return len(self.dataset)

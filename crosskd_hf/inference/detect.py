@@ -27,12 +27,12 @@ def detect_images(
     Args:
         model: in evaluation mode.
         processor: the model's.
-        inputs: a dict an image with `pixel_values` (1, 3, H, W) and `pixel_mask` (1, H, W).
+        inputs: a dict per image with `pixel_values` (1, 3, H, W) and `pixel_mask` (1, H, W).
         target_sizes: original (height, width) of each image.
         threshold: detections with a score up to this are left out.
 
     Returns:
-        a dict an image, in order: `scores` (K,), best first, `labels` (K,), `boxes` (K, 4) xyxy in original pixels;
+        a dict per image, in order: `scores` (K,), best first, `labels` (K,), `boxes` (K, 4) xyxy in original pixels;
         on the CPU.
     """
     groups: dict[torch.Size, list[int]] = defaultdict(list)

@@ -44,6 +44,7 @@ import torch
 from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
 from ..utils.files import is_disk_full, replacing
+from ..utils.messages import first_line
 from .export_check import Difference, check_export, need
 from .export_graph import AXES, OUTPUTS, ExportError, trace
 from .image_files import words
@@ -104,7 +105,7 @@ def export_detector(
         if isinstance(error, OSError) or is_disk_full(error):
             text = f"{path} can't be written ({words(error)}); choose another file with --output"
             raise ExportError(text) from error
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise ExportError(
             f"a {type(model).__name__} with backbone {model.config.backbone!r} can't be exported "
             f"({reason.rstrip('.')}). Convolutional backbones such as ResNets can."

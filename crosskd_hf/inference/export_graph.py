@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms as nms_of_one_class
 
+from ..models.assigners import gather_boxes
 from ..models.base import DenseDetector, unpadded_sizes
 from ..models.head import HeadOutput, flatten_levels
 from ..models.image_processing import DenseDetectorImageProcessor
@@ -90,7 +91,7 @@ class ExportableDetector(nn.Module):
         score, order = score.topk(count)
         detected = score > 0
         label = torch.where(detected, label.gather(1, order), -1)
-        return score, label, _rows(boxes, order) * detected.unsqueeze(-1)
+        return score, label, gather_boxes(boxes, order) * detected.unsqueeze(-1)
 
     def _candidates(self, head: HeadOutput, image_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores (N, C), labels (N, C) and clipped boxes (N, C, 4), C = levels * max_candidates; see
@@ -101,7 +102,7 @@ class ExportableDetector(nn.Module):
         prior, label = pair // num_labels, pair % num_labels
         if predictions.centerness is not None:
             score = score * predictions.centerness.sigmoid().gather(1, prior)
-        boxes = _rows(self.model.decode(predictions.boxes, self.model.priors(head)), prior)
+        boxes = gather_boxes(self.model.decode(predictions.boxes, self.model.priors(head)), prior)
         height, width = image_sizes[:, None, :1], image_sizes[:, None, 1:]
         boxes = torch.minimum(boxes.clamp(min=0), torch.cat([width, height, width, height], dim=-1))
         has_area = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
@@ -119,11 +120,6 @@ class ExportableDetector(nn.Module):
             pairs.append(torch.where(keep, index, 0) + start)
             start = start + flat.shape[1]
         return torch.cat(scores, dim=1), torch.cat(pairs, dim=1)
-
-
-def _rows(boxes: Tensor, index: Tensor) -> Tensor:
-    """Boxes (N, P, 4) and numbers (N, C) -> boxes (N, C, 4)."""
-    return boxes.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
 
 
 def trace(model: DenseDetector, processor: DenseDetectorImageProcessor, nms: bool) -> torch.export.ExportedProgram:

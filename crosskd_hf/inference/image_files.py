@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 from ..utils.escaping import file_name, printable
 from ..utils.images import IMAGE_EXTENSIONS
 from ..utils.label_names import coco_spelling
+from ..utils.messages import first_line
 
 PICTURE_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 
@@ -196,4 +197,4 @@ def picture_names(names: Sequence[str]) -> list[str]:
 
 def words(error: Exception) -> str:
     """An error's own words, without number and file name."""
-    return getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    return getattr(error, "strerror", None) or first_line(error)

@@ -15,8 +15,8 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from ..models.base import DenseDetector
 from ..utils.images import LARGEST_FILE, ImageError, load_rgb, to_rgb, upright
+from ..utils.messages import first_line
 from ..utils.redact import without_credentials
-from ..weights.mmdet import first_line
 from .detect import detect_images
 
 TASK = "object-detection"

@@ -56,7 +56,7 @@ def predict(
         processor: the model's; its thresholds and number of detections count.
         paths: image files.
         threshold: detections with a score up to this are left out.
-        batch_size: images a batch.
+        batch_size: images per batch.
         workers: threads that read and prepare images; with 0 none is read before it is needed.
         on_error: called with the path and the error of an image that can't be read, which is then left out. Without
             it, the first such image ends the predictions.

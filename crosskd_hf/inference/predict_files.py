@@ -19,6 +19,7 @@ from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
 from ..utils.escaping import printable
 from ..utils.images import ImageError
+from ..utils.messages import first_line
 from ..utils.progress import Progress
 from ..weights.loading import load_detector, load_processor
 from .image_files import (
@@ -126,12 +127,12 @@ def predict_files(
 
 
 def _load(source: str, device: str | None) -> tuple[DenseDetector, DenseDetectorImageProcessor]:
-    model, processor = load_detector(source, None, ()), load_processor(source)
+    model, processor = load_detector(source), load_processor(source)
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return model.to(torch.device(name)), processor
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise PredictionError(f"the device {name!r} can't be used ({reason}). Try --device cpu.") from error
 
 

@@ -40,7 +40,7 @@ def box_chunks(boxes: tuple[int, ...], priors: int) -> list[slice]:
     """
     batch, count = boxes[:2]
     size = max(1, MAX_PAIRS // (batch * priors))
-    if count <= size:  # said apart: compiled, the loop would be made for one number of boxes
+    if count <= size:  # not by the loop: `torch.compile` would make it for one number of boxes only
         return [slice(0, count)]
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -66,7 +66,7 @@ def atss_assign(
         valid: (N, P) bool, anchors that may be candidates.
         boxes: (N, G, 4) xyxy, padded.
         box_mask: (N, G) bool.
-        topk: candidates a level and box.
+        topk: candidates per level and box.
     """
     batch, num_boxes = box_mask.shape
     centers = box_centers(anchors)
@@ -107,9 +107,9 @@ def _nearest_anchors(
     distance = torch.where(valid.unsqueeze(1), distance, float("inf"))
     nearest, index, start = [], [], 0
     for level in distance.split(level_sizes, dim=-1):
-        found = level.topk(min(topk, level.shape[-1]), dim=-1, largest=False)
-        nearest.append(found.values)
-        index.append(found.indices + start)
+        closest = level.topk(min(topk, level.shape[-1]), dim=-1, largest=False)
+        nearest.append(closest.values)
+        index.append(closest.indices + start)
         start += level.shape[-1]
     return torch.cat(index, dim=-1), torch.cat(nearest, dim=-1) < float("inf")
 

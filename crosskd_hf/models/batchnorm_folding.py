@@ -54,7 +54,7 @@ def fold_batchnorms(backbone: Backbone) -> Backbone:
         )
         rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
         folded.set_submodule(names[norm], rest)
-    error = max(_difference(ours, theirs) for ours, theirs in zip(folded(pixels), expected, strict=True))
+    error = max(_difference(given, wanted) for given, wanted in zip(folded(pixels), expected, strict=True))
     if not error <= TOLERANCE:  # NaN too
         logger.warning("folded 0 of %d BatchNorms: the maps would change by %.1e of their largest value", total, error)
         return backbone
@@ -65,14 +65,14 @@ def fold_batchnorms(backbone: Backbone) -> Backbone:
 def _pairs(backbone: Backbone, pixels: Tensor) -> dict[_BatchNorm, nn.Conv2d]:
     """BatchNorm -> the convolution whose output it is given, of those that run once."""
     outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # kept, so that no other tensor takes the place in memory
-    found: list[tuple[_BatchNorm, nn.Conv2d]] = []
+    pairs: list[tuple[_BatchNorm, nn.Conv2d]] = []
 
     def saw_convolution(module: nn.Conv2d, _inputs: tuple, output: Tensor) -> None:
         outputs[id(output)] = (module, output)
 
     def saw_norm(module: _BatchNorm, inputs: tuple) -> None:
         if id(inputs[0]) in outputs:
-            found.append((module, outputs[id(inputs[0])][0]))
+            pairs.append((module, outputs[id(inputs[0])][0]))
 
     # Not subclasses: some standardise their weights as they run.
     convolutions = [module for module in backbone.modules() if type(module) is nn.Conv2d]
@@ -82,8 +82,8 @@ def _pairs(backbone: Backbone, pixels: Tensor) -> dict[_BatchNorm, nn.Conv2d]:
     backbone(pixels)
     for handle in handles:
         handle.remove()
-    runs = [module for pair in found for module in pair]
-    return {norm: conv for norm, conv in found if runs.count(norm) == runs.count(conv) == 1}
+    runs = [module for pair in pairs for module in pair]
+    return {norm: conv for norm, conv in pairs if runs.count(norm) == runs.count(conv) == 1}
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

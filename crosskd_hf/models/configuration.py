@@ -86,7 +86,7 @@ class DenseDetectorConfig(PreTrainedConfig):
         fpn_extra_convs (`str`): P6 is made `"on_output"` (from P5) or `"on_input"` (from C5).
         fpn_relu_before_p7 (`bool`): ReLU on P6 before the convolution that makes P7 (FCOS).
         head_channels (`int`): channels of the towers.
-        head_blocks (`int`): convolution blocks a tower.
+        head_blocks (`int`): convolution blocks per tower.
         strides (`list[int]`): pixels between two cells of each level.
         size_divisor (`int`): an image's own size is rounded up to this; cells beyond have class weight 0.
         nms_threshold (`float`): IoU above which the lower-scored of two boxes of a class is dropped.
@@ -159,7 +159,7 @@ class GFLConfig(DenseDetectorConfig):
     Args:
         reg_max (`int`): last bin of a side's distance distribution; there are `reg_max + 1` bins a side.
         anchor_scale (`int`): side of the square anchor, in strides.
-        assigner_topk (`int`): ATSS candidates a level and box.
+        assigner_topk (`int`): ATSS candidates per level and box.
         quality_focal_beta (`float`): exponent of the quality focal loss.
         box_loss_weight (`float`): weight of the GIoU loss.
         dfl_loss_weight (`float`): weight of the distribution focal loss.
@@ -248,7 +248,7 @@ class ATSSConfig(DenseDetectorConfig):
 
     Args:
         anchor_scale (`int`): side of the square anchor, in strides.
-        assigner_topk (`int`): candidates a level and box.
+        assigner_topk (`int`): candidates per level and box.
         delta_scales (`list[float]`): what the box deltas are multiplied by before they are decoded.
         focal_alpha (`float`): weight of positives in the focal loss.
         focal_gamma (`float`): exponent of the focal loss.

@@ -27,10 +27,10 @@ class HeadSpec:
         in_channels, channels: channels of the FPN levels and of the towers.
         num_blocks: blocks (convolution, norm, ReLU) a tower.
         num_levels: FPN levels.
-        num_anchors: priors a cell.
-        box_channels: numbers a prior's box output has.
+        num_anchors: priors per cell.
+        box_channels: numbers of a prior's box output.
         group_norm: GroupNorm(32) after a bias-free convolution; otherwise a convolution with bias and no norm.
-        scale_boxes: a learned factor a level on the box output.
+        scale_boxes: a learned factor per level on the box output.
         exp_boxes: exponential of the (scaled) box output (FCOS).
         centerness_from: the tower centerness comes from, "cls" or "reg", or None.
     """
@@ -40,38 +40,23 @@ class HeadSpec:
     channels: int
     num_blocks: int
     num_levels: int
-    num_anchors: int
-    box_channels: int
-    group_norm: bool
-    scale_boxes: bool
+    num_anchors: int = 1
+    box_channels: int = 4
+    group_norm: bool = True
+    scale_boxes: bool = True
     exp_boxes: bool = False
     centerness_from: str | None = None
 
     @classmethod
-    def of(
-        cls,
-        config: DenseDetectorConfig,
-        *,
-        num_anchors: int = 1,
-        box_channels: int = 4,
-        group_norm: bool = True,
-        scale_boxes: bool = True,
-        exp_boxes: bool = False,
-        centerness_from: str | None = None,
-    ) -> "HeadSpec":
-        """The spec of a configuration's sizes and a detector's shape."""
+    def of(cls, config: DenseDetectorConfig, **shape: Any) -> "HeadSpec":
+        """The spec of a configuration's sizes and a detector's shape: the fields that have a default."""
         return cls(
             num_labels=len(config.id2label),
             in_channels=config.fpn_channels,
             channels=config.head_channels,
             num_blocks=config.head_blocks,
             num_levels=len(config.strides),
-            num_anchors=num_anchors,
-            box_channels=box_channels,
-            group_norm=group_norm,
-            scale_boxes=scale_boxes,
-            exp_boxes=exp_boxes,
-            centerness_from=centerness_from,
+            **shape,
         )
 
 
@@ -162,7 +147,7 @@ class TowerBlock(GradientCheckpointingLayer):
 
 
 class LevelScales(nn.Module):
-    """A learned factor a level, applied by a `forward`: accelerate's hooks bring offloaded factors back there."""
+    """A learned factor per level, applied by a `forward`: accelerate's hooks bring offloaded factors back there."""
 
     def __init__(self, num_levels: int):
         super().__init__()
@@ -212,7 +197,7 @@ class DenseHead(nn.Module):
         """Run both towers from block `start_block` on, then predict.
 
         Args:
-            cls_features: a (N, C, H, W) map a level, input of the class tower's block `start_block`.
+            cls_features: a (N, C, H, W) map per level, input of the class tower's block `start_block`.
             reg_features: the same for the box tower; the class tower's input if None.
             start_block: first block to run; `num_blocks` runs the prediction convolutions only.
             tap_index: number k of blocks after which the towers are tapped, counted from the FPN level: 0 taps the
@@ -226,7 +211,7 @@ class DenseHead(nn.Module):
         spec = self.spec
         for name, index in (("start_block", start_block), ("tap_index", tap_index)):
             if index is not None and not 0 <= index <= spec.num_blocks:
-                raise ValueError(f"{name} is {index}, but the head has {spec.num_blocks} blocks a tower.")
+                raise ValueError(f"{name} is {index}, but the head has {spec.num_blocks} blocks per tower.")
         if tap_index is not None and tap_index < start_block:
             raise ValueError(f"tap_index {tap_index} lies before start_block {start_block}.")
         output = HeadOutput([], [], [] if spec.centerness_from else None)

@@ -294,16 +294,16 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
                 None leaves them in pixels of the model's input.
 
         Returns:
-            a dict an image: `scores` (K,), best first, `labels` (K,) int64 and `boxes` (K, 4) xyxy.
+            a dict per image: `scores` (K,), best first, `labels` (K,) int64 and `boxes` (K, 4) xyxy.
 
         Raises:
-            ValueError: if `target_sizes` doesn't have an entry an image.
+            ValueError: if `target_sizes` doesn't have an entry per image.
         """
         sizes = outputs["image_sizes"].tolist()
         targets = sizes if target_sizes is None else [tuple(map(float, size)) for size in target_sizes]
         if len(targets) != len(sizes):
             raise ValueError(f"target_sizes has {len(targets)} entries for {len(sizes)} images")
-        found = select_detections(
+        detections = select_detections(
             outputs["logits"],
             outputs["pred_boxes"],
             outputs.get("centerness"),  # the pipeline leaves out what is None
@@ -315,7 +315,7 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
             nms_threshold=self.nms_threshold,
             max_detections=self.max_detections,
         )
-        return [{name: value[own["scores"] > threshold] for name, value in own.items()} for own in found]
+        return [{name: value[one["scores"] > threshold] for name, value in one.items()} for one in detections]
 
 
 def _check_size(size: SizeDict) -> None:

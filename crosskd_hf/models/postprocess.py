@@ -30,7 +30,7 @@ def select_detections(
         logits: (N, P, labels).
         pred_boxes: (N, P, 4) xyxy pixels of the network's input.
         centerness: (N, P) logits, or None. The score is multiplied by it only after the threshold and the top-k.
-        level_sizes: priors a level; candidates are cut level by level.
+        level_sizes: priors per level; candidates are cut level by level.
         image_sizes: (N, 2) height and width of the network's input without padding, to which boxes are clipped.
         scales: N (height, width) factors of the resize: boxes are divided by them.
         score_threshold: (prior, class) pairs need a higher class score.
@@ -39,7 +39,7 @@ def select_detections(
         max_detections: detections kept an image.
 
     Returns:
-        a dict an image of `scores` (K,), `labels` (K,) int64, `boxes` (K, 4) xyxy in original pixels. Of equal
+        a dict per image of `scores` (K,), `labels` (K,) int64, `boxes` (K, 4) xyxy in original pixels. Of equal
         scores, that of the lower level, then prior, then class comes first.
     """
     image, prior, label, score = best_pairs(logits, level_sizes, score_threshold, max_candidates)
@@ -51,11 +51,11 @@ def select_detections(
     has_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=-1)
     image, boxes, score, label = image[has_area], boxes[has_area], score[has_area], label[has_area]
     counts = torch.bincount(image, minlength=len(logits)).tolist()
-    found = []
-    for own in zip(score.split(counts), label.split(counts), boxes.split(counts), strict=True):
-        keep = suppress(*own, nms_threshold, max_detections)
-        found.append(dict(zip(("scores", "labels", "boxes"), (values[keep] for values in own), strict=True)))
-    return found
+    detections = []
+    for candidates in zip(score.split(counts), label.split(counts), boxes.split(counts), strict=True):
+        keep = suppress(*candidates, nms_threshold, max_detections)
+        detections.append(dict(zip(("scores", "labels", "boxes"), (v[keep] for v in candidates), strict=True)))
+    return detections
 
 
 def best_pairs(
@@ -65,7 +65,7 @@ def best_pairs(
 
     Args:
         logits: (N, P, labels).
-        level_sizes: priors a level.
+        level_sizes: priors per level.
         score_threshold: a pair's score must be above.
         count: of an image's level.
 

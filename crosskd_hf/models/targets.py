@@ -36,7 +36,7 @@ def pad_ground_truth(labels: list[dict[str, Tensor]] | dict[str, Tensor], batch:
     else:
         boxes, classes, mask = _padded(labels)
     if len(mask) != batch:
-        raise ValueError(f"{len(mask)} labels were given for {batch} images; labels is a list with a dict an image.")
+        raise ValueError(f"{len(mask)} labels were given for {batch} images; labels is a list with a dict per image.")
     if mask.shape[1] == 0:
         boxes, classes, mask = boxes.new_zeros(batch, 1, 4), classes.new_zeros(batch, 1), mask.new_zeros(batch, 1)
     return GroundTruth(boxes, classes, mask)

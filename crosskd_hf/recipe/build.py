@@ -18,9 +18,9 @@ from ..training.arguments import DetectionTrainingArguments
 from ..training.distillation_trainer import DistillationTrainer
 from ..training.run_log import use_run_log
 from ..training.trainer import DetectionTrainer
+from ..utils.messages import first_line
 from ..utils.progress import say
 from ..weights.loading import for_labels, load_backbone_weights, load_detector
-from ..weights.mmdet import first_line
 from .sections import ModelSection, Recipe, TeacherSection
 
 logger = logging.getLogger(__name__)

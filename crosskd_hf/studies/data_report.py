@@ -101,7 +101,7 @@ def report(data: DataSection, name: str, *, training: bool) -> Report:
     lines = [
         f"{printable(name)}: {len(split)} images, {sum(counts)} boxes ({sum(crowds)} of them crowds), "
         f"{len(classes)} classes",
-        f"  images without any box: {counts.count(0)}; boxes an image: {np.mean(counts):.1f} on average, "
+        f"  images without any box: {counts.count(0)}; boxes per image: {np.mean(counts):.1f} on average, "
         f"{max(counts)} at most",
         f"  image sizes: {widths.min()} x {heights.min()} to {widths.max()} x {heights.max()} pixels; "
         f"wide {int((widths > heights).sum())}, upright {int((widths < heights).sum())}, "
@@ -117,7 +117,7 @@ def report(data: DataSection, name: str, *, training: bool) -> Report:
             unusable, used = [str(error)], 0
         lines.append(f"  trained on: {used} images (filter_empty {data.filter_empty}, min_image_side "
                      f"{data.min_image_side}, max_train_images {data.max_train_images})")  # fmt: skip
-    lines += ["  boxes a class:", *_table(classes)]
+    lines += ["  boxes per class:", *_table(classes)]
     lines += [
         f"  box side at the model's input (fit into {data.short_side} x {data.long_side}), pixels:",
         *_table(sizes),
@@ -180,7 +180,7 @@ def draw_report(report: Report, path: Path) -> None:
     shown = dict(sorted(report.classes.items(), key=lambda item: -item[1])[:MANY_CLASSES])
     rest = len(report.classes) - len(shown)
     figure = new_figure(12, max(4.0, 0.22 * len(shown) + 1.5))
-    bars(figure, (1, 3, 1), f"{report.name}: boxes a class" + (f" (and {rest} more)" if rest else ""), shown)
+    bars(figure, (1, 3, 1), f"{report.name}: boxes per class" + (f" (and {rest} more)" if rest else ""), shown)
     bars(figure, (1, 3, 2), "box side at the input, pixels", report.sizes)
     columns = report.split.dataset.with_format("numpy", columns=["width", "height"])[:]
     axes = figure.add_subplot(1, 3, 3)

@@ -123,7 +123,7 @@ def draw_contact_sheet(runs: list[Stage], path: Path) -> None:
     split = load_split(data, data.val_split, data.max_val_images)
     dataset = DetectionDataset(split, train=False, short_side=data.short_side, long_side=data.long_side)
     students = [stage for stage in runs if stage.name != TEACHER]
-    models = [load_detector(str(stage.output), None, ()).eval() for stage in students]
+    models = [load_detector(str(stage.output)).eval() for stage in students]
     processor = load_processor(str(students[0].output))
     rows = []
     for index in evenly_spaced(SHEET_IMAGES, len(split)):

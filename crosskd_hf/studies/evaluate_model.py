@@ -57,7 +57,7 @@ def evaluate_model(
         path: of a data set, instead of the recipe's; in COCO's layout if there is no recipe.
         split: instead of the recipe's validation split.
         output: folder of the results; None is the model's, or this one for a Hub id.
-        batch_size: images a batch and process.
+        batch_size: images per batch and process.
         workers: processes that load images.
         max_images: only the first images.
 
@@ -68,7 +68,7 @@ def evaluate_model(
     data = _data_settings(Path(source), recipe, path)
     if output is not None:
         check_folder(output, "--output-dir")
-    model = load_detector(source, None, ())
+    model = load_detector(source)
     if num_processes() > 1:
         check_same(f"the weights of {source}", weights_digest(model))
     processor = load_processor(source)

@@ -18,7 +18,7 @@ FIXED_ARGUMENTS: dict[str, tuple[Any, str]] = {
     "bf16_full_eval": (False, "boxes need fp32; bf16: true evaluates the networks in bfloat16"),
     "fp16_full_eval": (False, "boxes need fp32; fp16: true evaluates the networks in half precision"),
     "remove_unused_columns": (False, "the data sets read images and boxes from columns the model doesn't name"),
-    "eval_do_concat_batches": (False, "detections have a different number an image"),
+    "eval_do_concat_batches": (False, "detections have a different number per image"),
     "logging_nan_inf_filter": (False, "it hides losses that are not finite; the trainer stops at them"),
     "label_smoothing_factor": (0.0, "the detectors' losses know no label smoothing"),
     "train_sampling_strategy": ("random", "batches are drawn by image orientation (see group_by_orientation)"),

@@ -57,7 +57,7 @@ def full_disk_explained(output_dir: Path, partial: Path | None = None, needed: i
 def checkpoint_bytes(model: nn.Module, args: DetectionTrainingArguments) -> int:
     """About the size of a checkpoint: all weights, their average, and the optimizer's state of the trained ones.
 
-    SGD keeps one value a parameter, or none without momentum; any other optimizer counts as two, as Adam.
+    SGD keeps one value per parameter, or none without momentum; any other optimizer counts as two, as Adam.
     """
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     values = (1 if args.momentum else 0) if args.optim == OptimizerNames.SGD else 2

@@ -119,7 +119,9 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
         """The same as for evaluation."""
         return self.get_eval_dataloader(test_dataset)
 
-    def get_eval_dataloader(self, eval_dataset: Dataset | DetectionSplit | None = None) -> DataLoader:
+    def get_eval_dataloader(  # type: ignore[override] # a name of one of several data sets: there is one
+        self, eval_dataset: Dataset | DetectionSplit | None = None
+    ) -> DataLoader:
         """Every image exactly once over all processes, in the same batches however many there are."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:

@@ -22,7 +22,7 @@ TRACKER_PACKAGES = {
 
 def as_detector(model: DenseDetector | str) -> DenseDetector:
     """A detector, loaded if a folder or Hub id names it."""
-    return model if isinstance(model, DenseDetector) else load_detector(str(model), None, ())
+    return model if isinstance(model, DenseDetector) else load_detector(str(model))
 
 
 def refuse_unsupported(args: DetectionTrainingArguments) -> None:

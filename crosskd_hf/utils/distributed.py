@@ -7,7 +7,6 @@ import time
 import uuid
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch import distributed as dist
 
@@ -22,14 +21,10 @@ def num_processes() -> int:
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Average of a tensor over all processes, without gradient; the tensor itself in a single process."""
     value = value.detach()
-    return value if num_processes() == 1 else sum_over_ranks(value) / num_processes()
-
-
-def sum_over_ranks(value: Tensor) -> Tensor:
-    """Sum of a tensor over all processes, in fp32 or more, without gradient."""
-    value = value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
     if num_processes() > 1:
+        value = value.clone()
         dist.all_reduce(value)
+        value /= num_processes()
     return value
 
 

@@ -182,7 +182,7 @@ def _tags(image: Image.Image) -> Mapping[int, Any]:
 
 
 def _first(value: Any) -> Any:
-    """TIFF has one value a channel."""
+    """TIFF has one value per channel."""
     return value[0] if isinstance(value, tuple) else value
 
 

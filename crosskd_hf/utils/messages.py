@@ -1,4 +1,4 @@
-"""Lists of names in messages: the first of them, and the valid ones that are like a wrong one."""
+"""Parts of messages: the first of many names, valid names that are like a wrong one, an error's first line."""
 
 import difflib
 from collections.abc import Sequence
@@ -16,3 +16,10 @@ def nearest(name: str, valid: Sequence[str]) -> str:
     if close := difflib.get_close_matches(name, valid, n=3, cutoff=0.5):
         return f"Did you mean {', '.join(close)}?"
     return f"Valid: {listed(valid, MOST_NAMES)}." if valid else "None are installed."
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    text = (str(error).splitlines() or [""])[0]
+    # A KeyError says only its key.
+    return text if text and not isinstance(error, LookupError) else f"{type(error).__name__} {text}".strip()

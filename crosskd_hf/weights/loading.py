@@ -27,9 +27,10 @@ from ..models.architecture import ArchitectureSection, build_config
 from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
 from ..utils.label_names import COCO_CLASSES, coco_spelling, loosely, near_matches, spelling_problem
+from ..utils.messages import first_line
 from ..utils.redact import public_url, without_credentials
 from .download import check_hash, fetch
-from .mmdet import CheckpointError, check_finite, first_line, load_reference_state, read_checkpoint
+from .mmdet import CheckpointError, check_finite, load_reference_state, read_checkpoint
 
 logger = logging.getLogger(__name__)
 CACHE = Path(HF_HOME) / "crosskd_hf"
@@ -46,17 +47,17 @@ def for_labels(model: DenseDetector, label_names: Sequence[str]) -> DenseDetecto
     Raises:
         CheckpointError: its classes are the data's, but for case, blanks, underscores or hyphens.
     """
-    own, given = model.config.label_names, list(label_names)
-    if coco_spelling(own) == coco_spelling(given):
+    known, given = model.config.label_names, list(label_names)
+    if coco_spelling(known) == coco_spelling(given):
         model.config.label_names = given
         return model
-    near = near_matches(coco_spelling(own), coco_spelling(given))
-    if near and list(map(loosely, own)) == list(map(loosely, given)):  # others would be replaced anyhow
+    near = near_matches(coco_spelling(known), coco_spelling(given))
+    if near and list(map(loosely, known)) == list(map(loosely, given)):  # others would be replaced anyhow
         raise CheckpointError(f"the checkpoint and the data have {spelling_problem(near, 'checkpoint', 'data')}.")
     logger.warning(
         "the checkpoint knows %d classes (%s, ...), the data has %d (%s, ...): its class predictor is replaced by a "
         "new one, which has to be trained",
-        *(len(own), ", ".join(own[:3]), len(given), ", ".join(given[:3])),
+        *(len(known), ", ".join(known[:3]), len(given), ", ".join(given[:3])),
     )
     config = copy.deepcopy(model.config)
     config.label_names = given
@@ -86,11 +87,13 @@ def load_backbone_weights(model: DenseDetector, path: str) -> None:
     else:
         state, _ = read_checkpoint(path)
     body = model.backbone.body
-    own = body.state_dict()
+    expected = body.state_dict()
     # timm's feature extractors say layers_0 for what its whole models call layers.0.
     given = {key.replace(".", "_"): value for key, value in state.items()}
-    state = {key: given[name] for key in own if (name := key.replace(".", "_")) in given}
-    wrong = [k for k, v in own.items() if "num_batches" not in k and (k not in state or state[k].shape != v.shape)]
+    state = {key: given[name] for key in expected if (name := key.replace(".", "_")) in given}
+    wrong = [
+        k for k, v in expected.items() if "num_batches" not in k and (k not in state or state[k].shape != v.shape)
+    ]
     if wrong:
         raise CheckpointError(
             f"{path} doesn't hold the weights of {model.config.backbone}: {len(wrong)} keys are missing or have "
@@ -100,7 +103,9 @@ def load_backbone_weights(model: DenseDetector, path: str) -> None:
     body.load_state_dict(state, strict=False)
 
 
-def load_detector(source: str, section: ArchitectureSection | None, label_names: Sequence[str]) -> DenseDetector:
+def load_detector(
+    source: str, section: ArchitectureSection | None = None, label_names: Sequence[str] = ()
+) -> DenseDetector:
     """A detector from a folder, a Hub id, or an MMDetection `.pth` by path or URL.
 
     Args:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..models.base import DenseDetector
 from ..models.swin import merge_order
 from ..utils.label_names import coco_spelling
-from ..utils.messages import listed
+from ..utils.messages import first_line, listed
 
 # What the names of each detector's prediction convolutions begin with; they end with the second dictionary's.
 PREFIXES = {"crosskd_gfl": "gfl", "crosskd_retinanet": "retina", "crosskd_fcos": "conv", "crosskd_atss": "atss"}
@@ -229,13 +229,6 @@ def _names_in_legacy_file(path: Path) -> set[str]:
     except Exception:  # damaged, or no checkpoint: the loader says so
         pass
     return names
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    text = (str(error).splitlines() or [""])[0]
-    # A KeyError says only its key.
-    return text if text and not isinstance(error, LookupError) else f"{type(error).__name__} {text}".strip()
 
 
 def _stand_in(name: str) -> type:

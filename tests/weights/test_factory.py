@@ -211,7 +211,7 @@ def test_a_saved_model_has_its_own_architecture(saved):
 def test_a_folder_that_is_no_detector(tmp_path, config):
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(CheckpointError, match="can't be loaded as a detector"):
-        load_detector(str(tmp_path), None, ())
+        load_detector(str(tmp_path))
 
 
 def test_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
@@ -220,9 +220,9 @@ def test_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.AutoModelForObjectDetection.from_pretrained", lambda *_, **__: pytest.fail())
     for source in ("runs/nothing", str(tmp_path / "nothing")):
         with pytest.raises(CheckpointError, match=r"nothing' can't be loaded .*: there is no such folder"):
-            load_detector(source, None, ())
+            load_detector(source)
     with pytest.raises(CheckpointError, match=r"no config\.json.*it isn't finished.*\.pth"):
-        load_detector("runs/begun", None, ())
+        load_detector("runs/begun")
 
 
 @pytest.mark.parametrize("name", ["weights.pt", "pytorch_model.bin", "model.safetensors"])
@@ -231,7 +231,7 @@ def test_a_file_is_not_called_missing(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     for source in (str(tmp_path / name), name):
         with pytest.raises(CheckpointError, match=f"{name}' is a file.*save_pretrained"):
-            load_detector(source, None, ())
+            load_detector(source)
 
 
 def test_no_credentials_in_messages():
@@ -257,17 +257,17 @@ def test_no_credentials_in_messages():
 )
 def test_a_saved_model_and_its_configuration_that_do_not_fit(tmp_path, saved, config, message):
     with pytest.raises(CheckpointError, match=rf"bad'.*{message}"):
-        load_detector(str(copied(saved, tmp_path / "bad", **config)), None, ())
+        load_detector(str(copied(saved, tmp_path / "bad", **config)))
 
 
 def test_a_saved_model_without_its_weights(tmp_path, saved):
     folder = copied(saved, tmp_path / "cut")
     (folder / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="can't be loaded as a detector"):
-        load_detector(str(folder), None, ())
+        load_detector(str(folder))
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"can't be loaded as a detector .*model\.safetensors"):
-        load_detector(str(folder), None, ())
+        load_detector(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -369,4 +369,4 @@ def test_a_reference_checkpoint_that_isnt_there_or_has_no_architecture(tmp_path)
     with pytest.raises(CheckpointError, match=r"gone\.pth doesn't exist"):
         load_teacher(teacher(tmp_path / "gone.pth"), LABELS)
     with pytest.raises(CheckpointError, match="doesn't say which detector it holds"):
-        load_detector(str(tmp_path / "gone.pth"), None, ())
+        load_detector(str(tmp_path / "gone.pth"))

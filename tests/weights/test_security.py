@@ -56,10 +56,10 @@ def saved(tmp_path: Path) -> Path:
 def test_pickled_weights_are_not_loaded(saved: Path, proof: Path, legacy: bool) -> None:
     for name in ("training_args.bin", "pytorch_model.bin", "optimizer.pt"):
         poison(saved / name, proof, legacy)
-    assert load_detector(str(saved), None, ()).config.num_labels == 2, "model.safetensors goes before"
+    assert load_detector(str(saved)).config.num_labels == 2, "model.safetensors goes before"
     (saved / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"can't be loaded as a detector .*nothing in it was executed"):
-        load_detector(str(saved), None, ())
+        load_detector(str(saved))
     assert not proof.exists()
     torch.load(saved / "optimizer.pt", weights_only=False)
     assert proof.exists(), "these files are dangerous"
@@ -88,14 +88,14 @@ def test_code_that_a_model_brings_is_not_run(saved: Path, proof: Path, model_typ
     """trust_remote_code is never needed here. "bert" is known to transformers, but as no detector."""
     bring_code(saved, "config.json", proof, model_type=model_type)
     with pytest.raises(CheckpointError, match=rf"model'.*model type, {model_type!r}, isn't one of .*crosskd_gfl"):
-        load_detector(str(saved), None, ())
+        load_detector(str(saved))
     assert not proof.exists()
 
 
 @pytest.mark.usefixtures("yes")
 def test_code_beside_a_model_of_this_package_is_not_run(saved: Path, proof: Path) -> None:
     bring_code(saved, "config.json", proof)
-    assert type(load_detector(str(saved), None, ())) is type(tiny_model()) and not proof.exists()
+    assert type(load_detector(str(saved))) is type(tiny_model()) and not proof.exists()
 
 
 @pytest.mark.usefixtures("yes")
