@@ -32,7 +32,8 @@ class DetectionDataset(Dataset[dict[str, Any]]):
     split.
 
     Augmentation is a function of (seed, epoch, index) alone, so that neither the number of workers, nor prefetching,
-    nor a resumed run changes it. Training leaves out crowd boxes, boxes less than 1 pixel wide or high, those of no
+    nor a resumed run changes it. Plain indices are those of epoch 0: an `OrientationBatchSampler` gives others, and
+    Accelerate tells it the epoch. Training leaves out crowd boxes, boxes less than 1 pixel wide or high, those of no
     area and those outside the image.
 
     Args:
