@@ -67,8 +67,8 @@ def check_format(boxes: np.ndarray, sizes: np.ndarray, box_format: str, unit: st
     raise DataError(
         f"{source}: {misfitting} of {len(boxes)} boxes don't fit into their images as {box_format} ({unit}); as "
         f"{best[0]} ({best[1]}) {wrong[best]} don't. The first is {np.asarray(boxes[0]).tolist()} in an image of "
-        f"{int(sizes[0, 0])} x {int(sizes[0, 1])}. Layout coco has [x, y, width, height] in pixels; for layout "
-        f"datasets set data.box_format={best[0]} data.box_unit={best[1]}."
+        f"{int(sizes[0, 0])} x {int(sizes[0, 1])}. Layout coco has [x, y, width, height] in pixels: convert the "
+        f"file. For layout datasets set data.box_format={best[0]} data.box_unit={best[1]}."
     )
 
 

@@ -27,11 +27,11 @@ class Kind(Enum):
     FILE_NAME = ("image", "has a file name that leaves the image folder", "make it relative, without ..")
     ID = ("annotation", "has the id of an earlier one", "annotation ids must be unique")
     IMAGE_ID = ("annotation", "is of an image that is not in the list of images", "add the image or remove it")
-    CATEGORY = ("annotation", "is of a category that is not listed", "add the category or remove it")
-    BOX = ("annotation", "has a bbox that is not four finite numbers", "correct or remove it")
+    CATEGORY = ("annotation", "is of a category that is not listed", "list it, correct ids, or remove it")
+    BOX = ("annotation", "has a bbox that is not four numbers of a sensible size", "correct or remove it")
     AREA_NUMBER = (
         "annotation",
-        "has an area that is not a finite number",
+        "has an area that is not a number of a sensible size",
         "correct it, or remove it to use the box's",
     )
     CROWD = ("annotation", "has an iscrowd that is neither 0 nor 1", "correct or remove it")

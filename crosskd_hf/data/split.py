@@ -143,6 +143,6 @@ def keep_for_training(split: DetectionSplit, *, filter_empty: bool = True, min_i
     if len(indices) == 0:
         raise ValueError(
             f"none of the {len(split.dataset)} images is left for training: each is narrower than {min_image_side} "
-            "pixels or has no annotation; check the annotation file, or set data.filter_empty=false"
+            "pixels (data.min_image_side) or has no box; lower that, check the boxes, or set data.filter_empty=false"
         )
     return replace(split, dataset=split.dataset.select(indices.to_pylist()))

@@ -44,12 +44,25 @@ def pad_ground_truth(labels: list[dict[str, Tensor]] | dict[str, Tensor], batch:
 
 def _padded(labels: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes (N, G, 4), classes (N, G) and mask (N, G) of the labels of each image."""
+    if not labels:
+        raise ValueError("labels is an empty list; it must have a dict per image.")
     for index, label in enumerate(labels):
+        if missing := {"boxes", "class_labels"} - set(label):
+            raise ValueError(
+                f"labels: image {index} needs the keys boxes and class_labels; {', '.join(sorted(missing))} missing "
+                f"(it has {', '.join(map(str, label))})"
+            )
+        if not all(isinstance(label[name], Tensor) for name in ("boxes", "class_labels")):
+            raise ValueError(f"labels: image {index} needs tensors: boxes (G, 4) and class_labels (G,)")
+        classes = label["class_labels"]
+        if classes.numel() and (classes.is_floating_point() or classes.dtype == torch.bool):
+            raise ValueError(f"labels: class_labels of image {index} are {classes.dtype}; they must be integers")
         if label["boxes"].numel() != 4 * len(label["class_labels"]):
             shapes = tuple(label["boxes"].shape), tuple(label["class_labels"].shape)
             raise ValueError(f"labels: image {index} needs boxes (G, 4) and class_labels (G,), got {shapes}")
     boxes = pad_sequence([label["boxes"].reshape(-1, 4).float() for label in labels], batch_first=True)
-    classes = pad_sequence([label["class_labels"] for label in labels], batch_first=True)
+    # torch.tensor([]) of an image without boxes is a float.
+    classes = pad_sequence([label["class_labels"].long() for label in labels], batch_first=True)
     mask = pad_sequence([torch.ones_like(label["class_labels"], dtype=torch.bool) for label in labels], True)
     return boxes, classes, mask
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..training.arguments import FIXED_ARGUMENTS
 from ..utils.messages import nearest
-from ..utils.recipe_fields import settings_of
+from ..utils.recipe_fields import check_range, settings_of
 
 # Keys of earlier versions -> what is instead.
 REMOVED = {
@@ -95,24 +95,6 @@ def _cast_number(value: Any, hint: type) -> Any:
     if not number.is_integer():
         raise ValueError("is no whole number")
     return value if isinstance(value, int) else int(number)
-
-
-def check_range(value: Any, metadata: typing.Mapping[str, Any]) -> None:
-    """Compare a value, or each item of a list, with a field's `choices`, `minimum` and `maximum`.
-
-    Raises:
-        ValueError: worded to follow the value.
-    """
-    choices, low, high = metadata.get("choices"), metadata.get("minimum"), metadata.get("maximum")
-    for item in value if isinstance(value, list) else [value]:
-        if item is None:
-            continue
-        if choices and item not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}")
-        if low is not None and item < low:
-            raise ValueError(f"must be at least {low}")
-        if high is not None and item > high:
-            raise ValueError(f"must be at most {high}")
 
 
 def type_name(hint: Any) -> str:

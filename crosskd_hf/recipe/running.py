@@ -48,6 +48,8 @@ def prepare(recipe: Recipe, dry_run: bool = False, accept_changes: bool = False)
         RecipeError, CheckpointError, ValueError, OSError: the recipe, its folder, data or a detector can't be used.
     """
     arguments = recipe.training_arguments()
+    if dry_run:
+        arguments.push_to_hub = False  # transformers' Trainer would make the repository
     output = Path(arguments.output_dir)
     check_shared(output)  # before anything that is looked up in it
     check_output(recipe, output, accept_changes)

@@ -153,10 +153,9 @@ def compare(train: Report, evaluated: Report) -> tuple[bool, list[str]]:
     ids = {n: i for r in (train, evaluated) for n, i in zip(r.split.label_names, r.split.category_ids, strict=True)}
     boxes = {n: train.classes.get(n, 0) + evaluated.classes.get(n, 0) for n in ids}
     if unused := [f"{n!r} (category id {ids[n]})" for n in ids if not boxes[n]]:
-        lines.append(
-            f"  - {len(unused)} classes have no box in any split (Roboflow writes the project's name as category 0; "
-            f"remove it from both files): {', '.join(unused[:10])}"
-        )
+        lines.append(f"  - {len(unused)} classes have no box in any split: {', '.join(unused[:10])}")
+        if len(unused) == 1 and 0 in (ids[n] for n in ids if not boxes[n]):
+            lines.append("    if it is the project's name, as Roboflow writes it, remove it from both files")
     for group in alike(ids):
         lines.append(f"  - class names that differ only by case or blanks: {', '.join(map(repr, group))}")
     lines += [f"  - {line}" for line in find_shared(train.entries, evaluated.entries).lines()]

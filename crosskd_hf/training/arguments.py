@@ -26,6 +26,7 @@ FIXED_ARGUMENTS: dict[str, tuple[Any, str]] = {
     "save_on_each_node": (False, "a run is resumed from one output folder that all machines share"),
     "auto_find_batch_size": (False, "the learning rate is scaled for per_device_train_batch_size"),
     "data_seed": (None, "the order of the images follows seed"),
+    "deepspeed": (None, "it isn't supported; these detectors fit a GPU"),
     "resume_from_checkpoint": (
         None,
         "a run resumes by itself from the last complete checkpoint in its output_dir; to start from a trained "
@@ -194,6 +195,9 @@ def _schedule_problems(values: Mapping[str, Any]) -> list[Problem]:
     if max_steps == 0:
         text = "max_steps is 0, which would be no limit: set -1 for num_train_epochs to count, or at least 1."
         problems.append((("max_steps",), text))
+    if max_steps <= 0 and epochs <= 0:
+        text = f"num_train_epochs is {epochs:g}, so that nothing would be trained: set more than 0."
+        return [*problems, (("num_train_epochs", "max_steps"), text)]
     if max_steps > 0 and warmup > max_steps:
         text = f"warmup_steps is {warmup:g}, but training ends after max_steps {max_steps}: lower it; 0 is no warm-up."
         problems.append((("warmup_steps", "max_steps"), text))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+BEYOND = 2.0  # times an image's side
 FORMAT = "boxes must be xyxy in pixels of pixel_values (see torchvision.ops.box_convert)"
 
 
@@ -41,14 +42,18 @@ def check_labels(
     if refuse_relative and mask.any() and torch.equal(relative, mask) and (low[mask] > 0).any():
         fault = f"and all {int(mask.sum())} boxes of the batch lie within 0..1, as relative boxes (DETR's cxcywh) do"
         raise ValueError(_message(relative, boxes, fault, FORMAT, names))
-    wrong = mask & ~(high > low).all(-1)  # NaN as well
+    wrong = mask & ~boxes.isfinite().all(-1)
+    if wrong.any():
+        raise ValueError(_message(wrong, boxes, "which isn't finite", FORMAT, names))
+    wrong = mask & ~(high > low).all(-1)
     if wrong.any():
         fault = "whose x2 is not above x1 or y2 not above y1, as in xywh or cxcywh given as xyxy"
         raise ValueError(_message(wrong, boxes, fault, FORMAT, names))
-    wrong = mask & ((low >= sizes) | (high <= 0)).any(-1)
+    # Partly outside are boxes before clipping; the other image's pixels are where most of a box is outside.
+    wrong = mask & ((low >= sizes) | (high <= 0) | (high > BEYOND * sizes) | (low < (1 - BEYOND) * sizes)).any(-1)
     if wrong.any():
         height, width = image_sizes[int(wrong.nonzero()[0, 0])].int().tolist()
-        fault = f"wholly outside its {width} x {height} pixels"
+        fault = f"outside its {width} x {height} pixels"
         raise ValueError(_message(wrong, boxes, fault, f"{FORMAT}, not of the original image", names))
     wrong = mask & ((class_labels < 0) | (class_labels >= (num_labels or float("inf"))))
     if wrong.any():

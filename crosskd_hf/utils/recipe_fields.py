@@ -1,8 +1,7 @@
 """Fields of a recipe's sections: a default, a meaning, and the values that are allowed."""
 
 import dataclasses
-import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MOST_PIXELS = 16384  # of a side
@@ -37,17 +36,32 @@ def settings_of(section_class: type) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(section_class) if field.init]
 
 
+def check_range(value: Any, metadata: Mapping[str, Any]) -> None:
+    """Compare a value, or each item of a list, with a field's `choices`, `minimum` and `maximum`.
+
+    Raises:
+        ValueError: worded to follow the value.
+    """
+    choices, low, high = metadata.get("choices"), metadata.get("minimum"), metadata.get("maximum")
+    for item in value if isinstance(value, list) else [value]:
+        if item is None:
+            continue
+        if choices and item not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        if low is not None and item < low:
+            raise ValueError(f"must be at least {low}")
+        if high is not None and item > high:
+            raise ValueError(f"must be at most {high}")
+
+
 def check_limits(section: Any, name: str) -> None:
     """Raise ValueError if a field of a section that was made in Python is beyond its limits, or no choice."""
     for field in settings_of(type(section)):
-        value, limits = getattr(section, field.name), field.metadata
-        if value is None:
-            continue
-        if (choices := limits.get("choices")) and isinstance(value, str) and value not in choices:
-            raise ValueError(f"{name}.{field.name} is {value!r}; it must be one of {', '.join(choices)}")
-        for limit, beyond in (("minimum", operator.lt), ("maximum", operator.gt)):
-            if limits.get(limit) is not None and isinstance(value, int | float) and beyond(value, limits[limit]):
-                raise ValueError(f"{name}.{field.name} is {value}; its {limit} is {limits[limit]:g}")
+        value = getattr(section, field.name)
+        try:
+            check_range(value, field.metadata)
+        except ValueError as error:
+            raise ValueError(f"{name}.{field.name}: {value!r} {error}") from None
 
 
 def default_of(field: dataclasses.Field) -> Any:

@@ -26,6 +26,7 @@ from ..models import CONFIGS, MODELS, DenseDetectorConfig
 from ..models.architecture import ArchitectureSection, build_config
 from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
+from ..utils.checksums import MARKER, damage
 from ..utils.label_names import COCO_CLASSES, coco_spelling, loosely, near_matches, spelling_problem
 from ..utils.messages import first_line
 from ..utils.redact import public_url, without_credentials
@@ -124,6 +125,8 @@ def load_detector(
         return _convert(source, section, label_names)
     _check_folder(Path(source).expanduser(), shown)
     _check_config(source, shown)
+    if (Path(source) / MARKER).is_file() and (problem := damage(Path(source))):
+        raise CheckpointError(f"the checkpoint {shown!r} is damaged: {problem}. Use another one of its run.")
     model, info = _load_saved(source, shown)
     if mismatched := sorted(info["mismatched_keys"]):
         key, given, expected = mismatched[0]
@@ -134,6 +137,11 @@ def load_detector(
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"{shown!r} lacks {len(missing)} weights of its model, such as {', '.join(missing[:3])}: save it again."
+        )
+    if unexpected := sorted(info["unexpected_keys"]):
+        raise CheckpointError(
+            f"{shown!r} can't be loaded as a detector: its config.json describes a model without {len(unexpected)} of "
+            f"its weights, such as {', '.join(unexpected[:3])}."
         )
     check_finite(model.state_dict(), repr(shown))
     return model

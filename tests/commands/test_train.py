@@ -47,7 +47,8 @@ def run(finished: list[str]) -> Path:
 
 
 def test_a_dry_run_describes_and_stops(recipe: Path, capsys: pytest.CaptureFixture) -> None:
-    train.main([str(recipe), "training.gradient_accumulation_steps=4", "--dry-run"])
+    hub = ["training.push_to_hub=true", "training.hub_model_id=me/x"]  # without a network, to which nothing is sent
+    train.main([str(recipe), "training.gradient_accumulation_steps=4", *hub, "--dry-run"])
     printed = capsys.readouterr().out
     assert "training images    5" in printed and "validation images  5" in printed
     # 2 images x 1 process x 4 accumulated, scaled linearly to a batch of 16: 1e-4 * 8 / 16

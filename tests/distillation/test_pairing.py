@@ -329,8 +329,8 @@ def test_the_teacher_gets_its_own_pixels_whatever_the_students_processor_does(op
     ("make", "message"),
     [
         (lambda: CrossKD(2.0), r"CrossKD\(2\.0\): give a CrossKD\.Settings"),
-        (lambda: crosskd(weight=-3.0), r"crosskd\.weight is -3\.0; its minimum is 0"),
-        (lambda: crosskd(tap="rectifeid"), r"crosskd\.tap is 'rectifeid'; it must be one of rectified, raw"),
+        (lambda: crosskd(weight=-3.0), r"crosskd\.weight: -3\.0 must be at least 0"),
+        (lambda: crosskd(tap="rectifeid"), r"crosskd\.tap: 'rectifeid' must be one of rectified, raw"),
         (lambda: DistillationPair(model(), model(), CrossKD()), r"CrossKD is no list.*\[CrossKD\(\), PKD\(\)\]"),
     ],
 )

@@ -38,7 +38,8 @@ BATCHES = ([(70, 100)], [(128, 100), (110, 128), (101, 110)], [(8, 8)])
 
 def small_model(detector: str = "gfl") -> DenseDetector:
     """Few blocks and levels: exporters take their time for each."""
-    return tiny_model(detector, backbone="resnet10t", head_blocks=1, strides=[8, 16, 32], frozen_stages=0)
+    options = {"regress_ranges": [[-1.0, 64.0], [64.0, 128.0], [128.0, 1e8]]} if detector == "fcos" else {}
+    return tiny_model(detector, backbone="resnet10t", head_blocks=1, strides=[8, 16, 32], frozen_stages=0, **options)
 
 
 def processor_of(model: DenseDetector, **options) -> DenseDetectorImageProcessor:

@@ -244,6 +244,8 @@ def test_only_safetensors_are_written_and_label_names_come_back(tmp_path) -> Non
         (lambda label: {"boxes": label["boxes"] / 96}, "box 0 of image 0 has .*within 0..1"),
         (lambda label: {"class_labels": label["class_labels"] + 2}, "from 0 to 1"),
         (lambda label: {"boxes": label["boxes"][1:]}, r"image 0 needs boxes \(G, 4\) .*got \(\(0, 4"),
+        (lambda label: {"class_labels": label["class_labels"].float()}, r"class_labels of image 0 are torch\.float32"),
+        (lambda label: {"boxes": label["boxes"].tolist()}, "image 0 needs tensors"),
     ],
 )
 def test_labels_of_a_hand_written_loop_are_checked(change, words):
@@ -252,6 +254,19 @@ def test_labels_of_a_hand_written_loop_are_checked(change, words):
     wrong = [{**label, **change(label)} for label in batch["labels"]]
     with pytest.raises(ValueError, match=words):
         tiny_model().train()(batch["pixel_values"], labels=wrong)
+
+
+def test_labels_of_other_shapes_are_refused_by_name():
+    batch, model = tiny_batch(), tiny_model().train()
+    pixels = batch["pixel_values"]
+    with pytest.raises(ValueError, match="labels is an empty list"):
+        model(pixels, labels=[])
+    with pytest.raises(ValueError, match=r"class_labels missing \(it has boxes, labels\)"):
+        model(pixels, labels=[{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0)}] * 2)
+    with pytest.raises(ValueError, match=r"pixel_mask is \(2, 8, 8\)"):
+        model(pixels, torch.ones(2, 8, 8))
+    nothing = {"boxes": torch.tensor([]), "class_labels": torch.tensor([])}  # as floats, as torch makes them
+    assert model(pixels, labels=[nothing] * 2).loss.isfinite()
 
 
 def test_labels_are_looked_at_in_the_first_batch_only(monkeypatch):

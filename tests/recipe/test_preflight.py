@@ -8,7 +8,9 @@ import torch
 from crosskd_hf.recipe.preflight import precision
 
 
-@pytest.mark.parametrize(("chosen", "told"), [("tf32", ", TF32 in convolutions and matrix products"), ("ieee", "")])
+@pytest.mark.parametrize(
+    ("chosen", "told"), [("tf32", ", TF32 in convolutions and matrix products"), ("none", ", TF32 in convolutions")]
+)
 def test_tf32_is_read_as_transformers_sets_it(monkeypatch: pytest.MonkeyPatch, chosen: str, told: str) -> None:
     """Once it is set so, torch refuses to read the older `allow_tf32`."""
     monkeypatch.setattr(torch.backends, "fp32_precision", chosen)

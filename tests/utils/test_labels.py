@@ -28,9 +28,13 @@ def check(*boxes, classes=None, num_labels=None):
         ([[0.1, 0.2, 0.9, 1]], r"\[0.1, 0.2, 0.9, 1.0\].*within 0..1"),
         ([[5, 5, 9, 9], [30, 20, 10, 30]], r"box 1 of image 0 has \[30.0, 20.0, 10.0, 30.0\].*x2.*xywh"),
         ([[5, 9, 9, 9]], r"\[5.0, 9.0, 9.0, 9.0\].*y2"),
-        ([[5, NAN, 9, 9]], r"\[5.0, nan, 9.0, 9.0\]"),
-        ([[60, 5, 70, 9]], r"\[60.0, 5.0, 70.0, 9.0\], wholly outside its 60 x 40 pixels"),
-        ([[5, -9, 9, 0]], "wholly outside its 60 x 40 pixels"),
+        ([[5, NAN, 9, 9]], r"\[5.0, nan, 9.0, 9.0\], which isn't finite"),
+        ([[5, 5, float("inf"), 9]], r"\[5.0, 5.0, inf, 9.0\], which isn't finite"),
+        ([[60, 5, 70, 9]], r"\[60.0, 5.0, 70.0, 9.0\], outside its 60 x 40 pixels"),
+        ([[5, -9, 9, 0]], "outside its 60 x 40 pixels"),
+        ([[-60, -40, 120, 80]], None),
+        ([[5, 5, 120.5, 9]], "outside its 60 x 40 pixels"),  # as pixels of a larger, original image
+        ([[5, -40.5, 9, 9]], "outside its 60 x 40 pixels"),
     ],
 )
 def test_boxes_must_be_pixels_of_the_image(boxes, words):

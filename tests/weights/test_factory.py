@@ -17,6 +17,7 @@ from crosskd_hf.models.backbone import Backbone
 from crosskd_hf.models.image_processing import DenseDetectorImageProcessor, pixel_style
 from crosskd_hf.recipe.build import build_model, load_teacher
 from crosskd_hf.recipe.sections import ModelSection, TeacherSection
+from crosskd_hf.utils.checksums import mark_complete
 from crosskd_hf.utils.label_names import COCO_CLASSES
 from crosskd_hf.weights import loading
 from crosskd_hf.weights.loading import load_backbone_weights, load_detector, load_processor
@@ -244,6 +245,8 @@ def test_no_credentials_in_messages():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        ({"head_blocks": 1}, r"a model without 6 of its weights, such as head\.cls_tower\.1"),
+        ({"strides": [8, 16, 32]}, r"a model without 6 of its weights"),
         ({"head_blocks": 3}, r"lacks 6 weights of its model, such as head\.cls_tower\.2"),
         ({"fpn_channels": 64}, r"config\.json doesn't fit .* fpn\.\S+, which is \(32.*to be \(64"),
         ({"strides": "x"}, r"config\.json: .*strides"),
@@ -258,6 +261,17 @@ def test_no_credentials_in_messages():
 def test_a_saved_model_and_its_configuration_that_do_not_fit(tmp_path, saved, config, message):
     with pytest.raises(CheckpointError, match=rf"bad'.*{message}"):
         load_detector(str(copied(saved, tmp_path / "bad", **config)))
+
+
+def test_a_damaged_checkpoint_is_no_model(tmp_path, saved):
+    folder = copied(saved, tmp_path / "checkpoint-3")
+    mark_complete(folder)
+    assert_equal_weights(load_detector(str(folder)), new_model())
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-9] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"checkpoint-3' is damaged: the contents of model\.safetensors"):
+        load_detector(str(folder))
 
 
 def test_a_saved_model_without_its_weights(tmp_path, saved):
