@@ -169,7 +169,7 @@ class DenseDetector(PreTrainedModel):
         """(N, 2) height and width of each image without padding. Warns once of padding that no mask tells of."""
         if pixel_mask is None:
             self._warn_of_padding(pixel_values)
-        elif self._is_due("mask", pixel_mask) and pixel_mask.shape != pixel_values[:, 0].shape:
+        elif self._is_due("mask", pixel_mask) and pixel_mask.shape != (len(pixel_values), *pixel_values.shape[2:]):
             shapes = tuple(pixel_mask.shape), tuple(pixel_values.shape)
             raise ValueError(f"pixel_mask is {shapes[0]}, pixel_values {shapes[1]}; it must be (N, H, W).")
         return unpadded_sizes(pixel_values, pixel_mask)

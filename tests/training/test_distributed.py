@@ -84,7 +84,7 @@ def on_two_machines(rank: int, port: int, folder: str) -> None:
             recipe.training["output_dir"] = str(disk / run)
             messages[run] = refusal(prepare, recipe)
         messages["trainer"] = refusal(DetectionTrainer(tiny_model(), args, train_dataset=split).train)
-        messages["data"] = refusal(DetectionTrainer, tiny_model(), args, split.first(3 + rank))
+        messages["data"] = refusal(lambda: DetectionTrainer(tiny_model(), args, train_dataset=split.first(3 + rank)))
         messages["teacher"] = refusal(DistillationTrainer, tiny_model(), tiny_model(seed=rank), args)
         for model in ("begun", "model"):
             arguments = argparse.Namespace(model=str(disk / model), **evaluation)
