@@ -83,7 +83,11 @@ class HubServer:
             server_hub = hub
 
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
-        self.url, self.storage = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
+        # Other names: a client follows redirects within a host while it asks for a file's metadata.
+        self.url, self.storage = (
+            f"http://{host}:{server.server_address[1]}"
+            for host, server in zip(("127.0.0.1", "localhost"), self._servers, strict=True)
+        )
         for server in self._servers:
             server.daemon_threads = True
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
@@ -107,8 +111,8 @@ class HubServer:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_OFFLINE": "0",
             "TRANSFORMERS_OFFLINE": "0",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
         }
 
 
