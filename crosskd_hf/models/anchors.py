@@ -16,9 +16,9 @@ def grid_cells(sizes: list[tuple[int, int]], strides: list[int], device: torch.d
     """
     levels = [(height * width, width, stride) for (height, width), stride in zip(sizes, strides, strict=True)]
     cell = torch.cat([torch.arange(cells, device=device) for cells, _, _ in levels])  # number in its level
-    # Of a named type: older exporters make floats of it.
-    like = {"device": device, "dtype": torch.long}
-    width = torch.cat([torch.full((cells,), width, **like) for cells, width, _ in levels])
+    # With its type, of which the lowest allowed exporter would make a float.
+    widths = [torch.full((cells,), width, dtype=torch.long, device=device) for cells, width, _ in levels]
+    width = torch.cat(widths)
     stride = torch.cat([torch.full((cells, 1), float(stride), device=device) for cells, _, stride in levels])
     return torch.stack([cell % width, cell // width], dim=-1) * stride, stride
 
