@@ -99,9 +99,10 @@ class DistillationPair(nn.Module):
                     method.connect(self.student_observer, self.teacher_observer)
                 except PairError as error:
                     problems.append(str(error))
-                method.connected = True
         if problems:
             raise PairError("this student can't learn from this teacher:\n  - " + "\n  - ".join(problems))
+        for method in methods:  # of a pair that was made: after a refusal they can be used again
+            method.connected = True
         parts = [f"{name} ({', '.join(map(str, p.shape))})" for name, p in self.methods.named_parameters()]
         if parts:
             self.notes.append(f"trained with the student and not saved with it: {'; '.join(parts)}")

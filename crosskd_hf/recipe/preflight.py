@@ -25,8 +25,7 @@ def describe(trainer: DetectionTrainer) -> str:
         total, _ = count_parameters(trainer.teacher)
         name = f"{config.model_type}, {config.backbone}"
         lines.append(f"teacher            {name}: {total / 1e6:.2f} M parameters, frozen")
-        methods = ", ".join(f"{name} ({settings})" for name, settings in trainer.distilled_by().items())
-        lines.append(f"distillation       {methods}")
+        lines.append(f"distillation       {trainer.methods_text()}")
         lines += [f"                   {note}" for note in trainer.pair.notes]
     lines += [
         f"training images    {len(trainer.train_dataset)}",

@@ -105,8 +105,12 @@ class BaseTrainer(Trainer):
         return self.model
 
     def distilled_by(self) -> dict[str, str]:
-        """Method -> its settings, for cards and logs; none without a teacher."""
+        """Method -> its settings; none without a teacher."""
         return {}
+
+    def methods_text(self) -> str:
+        """The methods and their settings, for cards and logs."""
+        return ", ".join(f"{name} ({settings})" for name, settings in self.distilled_by().items())
 
     def save_methods(self, folder: Path) -> None:
         """Write what is trained besides the model into a checkpoint: nothing."""

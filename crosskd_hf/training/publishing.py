@@ -261,7 +261,7 @@ def _training_facts(trainer: BaseTrainer) -> dict[str, str]:
         "Weights": "" if args.ema_decay is None else f"average of the trained ones, decay {args.ema_decay:g}",
         "Precision": trainer.precision,
         "Seed": str(args.seed),
-        "Distillation": ", ".join(f"{name} ({settings})" for name, settings in trainer.distilled_by().items()),
+        "Distillation": trainer.methods_text(),
         "Versions": ", ".join([f"crosskd_hf {__version__}", *(f"{name} {version(name)}" for name in LIBRARIES)]),
     }
     return {name: value for name, value in facts.items() if value}

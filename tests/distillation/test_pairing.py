@@ -341,6 +341,7 @@ def test_methods_made_in_python_are_checked(make, message):
 
 def test_a_method_belongs_to_one_pair():
     method = CrossKD()
+    problems(model(labels=("cat", "dog")), model(labels=("emu", "fox")), method)  # of no pair, since it was refused
     DistillationPair(model(), model(), [method])
     (problem,) = problems(model(), model(), method)
     assert "this crosskd belongs to another pair" in problem
