@@ -161,14 +161,17 @@ def distance_overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         IoU (...) and generalised IoU (...).
     """
-    starts, ends = torch.minimum(a, b).chunk(2, dim=-1)
-    overlap, a_size, b_size = starts + ends, a[..., :2] + a[..., 2:], b[..., :2] + b[..., 2:]
-    # Along an axis, the enclosing side and the overlap make up the two sides.
-    enclosing = _area((a_size + b_size - overlap).clamp(min=0)).clamp(min=EPS)
-    intersection = _area(overlap.clamp(min=0))
-    union = (_area(a_size.clamp(min=0)) + _area(b_size.clamp(min=0)) - intersection).clamp(min=EPS)
+    intersection = _enclosed(torch.minimum(a, b))
+    enclosing = _enclosed(torch.maximum(a, b)).clamp(min=EPS)
+    union = (_enclosed(a) + _enclosed(b) - intersection).clamp(min=EPS)
     iou = intersection / union
-    return iou, iou - 1 + union / enclosing
+    return iou, iou - (enclosing - union) / enclosing
+
+
+def _enclosed(distances: Tensor) -> Tensor:
+    """Area of the box with these distances (..., 4) to its sides; 0 where opposite sides have passed each other."""
+    starts, ends = distances.chunk(2, dim=-1)
+    return _area((starts + ends).clamp(min=0))
 
 
 def bin_kl_loss(bin_logits: Tensor, teacher_bin_logits: Tensor) -> Tensor:
