@@ -1,0 +1,1 @@
+"""Decoders of transformers' query-based detectors, one file per group of families."""
