@@ -107,6 +107,23 @@ def lw_detr_options(**options) -> dict:
     } | options
 
 
+def rf_detr_options(**options) -> dict:
+    backbone = {
+        "model_type": "rf_detr_dinov2",
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "patch_size": 16,
+        "num_windows": 2,
+        "num_register_tokens": 0,
+        "out_features": ["stage1", "stage2"],
+    }
+    options = lw_detr_options(**{"backbone_config": backbone} | options)
+    del options["projector_scale_factors"]
+    return options
+
+
 CONFIGS = {
     "rt_detr": lambda **o: RTDetrConfig(**rt_detr_options(**o)),
     "rt_detr_v2": lambda **o: RTDetrV2Config(**rt_detr_options(**o)),
@@ -117,6 +134,7 @@ CONFIGS = {
     "deformable_detr refined": lambda **o: DeformableDetrConfig(**deformable_options(with_box_refine=True, **o)),
     "deformable_detr two-stage": lambda **o: DeformableDetrConfig(**deformable_options(with_box_refine=True, two_stage=True, **o)),
     "lw_detr": lambda **o: LwDetrConfig(**lw_detr_options(**o)),
+    "rf_detr": lambda **o: RfDetrConfig(**rf_detr_options(**o)),
 }
 
 

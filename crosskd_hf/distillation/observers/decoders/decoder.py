@@ -1,15 +1,18 @@
 """A query-based detector's decoder, layer by layer: what all families have in common.
 
-Each family file calls the detector's own modules in the order of transformers' forward, and copies none of them.
+Each family's file calls the detector's own modules in the order of transformers' forward, and copies none of them.
 """
 
+import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -19,22 +22,34 @@ class Memory:
     """What a decoder's layers look at.
 
     Attributes:
-        tokens: (N, S, D) the encoder's output, the levels one after another.
-        sizes: (height, width) per level.
-        mask: (N, S) True for real pixels, or None: the family knows no padding.
-        valid_ratios: (N, levels, 2) x, y: the share of each level that isn't padding, or None.
+        tokens: (N, S, D) the encoder's output, level after level.
+        sizes: (height, width) of each level.
+        mask: (N, S) True for real pixels; None in families that know no padding.
+        valid_ratios: (N, levels, 2) the share of each level's width and height that isn't padding, or None.
     """
 
     tokens: Tensor
-    sizes: list[tuple[int, int]]
+    sizes: tuple[tuple[int, int], ...]
     mask: Tensor | None = None
     valid_ratios: Tensor | None = None
+
+    @classmethod
+    def of(cls, inputs: dict[str, Any], padded: bool) -> "Memory":
+        """From a decoder's keyword arguments; RT-DETR's and D-FINE's mask is one of denoising queries."""
+        sizes = tuple((int(height), int(width)) for height, width in inputs["spatial_shapes_list"])
+        padding = (inputs["encoder_attention_mask"], inputs["valid_ratios"]) if padded else ()
+        return cls(inputs["encoder_hidden_states"], sizes, *padding)
 
     def shapes(self) -> dict[str, Any]:
         """The sizes in the three forms that layers take."""
         sizes = torch.as_tensor(self.sizes, dtype=torch.long, device=self.tokens.device)
         starts = torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
         return {"spatial_shapes": sizes, "spatial_shapes_list": list(self.sizes), "level_start_index": starts}
+
+    def maps(self) -> list[Tensor]:
+        """(N, D, H, W) of each level."""
+        levels = self.tokens.split([height * width for height, width in self.sizes], dim=1)
+        return [level.transpose(1, 2).unflatten(2, size) for level, size in zip(levels, self.sizes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -43,8 +58,8 @@ class Picks:
 
     Attributes:
         boxes: (N, Q, 4) cxcywh, relative, without gradient.
-        box_logits: (N, Q, 4) the same before the sigmoid; None: the family has none.
-        tokens: (N, Q) places in the memory; None: the family's queries belong to slots.
+        box_logits: (N, Q, 4) the same before the sigmoid; None in families that have none.
+        tokens: (N, Q) places in the memory; None in families whose queries belong to slots.
     """
 
     boxes: Tensor
@@ -58,10 +73,10 @@ class Queries:
 
     Attributes:
         hidden: (N, Q, D).
-        boxes: (N, Q, 4) cxcywh, relative, without gradient: the next layer looks there. One-stage Deformable DETR
+        boxes: (N, Q, 4) cxcywh, relative, without gradient: where the next layer looks. One-stage Deformable DETR
             starts from points (N, Q, 2).
         position: (N, Q, D) position embeddings, in families that keep them from layer to layer.
-        first_boxes, corners: (N, Q, 4) and (N, Q, 4 * bins): what D-FINE's distances refine. None: from here on.
+        first_boxes, corners: (N, Q, 4) and (N, Q, 4 * bins), D-FINE's: logits of the distances from the first boxes.
     """
 
     hidden: Tensor
@@ -73,7 +88,7 @@ class Queries:
 
 @dataclass(frozen=True)
 class LayerPredictions:
-    """What the heads say after one layer.
+    """What the heads make of the queries after one layer.
 
     Attributes:
         logits: (N, Q, classes).
@@ -86,26 +101,28 @@ class LayerPredictions:
 
 @dataclass(frozen=True)
 class Run:
-    """What one forward pass of a detector showed.
+    """What a forward pass of a detector showed; without denoising queries and further query groups.
 
     Attributes:
         outputs: the detector's.
-        memory: of its encoder.
-        picks: where its queries started; None: they are learnt, not picked.
-        queries: before each layer, and after the last.
+        memory: what its decoder looked at.
+        picks: where its queries started; None where they are learnt.
+        start: the queries before the first layer.
+        hidden: (N, Q, D) after each layer.
     """
 
     outputs: ModelOutput
     memory: Memory
     picks: Picks | None
-    queries: list[Queries]
+    start: Queries
+    hidden: list[Tensor]
 
 
 class QueryDecoder:
-    """A detector's decoder: observed while the detector runs, and run by hand from any layer on.
+    """A detector's decoder: watched while the detector runs, and run by hand from any layer on.
 
     Args:
-        model: the detector; left as it is, but for hooks while `watching`.
+        model: the detector.
 
     Attributes:
         depth: its number of layers.
@@ -118,31 +135,41 @@ class QueryDecoder:
         self.depth = len(self.decoder.layers)
         self.width: int = model.config.d_model
 
-    def layer(self, index: int, queries: Queries, memory: Memory) -> tuple[Queries, LayerPredictions]:
-        """Run layer `index` and the heads after it."""
-        raise NotImplementedError
+    @property
+    def functions(self) -> ModuleType:
+        """The module of transformers that defines the detector, with its family's functions."""
+        return sys.modules[type(self.model).__module__]
+
+    # What a family's file has ------------------------------------------------------------------------------------
 
     def start(self, picks: Picks, memory: Memory) -> Queries:
-        """This detector's queries at another's picks."""
+        """This detector's queries at given picks."""
         raise NotImplementedError
 
-    def run_of(self, outputs: ModelOutput, inputs: dict[str, Any], hidden: list[Tensor]) -> Run:
+    def attend(self, index: int, queries: Queries, memory: Memory) -> Tensor:
+        """Layer `index` -> (N, Q, D)."""
+        raise NotImplementedError
+
+    def heads(self, index: int, queries: Queries, hidden: Tensor) -> tuple[Queries, LayerPredictions]:
+        """The heads after layer `index`.
+
+        Args:
+            queries: before the layer.
+            hidden: (N, Q, D) after it.
+        """
+        raise NotImplementedError
+
+    def seen(self, outputs: ModelOutput, inputs: dict[str, Any], hidden: list[Tensor]) -> Run:
         """What a forward pass showed.
 
         Args:
             outputs: the detector's.
             inputs: keyword arguments of its decoder.
-            hidden: (N, Q, D) before each layer, and after the last.
+            hidden: (N, all queries, D) after each layer.
         """
         raise NotImplementedError
 
-    def rest(self, start: int, queries: Queries, memory: Memory) -> list[LayerPredictions]:
-        """The predictions after each layer from `start` on."""
-        predictions = []
-        for index in range(start, self.depth):
-            queries, after = self.layer(index, queries, memory)
-            predictions.append(after)
-        return predictions
+    # What follows from it ----------------------------------------------------------------------------------------
 
     def run(self, **inputs: Any) -> Run:
         """Call the detector and watch its decoder.
@@ -150,18 +177,44 @@ class QueryDecoder:
         Args:
             inputs: of the detector.
         """
-        with self.watching() as seen:
+        with self._watched() as (kwargs, hidden):
             outputs = self.model(**inputs)
-        kwargs, hidden = seen
-        return self.run_of(outputs, kwargs, [kwargs["inputs_embeds"], *hidden])
+        return self.seen(outputs, kwargs, hidden)
+
+    def own_layers(self, run: Run, stop: int | None = None) -> tuple[list[Queries], list[LayerPredictions]]:
+        """A run's queries before layers 0 to `stop`, and the predictions after layers 0 to `stop - 1`.
+
+        The layers aren't run again, the heads are.
+        """
+        queries, predictions = [run.start], []
+        for index, hidden in enumerate(run.hidden[:stop]):
+            following, after = self.heads(index, queries[-1], hidden)
+            queries.append(following)
+            predictions.append(after)
+        return queries, predictions
+
+    def layer(self, index: int, queries: Queries, memory: Memory) -> tuple[Queries, LayerPredictions]:
+        """Layer `index` and its heads."""
+        return self.heads(index, queries, self.attend(index, queries, memory))
+
+    def layers(
+        self, start: int, stop: int, queries: Queries, memory: Memory
+    ) -> tuple[Queries, list[LayerPredictions]]:
+        """Layers `start` to `stop - 1`: the queries that leave the last, and the predictions after each."""
+        predictions = []
+        for index in range(start, stop):
+            queries, after = self.layer(index, queries, memory)
+            predictions.append(after)
+        return queries, predictions
 
     @contextmanager
-    def watching(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
-        """The decoder's arguments and its layers' outputs, of a call within the context."""
+    def _watched(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
         inputs: dict[str, Any] = {}
         hidden: list[Tensor] = []
-        hooks = [self.decoder.register_forward_pre_hook(lambda _, args, kwargs: inputs.update(kwargs), with_kwargs=True)]
-        hooks += [layer.register_forward_hook(lambda _, args, out: hidden.append(out)) for layer in self.decoder.layers]
+        hooks = [
+            self.decoder.register_forward_pre_hook(lambda _, __, given: inputs.update(given), with_kwargs=True),
+            *(layer.register_forward_hook(lambda _, __, out: hidden.append(out)) for layer in self.decoder.layers),
+        ]
         try:
             yield inputs, hidden
         finally:
@@ -169,19 +222,35 @@ class QueryDecoder:
                 hook.remove()
 
 
-def gather(values: Tensor, tokens: Tensor) -> Tensor:
-    """(N, S, C), (N, Q) -> (N, Q, C)."""
+def gathered(values: Tensor, tokens: Tensor) -> Tensor:
+    """(N, S, C) at (N, Q) -> (N, Q, C)."""
     return values.gather(1, tokens[..., None].expand(-1, -1, values.shape[-1]))
 
 
-def detached(queries: Queries) -> Queries:
-    """Without gradient."""
-    values = {name: value.detach() for name, value in vars(queries).items() if value is not None}
-    return replace(queries, **values)
+def same_places(tokens: Tensor, sizes: tuple[tuple[int, int], ...], others: tuple[tuple[int, int], ...]) -> Tensor:
+    """Tokens of one memory -> those of another one of the same image: the cell, on the level of the nearest stride,
+    that holds the token's centre.
+
+    Args:
+        tokens: (N, Q).
+        sizes, others: (height, width) per level of the one and the other memory.
+    """
+    if sizes == others:
+        return tokens
+    starts = [0]
+    for height, width in others:
+        starts.append(starts[-1] + height * width)
+    places = []
+    for height, width in sizes:
+        # Areas tell strides apart, whatever the image's size.
+        nearest = min(range(len(others)), key=lambda i: abs(math.log(others[i][0] * others[i][1] / (height * width))))
+        other_height, other_width = others[nearest]
+        rows = ((torch.arange(height, device=tokens.device) * 2 + 1) * other_height) // (2 * height)
+        columns = ((torch.arange(width, device=tokens.device) * 2 + 1) * other_width) // (2 * width)
+        places.append((starts[nearest] + rows[:, None] * other_width + columns).flatten())
+    return torch.cat(places)[tokens]
 
 
-def module_of(model: nn.Module) -> Any:
-    """The module that defines a detector: it holds the functions of its family."""
-    import sys
-
-    return sys.modules[type(model).__module__]
+def without_gradient(queries: Queries) -> Queries:
+    """The same values."""
+    return replace(queries, **{name: value.detach() for name, value in vars(queries).items() if value is not None})
