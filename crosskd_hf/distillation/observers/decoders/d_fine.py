@@ -1,8 +1,11 @@
 """D-FINE (arXiv 2410.13842) and DEIMv2 (arXiv 2509.20787)."""
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
-from .decoder import LayerPredictions, Memory, Queries
+from .decoder import LayerPredictions, Memory, Queries, QueryDecoder
 from .rt_detr import RTDetrDecoder
 
 
@@ -34,3 +37,18 @@ class DFineDecoder(RTDetrDecoder):
         boxes = functions.distance2bbox(first, decoder.integral(corners, bins), decoder.reg_scale)
         logits = decoder.lqe_layers[index](decoder.class_embed[index](hidden), corners)
         return Queries(hidden, boxes.detach(), None, first, corners), LayerPredictions(logits, boxes)
+
+    def adopt(self, queries: Queries, giver: QueryDecoder, start: Queries) -> Queries:
+        """Distributions mean the same where their bins do; without gradient, as between a detector's own layers they
+        would have one from later layers only.
+        """
+        adopted = super().adopt(queries, giver, start)
+        if queries.corners is None or not self.shares_bins(giver):
+            return adopted
+        return replace(adopted, first_boxes=queries.first_boxes, corners=queries.corners.detach())
+
+    def shares_bins(self, other: QueryDecoder) -> bool:
+        """Whether the bins of both stand for the same distances. Their scale is a weight, not a setting."""
+        if not isinstance(other, DFineDecoder) or self.decoder.max_num_bins != other.decoder.max_num_bins:
+            return False
+        return all(torch.equal(getattr(self.decoder, n), getattr(other.decoder, n)) for n in ("reg_scale", "up"))

@@ -169,6 +169,16 @@ class QueryDecoder:
         """
         raise NotImplementedError
 
+    def adopt(self, queries: Queries, giver: "QueryDecoder", start: Queries) -> Queries:
+        """Another decoder's queries, in this one's width, as this one's own between two layers.
+
+        Args:
+            queries: hidden in this decoder's width.
+            giver: the decoder that they come from.
+            start: what this decoder's own queries would have been at their picks.
+        """
+        return Queries(queries.hidden, queries.boxes, start.position)
+
     # What follows from it ----------------------------------------------------------------------------------------
 
     def run(self, **inputs: Any) -> Run:

@@ -1,0 +1,153 @@
+"""CrossKD between query-based detectors: queries that left the student's layers finish in the *teacher's* decoder.
+
+Reference boxes take the place of the alignment of statistics. Three passes differ in whose queries are compared:
+
+* `teacher`: the student's layers run on the teacher's picks; compared with the teacher's own predictions.
+* `student`: the student's own queries; compared with the teacher's decoder run on the student's picks.
+* `memory`: the teacher's own queries, layer by layer, look at the student's encoder output.
+
+`memory` follows the authors' Deformable DETR branch; `teacher` and `student` are not published.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ...utils.distributed import mean_over_ranks
+from ...utils.recipe_fields import setting
+from ..method import KDMethod
+from ..observation import Observation, Observer, PairError
+from ..observers.decoders.decoder import LayerPredictions, Memory, Picks, Queries, QueryDecoder, Run, same_places
+from ..observers.query import QueryObserver
+from ..query_losses import confidence, query_box_loss, query_cls_loss, stacked
+
+
+@dataclass
+class Settings:
+    """Which pass, where the student's queries change over, and the weights. null takes the pass's own value."""
+
+    weight: float = setting(1.0, "weight of all terms", minimum=0, maximum=1e6)
+    queries: str | None = setting(None, "whose queries are compared; null: teacher, or memory where none are picked", ("teacher", "student", "memory"))
+    layer: int | None = setting(None, "teacher layers that the student's stand in for; null: half of them, rounded up", minimum=0)
+    student_layer: int | None = setting(None, "layers the student runs; null: half of them, rounded up", minimum=0)
+    beta: float | None = setting(None, "exponent of |p - p_teacher| in kd_cls; null: 1, of memory 0", minimum=0, maximum=10)
+    cls_weight: float = setting(1.0, "weight of kd_cls", minimum=0, maximum=1e6)
+    l1_weight: float | None = setting(None, "weight of kd_box's L1; null: 5, of memory 1", minimum=0, maximum=1e6)
+    giou_weight: float | None = setting(None, "weight of kd_box's 1 - GIoU; null: 2, of memory 0", minimum=0, maximum=1e6)
+
+
+class QueryCrossKD(KDMethod):
+    """Terms `kd_cls` and `kd_box`: the mean over the teacher's remaining layers."""
+
+    name = "query_crosskd"
+    Settings = Settings
+
+    def connect(self, student: Observer, teacher: Observer) -> None:
+        """Adapt queries, or the memory, where the widths differ."""
+        if not (isinstance(student, QueryObserver) and isinstance(teacher, QueryObserver)):
+            raise PairError("query_crosskd is for two query-based detectors; between dense ones it is crosskd")
+        self.resolved = settings = _resolved(self.settings, student, teacher)
+        widths = student.decoder.width, teacher.decoder.width
+        self.adapter = nn.Identity() if widths[0] == widths[1] else nn.Linear(*widths)
+
+    def terms(
+        self, student: Observation, teacher: Observation, student_observer: Observer, teacher_observer: Observer
+    ) -> dict[str, Tensor]:
+        """See `KDMethod.terms`; (layers, N, Q)."""
+        assert isinstance(student_observer, QueryObserver) and isinstance(teacher_observer, QueryObserver)
+        passes = {"teacher": self.at_teachers_picks, "student": self.at_students_picks, "memory": self.in_students_memory}
+        cross_pass = passes[self.resolved.queries]
+        cross, target = cross_pass(student_observer.decoder, student.context, teacher_observer.decoder, teacher.context)
+        return self.losses(
+            stacked([teacher_observer.shared(p) for p in cross]), stacked([teacher_observer.shared(p) for p in target])
+        )
+
+    # The three passes: predictions of the teacher's remaining layers, and those that they are compared with -----------
+
+    def at_teachers_picks(
+        self, student: QueryDecoder, run: Run, teacher: QueryDecoder, teacher_run: Run
+    ) -> tuple[list[LayerPredictions], list[LayerPredictions]]:
+        """The teacher's picks go through the student's layers, as a group of their own."""
+        picks = moved(teacher_run.picks, teacher_run.memory, run.memory)
+        queries, _ = student.layers(0, self.resolved.student_layer, student.start(picks, run.memory), run.memory)
+        cross = self.finish(queries, student, teacher, teacher_run.start, teacher_run.memory)
+        with torch.no_grad():
+            own = teacher.own_layers(teacher_run)[1]
+        return cross, own[self.resolved.layer :]
+
+    def at_students_picks(
+        self, student: QueryDecoder, run: Run, teacher: QueryDecoder, teacher_run: Run
+    ) -> tuple[list[LayerPredictions], list[LayerPredictions]]:
+        """The student's picks go through the teacher's decoder."""
+        queries = student.own_layers(run, self.resolved.student_layer)[0][-1]
+        with torch.no_grad():
+            start = teacher.start(moved(run.picks, run.memory, teacher_run.memory), teacher_run.memory)
+            _, target = teacher.layers(0, teacher.depth, start, teacher_run.memory)
+        return self.finish(queries, student, teacher, start, teacher_run.memory), target[self.resolved.layer :]
+
+    def in_students_memory(
+        self, student: QueryDecoder, run: Run, teacher: QueryDecoder, teacher_run: Run
+    ) -> tuple[list[LayerPredictions], list[LayerPredictions]]:
+        """Each layer of the teacher's is called once more, on its own queries."""
+        memory = seen_by_teacher(replace(run.memory, tokens=self.adapter(run.memory.tokens)), teacher_run.memory)
+        with torch.no_grad():
+            before, target = teacher.own_layers(teacher_run)
+        return [teacher.layer(i, before[i], memory)[1] for i in range(teacher.depth)], target
+
+    def finish(
+        self, queries: Queries, student: QueryDecoder, teacher: QueryDecoder, start: Queries, memory: Memory
+    ) -> list[LayerPredictions]:
+        """The rest of the teacher's decoder on queries that left the student's layers.
+
+        Args:
+            start: the teacher's own queries at the same picks.
+            memory: the teacher's.
+        """
+        adapted = replace(queries, hidden=self.adapter(queries.hidden))
+        return teacher.layers(self.resolved.layer, teacher.depth, teacher.adopt(adapted, student, start), memory)[1]
+
+    def losses(self, cross: LayerPredictions, target: LayerPredictions) -> dict[str, Tensor]:
+        """Both terms, (layers, N, Q)."""
+        settings, layers = self.resolved, len(cross.logits)
+        with torch.autocast(cross.logits.device.type, enabled=False):
+            cross, target = (LayerPredictions(p.logits.float(), p.boxes.float()) for p in (cross, target))
+            sure = confidence(target)
+            norm = mean_over_ranks(sure.sum((1, 2), keepdim=True)).clamp(min=1) * layers
+            classes = query_cls_loss(cross.logits, target.logits, settings.beta)
+            boxes = query_box_loss(cross.boxes, target.boxes, settings.l1_weight, settings.giou_weight)
+            weight = settings.weight
+            return {"kd_cls": classes * sure / norm * (weight * settings.cls_weight), "kd_box": boxes * sure / norm * weight}
+
+
+def moved(picks: Picks | None, memory: Memory, other: Memory) -> Picks:
+    """Picks from one memory at the same places of another."""
+    assert picks is not None  # see `connect`
+    return picks if picks.tokens is None else replace(picks, tokens=same_places(picks.tokens, memory.sizes, other.sizes))
+
+
+def seen_by_teacher(memory: Memory, teacher: Memory) -> Memory:
+    """The teacher's memory, with the student's tokens on the levels that both have."""
+    if memory.sizes == teacher.sizes:
+        return replace(teacher, tokens=memory.tokens)
+    own, others = (m.tokens.split([height * width for height, width in m.sizes], 1) for m in (teacher, memory))
+    levels = [others[memory.sizes.index(size)] if size in memory.sizes else level for level, size in zip(own, teacher.sizes, strict=True)]
+    return replace(teacher, tokens=torch.cat(levels, 1))
+
+
+def _resolved(settings: Settings, student: QueryObserver, teacher: QueryObserver) -> Settings:
+    picking = [observer.picks for observer in (student, teacher)]
+    queries = settings.queries or ("teacher" if all(picking) else "memory")
+    if queries != "memory" and not all(picking):
+        raise PairError(f"query_crosskd.queries is {queries}, but queries are picked by two-stage detectors only: set it to memory")
+    memory = queries == "memory"
+    values = {"queries": queries}
+    for name, value in (("beta", 0.0 if memory else 1.0), ("l1_weight", 5.0), ("giou_weight", 2.0)):
+        if getattr(settings, name) is None:
+            values[name] = value
+    for name, observer in (("layer", teacher), ("student_layer", student)):
+        depth, given = observer.decoder.depth, getattr(settings, name)
+        values[name] = (depth + 1) // 2 if given is None else given
+        if values[name] > depth - (name == "layer"):
+            raise PairError(f"query_crosskd.{name} is {values[name]}, but the {'teacher' if name == 'layer' else 'student'}'s decoder has {depth} layers")
+    return replace(settings, **values)
