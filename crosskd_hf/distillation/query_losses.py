@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import box_convert, generalized_box_iou_loss
+from torchvision.ops import box_convert
 
 from .observers.decoders.decoder import LayerPredictions
+
+TINY = 1e-12  # of an area: far below a pixel's share of any image
 
 
 def query_cls_loss(logits: Tensor, teacher_logits: Tensor, beta: float) -> Tensor:
@@ -20,10 +22,31 @@ def query_cls_loss(logits: Tensor, teacher_logits: Tensor, beta: float) -> Tenso
     return loss.sum(-1)
 
 
-def query_box_loss(boxes: Tensor, teacher_boxes: Tensor, l1: float, giou: float) -> Tensor:
-    """L1 distance of cxcywh and 1 - GIoU, each with its weight: (N, Q, 4) relative -> (N, Q)."""
-    corners, teacher_corners = (box_convert(b, "cxcywh", "xyxy") for b in (boxes, teacher_boxes))
-    return l1 * (boxes - teacher_boxes).abs().sum(-1) + giou * generalized_box_iou_loss(corners, teacher_corners, eps=1e-7)
+def l1_giou_loss(boxes: Tensor, teacher_boxes: Tensor, l1: float, giou: float) -> Tensor:
+    """L1 distance of cxcywh and 1 - GIoU, each with its weight: (..., 4) relative -> (...); 0 for equal boxes."""
+    return l1 * (boxes - teacher_boxes).abs().sum(-1) + giou * (1 - paired_giou(boxes, teacher_boxes))
+
+
+def pixel_l1_loss(boxes: Tensor, teacher_boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """L1 distance of xyxy in pixels of an input of this (height, width): (..., 4) relative cxcywh -> (...)."""
+    scale = boxes.new_tensor([size[1], size[0]] * 2)
+    corners, teacher_corners = (box_convert(b, "cxcywh", "xyxy") * scale for b in (boxes, teacher_boxes))
+    return (corners - teacher_corners).abs().sum(-1)
+
+
+def paired_giou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Generalised IoU (arXiv 1902.09630) of boxes pair by pair: (..., 4) cxcywh -> (...); exactly 1 for equal boxes.
+
+    Not torchvision's loss, whose `eps` is added to areas: boxes of a few pixels are that small in relative units.
+    """
+    (low, high), (other_low, other_high) = (
+        (b[..., :2] - b[..., 2:] / 2, b[..., :2] + b[..., 2:] / 2) for b in (boxes, others)
+    )
+    area, other_area = (upper - lower for upper, lower in ((high, low), (other_high, other_low)))
+    shared = (torch.minimum(high, other_high) - torch.maximum(low, other_low)).clamp(min=0).prod(-1)
+    union = area.prod(-1) + other_area.prod(-1) - shared
+    hull = (torch.maximum(high, other_high) - torch.minimum(low, other_low)).prod(-1)
+    return shared / union.clamp(min=TINY) - (hull - union) / hull.clamp(min=TINY)
 
 
 def confidence(teacher: LayerPredictions) -> Tensor:

@@ -20,7 +20,11 @@ from ..method import KDMethod
 from ..observation import Observation, Observer, PairError
 from ..observers.decoders.decoder import LayerPredictions, Memory, Picks, Queries, QueryDecoder, Run, same_places
 from ..observers.query import QueryObserver
-from ..query_losses import confidence, query_box_loss, query_cls_loss, stacked
+from ..query_losses import confidence, l1_giou_loss, pixel_l1_loss, query_cls_loss, stacked
+
+
+BETWEEN_DECODERS = {"beta": 1.0, "box_loss": "l1_giou", "l1_weight": 5.0, "giou_weight": 2.0}
+MEMORY = {"beta": 0.0, "box_loss": "pixels", "l1_weight": 1.0, "giou_weight": 1.0}  # as the reference's branch
 
 
 @dataclass
@@ -28,13 +32,28 @@ class Settings:
     """Which pass, where the student's queries change over, and the weights. null takes the pass's own value."""
 
     weight: float = setting(1.0, "weight of all terms", minimum=0, maximum=1e6)
-    queries: str | None = setting(None, "whose queries are compared; null: teacher, or memory where none are picked", ("teacher", "student", "memory"))
-    layer: int | None = setting(None, "teacher layers that the student's stand in for; null: half of them, rounded up", minimum=0)
+    queries: str | None = setting(
+        None,
+        "whose queries are compared; null: teacher, or memory where none are picked",
+        ("teacher", "student", "memory"),
+    )
+    layer: int | None = setting(
+        None, "teacher layers that the student's stand in for; null: half of them, rounded up", minimum=0
+    )
     student_layer: int | None = setting(None, "layers the student runs; null: half of them, rounded up", minimum=0)
-    beta: float | None = setting(None, "exponent of |p - p_teacher| in kd_cls; null: 1, of memory 0", minimum=0, maximum=10)
+    beta: float | None = setting(
+        None, "exponent of |p - p_teacher| in kd_cls; null: 1, of memory 0", minimum=0, maximum=10
+    )
     cls_weight: float = setting(1.0, "weight of kd_cls", minimum=0, maximum=1e6)
+    box_loss: str | None = setting(
+        None,
+        "kd_box: L1 and GIoU of relative boxes, or L1 of xyxy in pixels; null: l1_giou, of memory pixels",
+        ("l1_giou", "pixels"),
+    )
     l1_weight: float | None = setting(None, "weight of kd_box's L1; null: 5, of memory 1", minimum=0, maximum=1e6)
-    giou_weight: float | None = setting(None, "weight of kd_box's 1 - GIoU; null: 2, of memory 0", minimum=0, maximum=1e6)
+    giou_weight: float | None = setting(
+        None, "weight of 1 - GIoU in l1_giou; null: 2, of memory 1", minimum=0, maximum=1e6
+    )
 
 
 class QueryCrossKD(KDMethod):
@@ -56,12 +75,17 @@ class QueryCrossKD(KDMethod):
     ) -> dict[str, Tensor]:
         """See `KDMethod.terms`; (layers, N, Q)."""
         assert isinstance(student_observer, QueryObserver) and isinstance(teacher_observer, QueryObserver)
-        passes = {"teacher": self.at_teachers_picks, "student": self.at_students_picks, "memory": self.in_students_memory}
+        passes = {
+            "teacher": self.at_teachers_picks,
+            "student": self.at_students_picks,
+            "memory": self.in_students_memory,
+        }
         cross_pass = passes[self.resolved.queries]
-        cross, target = cross_pass(student_observer.decoder, student.context, teacher_observer.decoder, teacher.context)
-        return self.losses(
-            stacked([teacher_observer.shared(p) for p in cross]), stacked([teacher_observer.shared(p) for p in target])
+        cross, target = cross_pass(
+            student_observer.decoder, student.context, teacher_observer.decoder, teacher.context
         )
+        shared = (stacked([teacher_observer.shared(p) for p in layers]) for layers in (cross, target))
+        return self.losses(*shared, student.context.input_size)
 
     # The three passes: predictions of the teacher's remaining layers, and those that they are compared with -----------
 
@@ -107,23 +131,36 @@ class QueryCrossKD(KDMethod):
         adapted = replace(queries, hidden=self.adapter(queries.hidden))
         return teacher.layers(self.resolved.layer, teacher.depth, teacher.adopt(adapted, student, start), memory)[1]
 
-    def losses(self, cross: LayerPredictions, target: LayerPredictions) -> dict[str, Tensor]:
-        """Both terms, (layers, N, Q)."""
-        settings, layers = self.resolved, len(cross.logits)
+    def losses(self, cross: LayerPredictions, target: LayerPredictions, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Both terms, (layers, N, Q).
+
+        Args:
+            cross, target: (layers, N, Q, ...).
+            size: (height, width) of the input in pixels.
+        """
+        settings = self.resolved
         with torch.autocast(cross.logits.device.type, enabled=False):
             cross, target = (LayerPredictions(p.logits.float(), p.boxes.float()) for p in (cross, target))
             sure = confidence(target)
-            norm = mean_over_ranks(sure.sum((1, 2), keepdim=True)).clamp(min=1) * layers
+            total = mean_over_ranks(sure.sum((1, 2), keepdim=True)).clamp(min=1)
+            sure = sure / total
             classes = query_cls_loss(cross.logits, target.logits, settings.beta)
-            boxes = query_box_loss(cross.boxes, target.boxes, settings.l1_weight, settings.giou_weight)
-            weight = settings.weight
-            return {"kd_cls": classes * sure / norm * (weight * settings.cls_weight), "kd_box": boxes * sure / norm * weight}
+            # The reference's branch averages over the queries, whatever the teacher makes of them.
+            classes = classes / classes[0].numel() if settings.queries == "memory" else classes * sure
+            if settings.box_loss == "pixels":
+                boxes = settings.l1_weight * pixel_l1_loss(cross.boxes, target.boxes, size)
+            else:
+                boxes = l1_giou_loss(cross.boxes, target.boxes, settings.l1_weight, settings.giou_weight)
+            weight = settings.weight / len(sure)  # the mean over layers
+            return {"kd_cls": classes * (weight * settings.cls_weight), "kd_box": boxes * sure * weight}
 
 
 def moved(picks: Picks | None, memory: Memory, other: Memory) -> Picks:
     """Picks from one memory at the same places of another."""
     assert picks is not None  # see `connect`
-    return picks if picks.tokens is None else replace(picks, tokens=same_places(picks.tokens, memory.sizes, other.sizes))
+    return (
+        picks if picks.tokens is None else replace(picks, tokens=same_places(picks.tokens, memory.sizes, other.sizes))
+    )
 
 
 def seen_by_teacher(memory: Memory, teacher: Memory) -> Memory:
@@ -131,7 +168,10 @@ def seen_by_teacher(memory: Memory, teacher: Memory) -> Memory:
     if memory.sizes == teacher.sizes:
         return replace(teacher, tokens=memory.tokens)
     own, others = (m.tokens.split([height * width for height, width in m.sizes], 1) for m in (teacher, memory))
-    levels = [others[memory.sizes.index(size)] if size in memory.sizes else level for level, size in zip(own, teacher.sizes, strict=True)]
+    levels = [
+        others[memory.sizes.index(size)] if size in memory.sizes else level
+        for level, size in zip(own, teacher.sizes, strict=True)
+    ]
     return replace(teacher, tokens=torch.cat(levels, 1))
 
 
@@ -139,15 +179,18 @@ def _resolved(settings: Settings, student: QueryObserver, teacher: QueryObserver
     picking = [observer.picks for observer in (student, teacher)]
     queries = settings.queries or ("teacher" if all(picking) else "memory")
     if queries != "memory" and not all(picking):
-        raise PairError(f"query_crosskd.queries is {queries}, but queries are picked by two-stage detectors only: set it to memory")
+        raise PairError(
+            f"query_crosskd.queries is {queries}, but queries are picked by two-stage detectors only: set it to memory"
+        )
     memory = queries == "memory"
-    values = {"queries": queries}
-    for name, value in (("beta", 0.0 if memory else 1.0), ("l1_weight", 5.0), ("giou_weight", 2.0)):
-        if getattr(settings, name) is None:
-            values[name] = value
+    values: dict[str, object] = {"queries": queries}
+    defaults = MEMORY if memory else BETWEEN_DECODERS
+    values |= {name: value for name, value in defaults.items() if getattr(settings, name) is None}
     for name, observer in (("layer", teacher), ("student_layer", student)):
         depth, given = observer.decoder.depth, getattr(settings, name)
         values[name] = (depth + 1) // 2 if given is None else given
         if values[name] > depth - (name == "layer"):
-            raise PairError(f"query_crosskd.{name} is {values[name]}, but the {'teacher' if name == 'layer' else 'student'}'s decoder has {depth} layers")
+            raise PairError(
+                f"query_crosskd.{name} is {values[name]}, but the {'teacher' if name == 'layer' else 'student'}'s decoder has {depth} layers"
+            )
     return replace(settings, **values)

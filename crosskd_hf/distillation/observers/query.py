@@ -31,9 +31,13 @@ class QueryObserver(Observer):
         super().__init__(model)
         config = model.config
         if config.model_type not in DECODERS:
-            raise PairError(f"{config.model_type} has no decoder that can be distilled; those of {', '.join(DECODERS)} can")
+            raise PairError(
+                f"{config.model_type} has no decoder that can be distilled; those of {', '.join(DECODERS)} can"
+            )
         if getattr(config, "learn_initial_query", False) or getattr(config, "eval_idx", -1) != -1:
-            raise PairError(f"{config.model_type}: learn_initial_query and eval_idx can't be set: transformers can't run them")
+            raise PairError(
+                f"{config.model_type}: learn_initial_query and eval_idx can't be set: transformers can't run them"
+            )
         self.decoder = decoder_of(model)
         self.picks = getattr(config, "two_stage", True)
         self.strides = strides_of(config)

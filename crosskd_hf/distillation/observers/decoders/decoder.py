@@ -109,6 +109,7 @@ class Run:
         picks: where its queries started; None where they are learnt.
         start: the queries before the first layer.
         hidden: (N, Q, D) after each layer.
+        input_size: (height, width) of the batch in pixels.
     """
 
     outputs: ModelOutput
@@ -116,6 +117,7 @@ class Run:
     picks: Picks | None
     start: Queries
     hidden: list[Tensor]
+    input_size: tuple[int, int] = (1, 1)
 
 
 class QueryDecoder:
@@ -189,7 +191,8 @@ class QueryDecoder:
         """
         with self._watched() as (kwargs, hidden):
             outputs = self.model(**inputs)
-        return self.seen(outputs, kwargs, hidden)
+        height, width = inputs["pixel_values"].shape[-2:]
+        return replace(self.seen(outputs, kwargs, hidden), input_size=(height, width))
 
     def own_layers(self, run: Run, stop: int | None = None) -> tuple[list[Queries], list[LayerPredictions]]:
         """A run's queries before layers 0 to `stop`, and the predictions after layers 0 to `stop - 1`.
