@@ -63,7 +63,10 @@ def d_fine_options(**options) -> dict:
 
 def deformable_options(**options) -> dict:
     backbone = ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
+        embedding_size=8,
+        hidden_sizes=[8, 8, 16, 16],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
         out_features=["stage2", "stage3", "stage4"],
     )
     return {
@@ -89,8 +92,15 @@ def lw_detr_options(**options) -> dict:
     """Of LW-DETR."""
     return {
         "backbone_config": {
-            "model_type": "lw_detr_vit", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "window_block_indices": [0], "out_indices": [1, 2], "image_size": 64, "patch_size": 16, "pretrain_image_size": 64,
+            "model_type": "lw_detr_vit",
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "window_block_indices": [0],
+            "out_indices": [1, 2],
+            "image_size": 64,
+            "patch_size": 16,
+            "pretrain_image_size": 64,
             "num_windows": 4,
         },
         "projector_scale_factors": [1.0],
@@ -132,7 +142,9 @@ CONFIGS = {
     "deimv2 shared": lambda **o: Deimv2Config(**d_fine_options(share_bbox_head=True, **o)),
     "deformable_detr": lambda **o: DeformableDetrConfig(**deformable_options(**o)),
     "deformable_detr refined": lambda **o: DeformableDetrConfig(**deformable_options(with_box_refine=True, **o)),
-    "deformable_detr two-stage": lambda **o: DeformableDetrConfig(**deformable_options(with_box_refine=True, two_stage=True, **o)),
+    "deformable_detr two-stage": lambda **o: DeformableDetrConfig(
+        **deformable_options(with_box_refine=True, two_stage=True, **o)
+    ),
     "lw_detr": lambda **o: LwDetrConfig(**lw_detr_options(**o)),
     "rf_detr": lambda **o: RfDetrConfig(**rf_detr_options(**o)),
 }
@@ -150,3 +162,15 @@ def query_model(family: str, seed: int = 0, **options) -> PreTrainedModel:
             elif parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.train()
+
+
+def query_batch() -> dict:
+    """Two images of 64 x 96, the second of which is padded from column 70 on, with labels."""
+    generator = torch.Generator().manual_seed(0)
+    pixels, mask = torch.randn(2, 3, 64, 96, generator=generator), torch.ones(2, 64, 96, dtype=torch.long)
+    pixels[1, :, :, 70:], mask[1, :, 70:] = 0, 0
+    labels = [
+        {"class_labels": torch.tensor([0, 1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3], [0.3, 0.3, 0.1, 0.1]])},
+        {"class_labels": torch.tensor([2]), "boxes": torch.tensor([[0.3, 0.5, 0.4, 0.4]])},
+    ]
+    return {"pixel_values": pixels, "pixel_mask": mask, "labels": labels}
