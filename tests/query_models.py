@@ -1,4 +1,7 @@
-"""Tiny query-based detectors of transformers, every parameter drawn at random: initial box heads are nearly constant and would hide errors."""
+"""Tiny query-based detectors of transformers, every parameter drawn at random.
+
+Initial box heads are nearly constant and would hide errors.
+"""
 
 import torch
 from transformers import (
@@ -41,9 +44,9 @@ def rt_detr_options(**options) -> dict:
     } | options
 
 
-def d_fine_options(**options) -> dict:
-    """Of D-FINE and DEIMv2."""
-    backbone = HGNetV2Config(
+def hgnet(*stages: str) -> HGNetV2Config:
+    """A backbone that gives the maps of these stages, with 16 channels each."""
+    return HGNetV2Config(
         stage_in_channels=[8, 8, 16, 16],
         stage_mid_channels=[8, 8, 8, 8],
         stage_out_channels=[8, 16, 16, 16],
@@ -56,9 +59,26 @@ def d_fine_options(**options) -> dict:
         embedding_size=8,
         hidden_sizes=[8, 16, 16, 16],
         depths=[1, 1, 1, 1],
-        out_features=["stage2", "stage3", "stage4"],
+        out_features=list(stages),
     )
+
+
+def d_fine_options(**options) -> dict:
+    """Of D-FINE and DEIMv2."""
+    backbone = hgnet("stage2", "stage3", "stage4")
     return rt_detr_options(backbone_config=backbone, encoder_in_channels=[16, 16, 16], max_num_bins=8) | options
+
+
+def two_levels() -> dict:
+    """Options of a D-FINE with the levels of its nano size."""
+    return {
+        "backbone_config": hgnet("stage3", "stage4"),
+        "feat_strides": [16, 32],
+        "num_feature_levels": 2,
+        "encoder_in_channels": [16, 16],
+        "decoder_in_channels": [16, 16],
+        "encode_proj_layers": [1],
+    }
 
 
 def deformable_options(**options) -> dict:
@@ -150,11 +170,13 @@ CONFIGS = {
 }
 
 
-def query_model(family: str, seed: int = 0, **options) -> PreTrainedModel:
+def query_model(family: str, seed: int = 0, labels: dict[int, str] = LABELS, **options) -> PreTrainedModel:
     """A detector of a family, in training mode."""
     torch.manual_seed(seed)
-    model = AutoModelForObjectDetection.from_config(CONFIGS[family](id2label=LABELS, **options))
+    model = AutoModelForObjectDetection.from_config(CONFIGS[family](id2label=labels, **options))
     generator = torch.Generator().manual_seed(seed)
+    if family.startswith("deformable"):
+        model.model.backbone.requires_grad_(True)  # transformers freezes all of a ResNet of its own, not of timm's
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -5,6 +5,8 @@ from .methods import method_class, method_names
 from .methods.crosskd import CrossKD
 from .methods.mimic import Mimic
 from .methods.pkd import PKD
+from .methods.query_crosskd import QueryCrossKD
+from .methods.query_mimic import QueryMimic
 from .observation import Observation, Observer, PairError, Predictions, Targets
 from .pair import DistillationPair, PairOutput
 
@@ -19,6 +21,8 @@ __all__ = [
     "PairError",
     "PairOutput",
     "Predictions",
+    "QueryCrossKD",
+    "QueryMimic",
     "Targets",
     "method_class",
     "method_names",

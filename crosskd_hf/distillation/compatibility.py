@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import BaseImageProcessor, PretrainedConfig
 
-from ..models.configuration import DenseDetectorConfig
-from ..models.image_processing import DenseDetectorImageProcessor, pixel_style
+from ..models.transformers_detectors import is_dense, label_names, pixel_style, processor_of, size_divisor, strides_of
 from ..utils.label_names import coco_spelling, near_matches, spelling_problem
 from ..utils.messages import listed
 
@@ -61,14 +61,16 @@ class Pairing:
 
 
 def pair_up(
-    student: DenseDetectorConfig, teacher: DenseDetectorConfig, processor: DenseDetectorImageProcessor | None = None
+    student: PretrainedConfig,
+    teacher: PretrainedConfig,
+    processor: BaseImageProcessor | None = None,
+    teacher_processor: BaseImageProcessor | None = None,
 ) -> Pairing:
     """Find what two models have in common, before any data is read.
 
     Args:
-        student, teacher: configurations of any two dense detectors.
-        processor: makes the student's input; None: the one that goes with the student. The teacher is taken to have
-            the one that goes with it.
+        student, teacher: configurations of any two detectors.
+        processor, teacher_processor: make the input of each; None: the one that goes with the model.
 
     Returns:
         the pairing, with all problems: no shared class name or stride, class names that differ in spelling only,
@@ -78,14 +80,14 @@ def pair_up(
     notes: list[str] = []
     classes = _shared_classes(student, teacher, problems, notes)
     levels = _shared_levels(student, teacher, problems, notes)
-    divisor = student.size_divisor if processor is None else processor.size_divisor
-    if divisor % teacher.size_divisor:
+    processor, teacher_processor = processor or processor_of(student), teacher_processor or processor_of(teacher)
+    divisor, teacher_divisor = size_divisor(processor), teacher.size_divisor if is_dense(teacher) else 1
+    if divisor % teacher_divisor:
         problems.append(
-            f"size_divisor: student {divisor}, teacher {teacher.size_divisor}: the batch "
+            f"size_divisor: student {divisor}, teacher {teacher_divisor}: the batch "
             "is padded for the student, whose divisor must be a multiple of the teacher's"
         )
-    student_style = pixel_style(student) if processor is None else processor.pixel_style()
-    teacher_style, pixels = pixel_style(teacher), None
+    student_style, teacher_style, pixels = pixel_style(processor), pixel_style(teacher_processor), None
     if student_style != teacher_style:
         pixels = PixelChange(student_style, teacher_style)
         notes.append("the teacher gets the input in its own normalisation and channel order")
@@ -93,9 +95,9 @@ def pair_up(
 
 
 def _shared_classes(
-    student: DenseDetectorConfig, teacher: DenseDetectorConfig, problems: list[str], notes: list[str]
+    student: PretrainedConfig, teacher: PretrainedConfig, problems: list[str], notes: list[str]
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    student_names, teacher_names = coco_spelling(student.label_names), coco_spelling(teacher.label_names)
+    student_names, teacher_names = map(coco_spelling, (label_names(student), label_names(teacher)))
     if student_names == teacher_names:
         return None, None
     if near := near_matches(student_names, teacher_names):
@@ -118,12 +120,14 @@ def _shared_classes(
 
 
 def _shared_levels(
-    student: DenseDetectorConfig, teacher: DenseDetectorConfig, problems: list[str], notes: list[str]
+    student: PretrainedConfig, teacher: PretrainedConfig, problems: list[str], notes: list[str]
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | tuple[None, None]:
-    student_strides, teacher_strides = list(student.strides), list(teacher.strides)
+    student_strides, teacher_strides = list(strides_of(student)), list(strides_of(teacher))
     if student_strides == teacher_strides:
         return None, None
     shared = [stride for stride in student_strides if stride in teacher_strides]
+    if not shared and not (is_dense(student) and is_dense(teacher)):
+        return (), ()  # methods that need none can work
     if not shared:
         problems.append(f"strides, none of which both have: student {student_strides}, teacher {teacher_strides}")
         return None, None

@@ -31,6 +31,7 @@ class KDMethod(nn.Module):
 
     name: ClassVar[str]
     Settings: ClassVar[type]
+    resolved: Any
     connected = False
 
     def __init_subclass__(cls, **options) -> None:

@@ -107,10 +107,12 @@ class Observer(nn.Module):
 
     Attributes:
         model_type: of its configuration, by which methods know published weights.
+        strides: pixels per cell of the levels that both models have; none if there are no such.
         feature_channels: of the maps after the neck.
     """
 
     model_type: str
+    strides: tuple[int, ...]
     feature_channels: int
     model: PreTrainedModel
 
@@ -120,28 +122,28 @@ class Observer(nn.Module):
         self.model_type = model.config.model_type
 
     def ask_for_taps(self, index: int, raw: bool = False) -> None:
-        """Have observations show the head's state after `index` blocks or layers; raw: before the ReLU.
+        """Have observations show the head's state after `index` blocks; raw: before the ReLU.
 
         Raises:
-            PairError: the head has fewer, or another method asked for another state.
+            PairError: the head has fewer, or another method asked for another state, or the family has no such.
         """
-        raise NotImplementedError
+        raise self._is_not("tapped")
 
     def ask_for_predictions(self) -> None:
         """Have observations keep the model's own predictions."""
-        raise NotImplementedError
+        raise self._is_not("compared prior by prior")
 
     def tap_channels(self) -> dict[str, int]:
         """Part of the taps -> its channels."""
-        raise NotImplementedError
+        raise self._is_not("tapped")
 
     def labels_like(self, other: "Observer") -> bool:
         """Whether both models label the same priors by the same rule."""
-        raise NotImplementedError
+        raise self._is_not("compared prior by prior")
 
     def incomparable(self, other: "Observer") -> str | None:
         """Why the two models' predictions can't be compared one by one; None if they can."""
-        raise NotImplementedError
+        raise self._is_not("compared prior by prior")
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None, labels: Any = None) -> Observation:
         """Run the model on a batch, and compute its losses if there are labels."""
@@ -154,7 +156,13 @@ class Observer(nn.Module):
             taps: of this family, in this model's width, from where this model's own were tapped.
             guide: this model's observation of the same batch.
         """
-        raise NotImplementedError
+        raise self._is_not("tapped")
+
+    def _is_not(self, done: str) -> "PairError":
+        return PairError(
+            f"{self.model_type} has no priors and towers that could be {done}: crosskd and mimic are for dense "
+            "detectors; for query-based ones there are query_crosskd and query_mimic"
+        )
 
 
 class PairError(ValueError):

@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..models.base import DenseDetector, Labels
 from ..models.batchnorm_folding import fold_batchnorms
-from ..models.configuration import DenseDetectorConfig
-from ..models.image_processing import DenseDetectorImageProcessor
+from ..models.transformers_detectors import TransformersLabels
 from .compatibility import pair_up
 from .method import KDMethod
 from .observation import PairError
-from .observers.dense import DenseObserver
+from .observers import observe
 
 METHODS_FILE = "distillation.safetensors"  # what the methods train themselves, in a checkpoint
 
@@ -44,7 +44,7 @@ class DistillationPair(nn.Module):
         student: the detector that is trained.
         teacher: any other detector; it is frozen and put into evaluation mode.
         methods: what the student learns by, such as `[CrossKD()]`.
-        processor: makes the student's input; None: the one that goes with the student.
+        processor, teacher_processor: make the input of each; None: the one that goes with the model.
         seed: of the weights of adapters; the global random state is left as it was.
 
     Attributes:
@@ -56,19 +56,20 @@ class DistillationPair(nn.Module):
         PairError: the student can't learn from this teacher by these methods, with every reason.
     """
 
-    student: DenseDetector
-    teacher: DenseDetector
+    student: PreTrainedModel
+    teacher: PreTrainedModel
 
     def __init__(
         self,
-        student: DenseDetector,
-        teacher: DenseDetector,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
         methods: Sequence[KDMethod],
-        processor: DenseDetectorImageProcessor | None = None,
+        processor: BaseImageProcessor | None = None,
         seed: int = 0,
+        teacher_processor: BaseImageProcessor | None = None,
     ):
         super().__init__()
-        pairing = pair_up(student.config, teacher.config, processor)
+        pairing = pair_up(student.config, teacher.config, processor, teacher_processor)
         self.student = student
         self.__dict__["teacher"] = teacher  # not registered
         if not isinstance(methods, Sequence):
@@ -79,8 +80,8 @@ class DistillationPair(nn.Module):
         by_name = {method.name: method for method in sorted(methods, key=lambda method: method.name)}
         self.methods = nn.ModuleDict(by_name)
         self.pixels = pairing.pixels
-        self.student_observer = DenseObserver(student, pairing.levels[0], pairing.classes[0])
-        self.teacher_observer = DenseObserver(teacher, pairing.levels[1], pairing.classes[1])
+        self.student_observer = observe(student, pairing.levels[0], pairing.classes[0])
+        self.teacher_observer = observe(teacher, pairing.levels[1], pairing.classes[1])
         self.notes = list(pairing.notes)
         problems = list(pairing.problems)
         if len(self.methods) < len(methods):
@@ -108,17 +109,20 @@ class DistillationPair(nn.Module):
             self.notes.append(f"trained with the student and not saved with it: {'; '.join(parts)}")
 
     @property
-    def config(self) -> DenseDetectorConfig:
+    def config(self) -> PretrainedConfig:
         """The student's."""
         return self.student.config
 
     def forward(
-        self, pixel_values: Tensor, pixel_mask: Tensor | None = None, labels: Labels | None = None
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        labels: Labels | TransformersLabels | None = None,
     ) -> PairOutput:
         """All losses of a batch.
 
         Args:
-            pixel_values, pixel_mask, labels: see `DenseDetector.forward`.
+            pixel_values, pixel_mask, labels: as the student takes them.
         """
         with torch.no_grad():
             pixels = pixel_values if self.pixels is None else self.pixels(pixel_values, pixel_mask)
@@ -170,9 +174,13 @@ class DistillationPair(nn.Module):
 
 
 def prepared_teacher(
-    teacher: DenseDetector, fold_batchnorm: bool = True, dtype: torch.dtype | None = None
-) -> DenseDetector:
-    """A copy of a frozen teacher as a run calls it; see `DistillationPair.prepare_teacher`."""
+    teacher: PreTrainedModel, fold_batchnorm: bool = True, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """A copy of a frozen teacher as a run calls it; see `DistillationPair.prepare_teacher`. Teachers of transformers'
+    own code, which reads the precision of single weights, stay as they are.
+    """
+    if not isinstance(teacher, DenseDetector):
+        return teacher
     parts = dict(teacher.named_children())
     if fold_batchnorm:
         parts["backbone"] = fold_batchnorms(teacher.backbone)

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_convert
 
+from ..utils.distributed import mean_over_ranks
 from .observers.decoders.decoder import LayerPredictions
 
 TINY = 1e-12  # of an area: far below a pixel's share of any image
@@ -49,9 +50,13 @@ def paired_giou(boxes: Tensor, others: Tensor) -> Tensor:
     return shared / union.clamp(min=TINY) - (hull - union) / hull.clamp(min=TINY)
 
 
-def confidence(teacher: LayerPredictions) -> Tensor:
-    """(N, Q) the teacher's highest probability of a class, without gradient."""
-    return teacher.logits.detach().amax(-1).sigmoid()
+def confidence_weights(teacher: LayerPredictions) -> Tensor:
+    """The teacher's highest probability of a class, over the sum of them all: (..., N, Q), without gradient.
+
+    The sum is that of each layer, at least 1, averaged over processes.
+    """
+    sure = teacher.logits.detach().amax(-1).sigmoid()
+    return sure / mean_over_ranks(sure.sum((-2, -1), keepdim=True)).clamp(min=1)
 
 
 def stacked(predictions: list[LayerPredictions]) -> LayerPredictions:

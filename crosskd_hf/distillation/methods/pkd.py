@@ -10,7 +10,7 @@ from ...utils.recipe_fields import setting
 from ..adapters import Adapters
 from ..alignment import standardise
 from ..method import KDMethod
-from ..observation import Observation, Observer
+from ..observation import Observation, Observer, PairError
 
 # By the teacher's model type, as published with CrossKD (arXiv 2306.11369).
 PUBLISHED_WEIGHTS = {"crosskd_gfl": 6.0, "crosskd_retinanet": 2.0, "crosskd_fcos": 2.0, "crosskd_atss": 1.0}
@@ -33,6 +33,8 @@ class PKD(KDMethod):
 
     def connect(self, student: Observer, teacher: Observer) -> None:
         """Adapt the student's features where the widths differ."""
+        if not student.strides:
+            raise PairError("pkd: student and teacher have no level of the same stride: leave pkd out")
         given = self.settings.weight
         self.weight = PUBLISHED_WEIGHTS.get(teacher.model_type, 1.0) if given is None else given
         self.resolved = Settings(self.weight)

@@ -10,18 +10,17 @@ Reference boxes take the place of the alignment of statistics. Three passes diff
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...utils.distributed import mean_over_ranks
 from ...utils.recipe_fields import setting
 from ..method import KDMethod
 from ..observation import Observation, Observer, PairError
 from ..observers.decoders.decoder import LayerPredictions, Memory, Picks, Queries, QueryDecoder, Run, same_places
 from ..observers.query import QueryObserver
-from ..query_losses import confidence, l1_giou_loss, pixel_l1_loss, query_cls_loss, stacked
-
+from ..query_losses import confidence_weights, l1_giou_loss, pixel_l1_loss, query_cls_loss, stacked
 
 BETWEEN_DECODERS = {"beta": 1.0, "box_loss": "l1_giou", "l1_weight": 5.0, "giou_weight": 2.0}
 MEMORY = {"beta": 0.0, "box_loss": "pixels", "l1_weight": 1.0, "giou_weight": 1.0}  # as the reference's branch
@@ -41,6 +40,9 @@ class Settings:
         None, "teacher layers that the student's stand in for; null: half of them, rounded up", minimum=0
     )
     student_layer: int | None = setting(None, "layers the student runs; null: half of them, rounded up", minimum=0)
+    memory_queries: str = setting(
+        "teacher", "queries memory: whose queries look at the student's encoder output", ("teacher", "student")
+    )
     beta: float | None = setting(
         None, "exponent of |p - p_teacher| in kd_cls; null: 1, of memory 0", minimum=0, maximum=10
     )
@@ -63,12 +65,14 @@ class QueryCrossKD(KDMethod):
     Settings = Settings
 
     def connect(self, student: Observer, teacher: Observer) -> None:
-        """Adapt queries, or the memory, where the widths differ."""
+        """Adapt queries or memory, both with `memory_queries: student`, where the widths differ."""
         if not (isinstance(student, QueryObserver) and isinstance(teacher, QueryObserver)):
             raise PairError("query_crosskd is for two query-based detectors; between dense ones it is crosskd")
         self.resolved = settings = _resolved(self.settings, student, teacher)
         widths = student.decoder.width, teacher.decoder.width
         self.adapter = nn.Identity() if widths[0] == widths[1] else nn.Linear(*widths)
+        if settings.memory_queries == "student":
+            self.query_adapter = nn.Identity() if widths[0] == widths[1] else nn.Linear(*widths)
 
     def terms(
         self, student: Observation, teacher: Observation, student_observer: Observer, teacher_observer: Observer
@@ -84,10 +88,12 @@ class QueryCrossKD(KDMethod):
         cross, target = cross_pass(
             student_observer.decoder, student.context, teacher_observer.decoder, teacher.context
         )
-        shared = (stacked([teacher_observer.shared(p) for p in layers]) for layers in (cross, target))
-        return self.losses(*shared, student.context.input_size)
+        cross_layers, target_layers = (
+            stacked([teacher_observer.shared(p) for p in layers]) for layers in (cross, target)
+        )
+        return self.losses(cross_layers, target_layers, student.context.input_size)
 
-    # The three passes: predictions of the teacher's remaining layers, and those that they are compared with -----------
+    # The three passes: predictions of the teacher's remaining layers, and those that they are compared with ---------
 
     def at_teachers_picks(
         self, student: QueryDecoder, run: Run, teacher: QueryDecoder, teacher_run: Run
@@ -113,11 +119,29 @@ class QueryCrossKD(KDMethod):
     def in_students_memory(
         self, student: QueryDecoder, run: Run, teacher: QueryDecoder, teacher_run: Run
     ) -> tuple[list[LayerPredictions], list[LayerPredictions]]:
-        """Each layer of the teacher's is called once more, on its own queries."""
+        """Each layer of the teacher's is called once more: on its own queries, or on those that reached the student's
+        layer of the same number.
+        """
         memory = seen_by_teacher(replace(run.memory, tokens=self.adapter(run.memory.tokens)), teacher_run.memory)
         with torch.no_grad():
             before, target = teacher.own_layers(teacher_run)
-        return [teacher.layer(i, before[i], memory)[1] for i in range(teacher.depth)], target
+        if self.resolved.memory_queries == "student":
+            before = self.students_queries(student, run, teacher, teacher_run)
+            with torch.no_grad():
+                target = [teacher.layer(i, queries, teacher_run.memory)[1] for i, queries in enumerate(before)]
+        return [teacher.layer(i, queries, memory)[1] for i, queries in enumerate(before[: teacher.depth])], target
+
+    def students_queries(
+        self, student: QueryDecoder, run: Run, teacher: QueryDecoder, teacher_run: Run
+    ) -> list[Queries]:
+        """The student's queries before each of its layers, as the teacher's; as many as both have layers."""
+        start = teacher_run.start
+        if run.picks is not None:
+            with torch.no_grad():
+                start = teacher.start(moved(run.picks, run.memory, teacher_run.memory), teacher_run.memory)
+        before = student.own_layers(run, min(student.depth, teacher.depth) - 1)[0]
+        adapted = (replace(queries, hidden=self.query_adapter(queries.hidden)) for queries in before)
+        return [teacher.adopt(queries, student, start) for queries in adapted]
 
     def finish(
         self, queries: Queries, student: QueryDecoder, teacher: QueryDecoder, start: Queries, memory: Memory
@@ -141,9 +165,7 @@ class QueryCrossKD(KDMethod):
         settings = self.resolved
         with torch.autocast(cross.logits.device.type, enabled=False):
             cross, target = (LayerPredictions(p.logits.float(), p.boxes.float()) for p in (cross, target))
-            sure = confidence(target)
-            total = mean_over_ranks(sure.sum((1, 2), keepdim=True)).clamp(min=1)
-            sure = sure / total
+            sure = confidence_weights(target)
             classes = query_cls_loss(cross.logits, target.logits, settings.beta)
             # The reference's branch averages over the queries, whatever the teacher makes of them.
             classes = classes / classes[0].numel() if settings.queries == "memory" else classes * sure
@@ -176,21 +198,38 @@ def seen_by_teacher(memory: Memory, teacher: Memory) -> Memory:
 
 
 def _resolved(settings: Settings, student: QueryObserver, teacher: QueryObserver) -> Settings:
-    picking = [observer.picks for observer in (student, teacher)]
-    queries = settings.queries or ("teacher" if all(picking) else "memory")
-    if queries != "memory" and not all(picking):
+    """With every null filled in.
+
+    Raises:
+        PairError: the pair can't run that pass.
+    """
+    picking = all(observer.picks for observer in (student, teacher))
+    queries = settings.queries or ("teacher" if picking else "memory")
+    if queries == "memory":
+        if not student.strides:
+            raise PairError("query_crosskd.queries is memory, but no level of both has the same stride")
+    elif not picking:
         raise PairError(
             f"query_crosskd.queries is {queries}, but queries are picked by two-stage detectors only: set it to memory"
         )
-    memory = queries == "memory"
-    values: dict[str, object] = {"queries": queries}
-    defaults = MEMORY if memory else BETWEEN_DECODERS
-    values |= {name: value for name, value in defaults.items() if getattr(settings, name) is None}
-    for name, observer in (("layer", teacher), ("student_layer", student)):
-        depth, given = observer.decoder.depth, getattr(settings, name)
-        values[name] = (depth + 1) // 2 if given is None else given
-        if values[name] > depth - (name == "layer"):
+    else:
+        receiver, giver = (student, teacher) if queries == "teacher" else (teacher, student)
+        if receiver.decoder.needs_tokens and not giver.decoder.picks_tokens:
             raise PairError(
-                f"query_crosskd.{name} is {values[name]}, but the {'teacher' if name == 'layer' else 'student'}'s decoder has {depth} layers"
+                f"query_crosskd.queries is {queries}, but {giver.model_type} picks boxes only, and "
+                f"{receiver.model_type} needs to know where in the image: set it to memory"
+            )
+    if settings.memory_queries == "student" and queries != "memory":
+        raise PairError(f"query_crosskd.memory_queries is student, but queries is {queries}: set that to memory")
+    values: dict[str, Any] = {"queries": queries}
+    defaults = MEMORY if queries == "memory" else BETWEEN_DECODERS
+    values |= {name: value for name, value in defaults.items() if getattr(settings, name) is None}
+    for name, whose, observer in (("layer", "teacher", teacher), ("student_layer", "student", student)):
+        depth, given = observer.decoder.depth, getattr(settings, name)
+        layer = values[name] = (depth + 1) // 2 if given is None else given
+        most = depth - 1 if whose == "teacher" else depth
+        if layer > most:
+            raise PairError(
+                f"query_crosskd.{name} is {layer}, the {whose}'s decoder has {depth} layers: set it to {most} or less"
             )
     return replace(settings, **values)

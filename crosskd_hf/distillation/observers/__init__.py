@@ -1,1 +1,27 @@
 """Observers, one file a family of detectors."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...models.base import DenseDetector
+from ..observation import Observer
+from .dense import DenseObserver
+from .query import QueryObserver
+
+
+def observe(model: PreTrainedModel, levels: Sequence[int] | None = None, classes: Tensor | None = None) -> Observer:
+    """The observer of a detector.
+
+    Args:
+        model: any detector.
+        levels: which of its levels the other model has, too; None: all.
+        classes: (S,) its labels that the other model knows, in the student's order; None: all, in this order.
+
+    Raises:
+        PairError: nothing can be distilled from or to it.
+    """
+    if isinstance(model, DenseDetector):
+        return DenseObserver(model, levels, classes)
+    return QueryObserver(model, levels, classes)

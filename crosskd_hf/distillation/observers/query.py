@@ -1,10 +1,11 @@
 """How a query-based detector of transformers is observed: its encoder's levels, its decoder's queries."""
 
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...models.transformers_detectors import TransformersLabels, detection_losses, strides_of
 from ..observation import Observation, Observer, PairError
 from .decoders import DECODERS, decoder_of
 from .decoders.decoder import LayerPredictions
@@ -15,6 +16,7 @@ class QueryObserver(Observer):
 
     Args:
         model: the detector.
+        levels: which of its levels the other model has, too; None: all.
         classes: (S,) its labels that the other model knows, in the student's order; None: all, in this order.
 
     Attributes:
@@ -27,9 +29,9 @@ class QueryObserver(Observer):
 
     classes: Tensor | None
 
-    def __init__(self, model: PreTrainedModel, classes: Tensor | None = None):
+    def __init__(self, model: PreTrainedModel, levels: Sequence[int] | None = None, classes: Tensor | None = None):
         super().__init__(model)
-        config = model.config
+        config, strides = model.config, strides_of(model.config)
         if config.model_type not in DECODERS:
             raise PairError(
                 f"{config.model_type} has no decoder that can be distilled; those of {', '.join(DECODERS)} can"
@@ -40,39 +42,35 @@ class QueryObserver(Observer):
             )
         self.decoder = decoder_of(model)
         self.picks = getattr(config, "two_stage", True)
-        self.strides = strides_of(config)
+        self.levels = tuple(range(len(strides)) if levels is None else levels)
+        self.strides = tuple(strides[level] for level in self.levels)
         self.feature_channels = self.decoder.width
         self.register_buffer("classes", classes, persistent=False)
 
-    def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None, labels: Any = None) -> Observation:
+    def forward(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None = None, labels: TransformersLabels | None = None
+    ) -> Observation:
         """Run the detector.
 
         Args:
             pixel_values, pixel_mask, labels: as the detector takes them.
         """
-        run = self.decoder.run(pixel_values=pixel_values, pixel_mask=pixel_mask, labels=labels)
-        loss = run.outputs.loss
+        given = {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "labels": labels}
+        run = self.decoder.run(**{name: value for name, value in given.items() if value is not None})
+        maps = run.memory.maps()
         return Observation(
-            loss_dict={} if loss is None else {"loss_detection": loss},
-            features=run.memory.maps(),
+            loss_dict={} if labels is None else detection_losses(self.model, run.outputs, labels),
+            features=[maps[level] for level in self.levels],
             strides=self.strides,
             context=run,
         )
+
+    def final(self, observation: Observation) -> LayerPredictions:
+        """Predictions after the last layer, of the classes that both models know."""
+        return self.shared(self.decoder.own_layers(observation.context)[1][-1])
 
     def shared(self, predictions: LayerPredictions) -> LayerPredictions:
         """Of the classes that both models know."""
         if self.classes is None:
             return predictions
         return LayerPredictions(predictions.logits.index_select(-1, self.classes), predictions.boxes)
-
-
-def strides_of(config: Any) -> tuple[int, ...]:
-    """Pixels per cell of a detector's levels."""
-    if hasattr(config, "feat_strides"):
-        return tuple(config.feat_strides)
-    if hasattr(config, "projector_scale_factors"):
-        return tuple(int(config.backbone_config.patch_size / scale) for scale in config.projector_scale_factors)
-    if config.model_type == "rf_detr":
-        return (config.backbone_config.patch_size,)
-    levels = config.num_feature_levels
-    return tuple(8 * 2**i for i in range(levels)) if levels > 1 else (32,)

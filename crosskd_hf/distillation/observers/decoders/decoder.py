@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class Run:
         input_size: (height, width) of the batch in pixels.
     """
 
-    outputs: ModelOutput
+    outputs: Any
     memory: Memory
     picks: Picks | None
     start: Queries
@@ -129,11 +128,16 @@ class QueryDecoder:
     Attributes:
         depth: its number of layers.
         width: channels of queries and memory.
+        picks_tokens: whether its picks are places in the memory.
+        needs_tokens: whether its queries' content comes from such places.
     """
 
+    picks_tokens = True
+    needs_tokens = False
+
     def __init__(self, model: PreTrainedModel):
-        self.model = model
-        self.decoder = model.model.decoder
+        self.model: Any = model  # each family has modules of its own names
+        self.decoder: Any = model.model.decoder
         self.depth = len(self.decoder.layers)
         self.width: int = model.config.d_model
 
@@ -161,7 +165,7 @@ class QueryDecoder:
         """
         raise NotImplementedError
 
-    def seen(self, outputs: ModelOutput, inputs: dict[str, Any], hidden: list[Tensor]) -> Run:
+    def seen(self, outputs: Any, inputs: dict[str, Any], hidden: list[Tensor]) -> Run:
         """What a forward pass showed.
 
         Args:

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import ModelOutput
 
 from .decoder import LayerPredictions, Memory, Picks, Queries, QueryDecoder, Run, gathered
 
@@ -46,7 +45,7 @@ class DeformableDetrDecoder(QueryDecoder):
         predictions = LayerPredictions(self.model.class_embed[index](hidden), boxes)
         return Queries(hidden, following, queries.position), predictions
 
-    def seen(self, outputs: ModelOutput, inputs: dict[str, Any], hidden: list[Tensor]) -> Run:
+    def seen(self, outputs: Any, inputs: dict[str, Any], hidden: list[Tensor]) -> Run:
         """See `QueryDecoder.seen`."""
         boxes, picks = inputs["reference_points"], None
         if self.model.config.two_stage:

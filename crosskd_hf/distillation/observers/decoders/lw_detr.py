@@ -5,13 +5,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
-from transformers.utils import ModelOutput
 
 from .decoder import LayerPredictions, Memory, Picks, Queries, QueryDecoder, Run
 
 
 class LwDetrDecoder(QueryDecoder):
     """Queries belong to slots, boxes don't move from layer to layer, and all layers share one pair of heads."""
+
+    picks_tokens = False
 
     def start(self, picks: Picks, memory: Memory) -> Queries:
         """The content of this detector's first slots; the smaller number of queries counts."""
@@ -39,7 +40,7 @@ class LwDetrDecoder(QueryDecoder):
         boxes = self.functions.refine_bboxes(queries.boxes, self.model.bbox_embed(normed))
         return Queries(hidden, queries.boxes), LayerPredictions(self.model.class_embed(normed), boxes)
 
-    def seen(self, outputs: ModelOutput, inputs: dict[str, Any], hidden: list[Tensor]) -> Run:
+    def seen(self, outputs: Any, inputs: dict[str, Any], hidden: list[Tensor]) -> Run:
         """The first group of queries, which is the one that evaluation has."""
         count = self.model.config.num_queries
         boxes = inputs["reference_points"][:, :count]

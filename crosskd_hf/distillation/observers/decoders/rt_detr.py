@@ -3,13 +3,14 @@
 from typing import Any
 
 from torch import Tensor
-from transformers.utils import ModelOutput
 
 from .decoder import LayerPredictions, Memory, Picks, Queries, QueryDecoder, Run, gathered
 
 
 class RTDetrDecoder(QueryDecoder):
     """Boxes are refined from layer to layer; each layer has heads of its own."""
+
+    needs_tokens = True
 
     def start(self, picks: Picks, memory: Memory) -> Queries:
         """The encoder's output at the picked tokens. No gradient passes, as in the detector itself."""
@@ -35,7 +36,7 @@ class RTDetrDecoder(QueryDecoder):
         boxes = (decoder.bbox_embed[index](hidden) + self.functions.inverse_sigmoid(queries.boxes)).sigmoid()
         return Queries(hidden, boxes.detach()), LayerPredictions(decoder.class_embed[index](hidden), boxes)
 
-    def seen(self, outputs: ModelOutput, inputs: dict[str, Any], hidden: list[Tensor]) -> Run:
+    def seen(self, outputs: Any, inputs: dict[str, Any], hidden: list[Tensor]) -> Run:
         """Denoising queries come before the picked ones, and are left out."""
         count = outputs.enc_topk_bboxes.shape[1]
         logits = inputs["reference_points"][:, -count:].detach()
