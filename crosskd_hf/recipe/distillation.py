@@ -18,7 +18,7 @@ from ..utils.recipe_fields import Problem, settings_of
 from .reading import cast_section
 
 DEFAULT = ("crosskd",)
-TERM_WEIGHTS = ("cls_weight", "box_weight", "centerness_weight")
+TERM_WEIGHTS = ("cls_weight", "box_weight", "centerness_weight", "l1_weight", "giou_weight")
 
 
 @dataclass
