@@ -446,7 +446,7 @@ def test_published_rows_write_every_setting_out(name):
             # kd_centerness is ATSS's; GFL has none.
             unset = {"centerness_weight", "student_tap_index"}
             assert set(section) == {f.name for f in dataclasses.fields(settings_class(method))} - unset
-    unset = {"max_train_images", "max_val_images", "cache_dir"}
+    unset = {"augment", "plain_epochs", "max_train_images", "max_val_images", "cache_dir"}
     unset |= {f.name for f in dataclasses.fields(DataSection) if f.metadata["help"].startswith("layout ")}
     assert set(content["data"]) == {f.name for f in dataclasses.fields(DataSection)} - unset
 
