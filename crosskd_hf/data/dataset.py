@@ -118,7 +118,7 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         """
         if self.plain_epochs and self.plain_epochs >= epochs:
             raise ValueError(
-                f"data.plain_epochs is {self.plain_epochs}, but the training has {epochs} epochs: data.augment would "
+                f"data.plain_epochs is {self.plain_epochs}, but the number of epochs {epochs}: data.augment would "
                 "never be applied. Lower plain_epochs; 0 is none."
             )
         self.plain_from = epochs - self.plain_epochs
