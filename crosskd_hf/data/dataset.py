@@ -1,5 +1,6 @@
 """Items of a training or an evaluation set: an image, the size it gets and, in training, its boxes."""
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import Compose
 
+from ..data.augment import augmentation
 from ..data.box_formats import MIN_SIDE
 from ..data.errors import DataError
 from ..data.sampler import SampleKey, stable_seed
@@ -25,7 +27,7 @@ ROWS_AT_ONCE = 1000
 class DetectionDataset(Dataset[dict[str, Any]]):
     """Decodes and augments the images of a split.
 
-    Items are dicts: `image` (3, h, w) uint8 RGB, decoded and flipped; `size`, the (height, width) in pixels that it
+    Items are dicts: `image` (3, h, w) uint8 RGB, decoded and augmented; `size`, the (height, width) in pixels that it
     gets, at the latest from the collator (an image that grows is resized straight into the batch); `image_id` int;
     `original_size` (height, width) in pixels; and, in training, `class_labels` (G,) int64 and `boxes` (G, 4) float32,
     xyxy in pixels of the resized image. Evaluation items have no boxes: the metrics read the ground truth from the
@@ -41,11 +43,13 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         train: augment, and give boxes.
         short_side, long_side: see `SizeToFit`.
         multiscale, multiscale_short_sides: see `SizeToFit`; evaluation has one size.
-        flip_probability: of a horizontal flip in training.
+        flip_probability: of a horizontal flip in training, without `augment`.
+        augment: names of augmentations, or dicts of one name to its options, in their order: see `AUGMENTATIONS`.
+        plain_epochs: in this many last epochs only the flips among them are applied; see `set_epochs`.
         seed: of the augmentation.
 
     Raises:
-        ValueError: see `SizeToFit`; a probability outside [0, 1].
+        ValueError: see `SizeToFit` and `augmentation`; a probability outside [0, 1].
     """
 
     def __init__(
@@ -58,17 +62,23 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         multiscale: Multiscale = "none",
         multiscale_short_sides: Sequence[int] = (),
         flip_probability: float = 0.5,
+        augment: Sequence[str | dict[str, Any]] | None = None,
+        plain_epochs: int = 0,
         seed: int = 0,
     ) -> None:
         self.split = split
         self.train = train
         self.seed = seed
         self.size = short_side, long_side
-        self.transform = SizeToFit(short_side, long_side)
+        self.plain_epochs = plain_epochs
+        self.plain_from: float = math.inf  # the first of the plain epochs, once their number is known
+        self.transform = self.plain_transform = SizeToFit(short_side, long_side)
         if train:
             fit = SizeToFit(short_side, long_side, multiscale, multiscale_short_sides)
             # Flipped first, while the image is small: the pixels are the same.
-            self.transform = Compose([RandomFlip(flip_probability), fit])
+            steps = [RandomFlip(flip_probability)] if augment is None else [augmentation(item) for item in augment]
+            flips = [step for step in steps if isinstance(step, RandomFlip)]
+            self.transform, self.plain_transform = Compose([*steps, fit]), Compose([*flips, fit])
         columns = ["image_id", "image", "file_name", "width", "height"]
         rows = split.dataset.select_columns([*columns, "objects"] if train else columns)
         self._rows = rows.cast_column("image", datasets.Image(decode=False))  # decoded by `load_tensor`
@@ -90,14 +100,28 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         sample: Sample = {"image": row["image"]}
         if self.train:
             sample["class_labels"], sample["boxes"] = training_boxes(row["objects"], row["height"], row["width"])
+        transform = self.plain_transform if key.epoch >= self.plain_from else self.transform
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would also reseed the GPUs' generators, and those are not restored here.
             torch.random.default_generator.manual_seed(stable_seed(self.seed, key.epoch, key.index))
-            sample = self.transform(sample)
+            sample = transform(sample)
         if self.train:  # a sliver at the image's edge may have been rounded to nothing
             keep = (sample["boxes"][:, 2:] > sample["boxes"][:, :2]).all(1)
             sample["boxes"], sample["class_labels"] = sample["boxes"][keep], sample["class_labels"][keep]
         return {**sample, "image_id": row["image_id"], "original_size": (row["height"], row["width"])}
+
+    def set_epochs(self, epochs: int) -> None:
+        """Say how many epochs the training has, before it begins: `plain_epochs` are the last ones.
+
+        Raises:
+            ValueError: it has no other epochs.
+        """
+        if self.plain_epochs and self.plain_epochs >= epochs:
+            raise ValueError(
+                f"data.plain_epochs is {self.plain_epochs}, but the number of epochs {epochs}: data.augment would "
+                "never be applied. Lower plain_epochs; 0 is none."
+            )
+        self.plain_from = epochs - self.plain_epochs
 
     def orientations(self) -> torch.Tensor:
         """(N,) bool, True where the image is narrower than high. No image is decoded."""

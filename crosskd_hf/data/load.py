@@ -1,6 +1,7 @@
 """Settings of a data set -> splits and data sets."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import pyarrow.compute as pc
 
@@ -79,7 +80,7 @@ def load_datasets(data: DataSection, seed: int) -> tuple[DetectionDataset, Detec
     check_same_classes(whole, evaluated, (data.train_split, data.val_split))
     # The limit counts images that are trained on.
     train = keep_for_training(whole, filter_empty=data.filter_empty, min_image_side=data.min_image_side)
-    size = {"short_side": data.short_side, "long_side": data.long_side}
+    size: dict[str, Any] = {"short_side": data.short_side, "long_side": data.long_side}
     return (
         DetectionDataset(
             train if generated else train.first(data.max_train_images),
@@ -87,6 +88,8 @@ def load_datasets(data: DataSection, seed: int) -> tuple[DetectionDataset, Detec
             multiscale=data.multiscale,
             multiscale_short_sides=data.multiscale_short_sides,
             flip_probability=data.flip_probability,
+            augment=data.augment,
+            plain_epochs=data.plain_epochs,
             seed=seed,
             **size,
         ),

@@ -2,8 +2,10 @@
 
 import string
 from dataclasses import dataclass
+from typing import Any
 
 from ..utils.recipe_fields import MOST_PIXELS, Problem, default_of, setting, settings_of
+from .augment import augmentation
 from .box_formats import FORMATS, UNITS
 
 
@@ -43,7 +45,15 @@ class DataSection:
     multiscale_short_sides: list[int] = setting(  # noqa: RUF009
         [], "pixels: the range's two ends, or the list", minimum=1, maximum=MOST_PIXELS
     )
-    flip_probability: float = setting(0.5, "probability of a horizontal flip", minimum=0, maximum=1)
+    flip_probability: float = setting(
+        0.5, "probability of a horizontal flip; with augment the list says it", minimum=0, maximum=1
+    )
+    augment: list[str | dict[str, Any]] | None = setting(  # noqa: RUF009
+        None,
+        "augmentations in their order: flip, photometric_distort, zoom_out, iou_crop, each a name or {name: options}; "
+        "null: a flip of flip_probability",
+    )
+    plain_epochs: int = setting(0, "of augment, only flip is applied in this many last epochs", minimum=0)
     filter_empty: bool = setting(True, "leave training images without any annotation out")
     min_image_side: int = setting(32, "pixels; training images with a shorter side are left out", minimum=0)
     max_train_images: int | None = setting(None, "train on the first images only", minimum=1)
@@ -53,7 +63,7 @@ class DataSection:
 
 def data_problems(data: DataSection) -> list[Problem]:
     """Combinations of settings that can't be."""
-    problems = _layout_problems(data)
+    problems = [*_layout_problems(data), *_augment_problems(data)]
     sides = data.multiscale_short_sides
     names = ("data.multiscale", "data.multiscale_short_sides")
     if data.multiscale == "range" and not (len(sides) == 2 and sides[0] < sides[1]):
@@ -77,6 +87,25 @@ def data_problems(data: DataSection) -> list[Problem]:
         if not placeholders <= {"split"}:
             text = f"data.{name} {getattr(data, name)!r} may only have the placeholder {{split}}."
             problems.append(((f"data.{name}",), text))
+    return problems
+
+
+def _augment_problems(data: DataSection) -> list[Problem]:
+    problems: list[Problem] = []
+    for item in data.augment or []:
+        try:
+            augmentation(item)
+        except ValueError as error:
+            problems.append((("data.augment",), f"data.augment: {error}."))
+    if data.augment is not None and data.flip_probability != DataSection.flip_probability:
+        text = (
+            f"data.flip_probability is {data.flip_probability}, but with data.augment the list says it: leave "
+            f"flip_probability out, and write {{flip: {{probability: {data.flip_probability}}}}} there."
+        )
+        problems.append((("data.augment", "data.flip_probability"), text))
+    if data.plain_epochs and not data.augment:
+        text = f"data.plain_epochs is {data.plain_epochs}, but data.augment is {data.augment}: it has nothing to stop."
+        problems.append((("data.plain_epochs", "data.augment"), text))
     return problems
 
 

@@ -27,7 +27,16 @@ def impossible_combinations(recipe: Recipe) -> list[Problem]:
             "run `hf auth login` or set HF_TOKEN."
         )
         training.append((("training.hub_token",), text))
-    return [*_model_problems(recipe), *_distillation_problems(recipe), *data_problems(recipe.data), *training]
+    problems = [*_model_problems(recipe), *_distillation_problems(recipe), *data_problems(recipe.data), *training]
+    plain, epochs = recipe.data.plain_epochs, values["num_train_epochs"]
+    # Without training, the data section is read alone; how many epochs max_steps are, only the trainer knows.
+    if recipe.training and values["max_steps"] <= 0 and 0 < epochs <= plain:
+        text = (
+            f"data.plain_epochs is {plain}, but training.num_train_epochs {epochs:g}: data.augment would never be "
+            "applied. Lower plain_epochs; 0 is none."
+        )
+        problems.append((("data.plain_epochs", "training.num_train_epochs", "training.max_steps"), text))
+    return problems
 
 
 def _model_problems(recipe: Recipe) -> list[Problem]:

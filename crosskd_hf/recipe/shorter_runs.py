@@ -4,8 +4,8 @@ import typing
 from typing import Any
 
 from ..training.arguments import DetectionTrainingArguments
+from ..utils.casting import cast
 from ..utils.recipe_fields import default_of, settings_of
-from .reading import cast
 
 NAMES = ("num_train_epochs", "max_steps", "lr_milestones", "warmup_steps")
 

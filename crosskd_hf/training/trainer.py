@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Mapping
 
@@ -113,6 +114,10 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
             device_placement=False,
         )
         self._batches_per_epoch = len(loader)
+        # Before the loader starts workers, which get copies. max_steps overrides num_train_epochs.
+        steps = self.args.max_steps
+        epochs = -(-steps // self.steps_per_epoch) if steps > 0 else math.ceil(self.args.num_train_epochs)
+        self.train_dataset.set_epochs(epochs)
         return loader
 
     def get_test_dataloader(self, test_dataset: Dataset | DetectionSplit) -> DataLoader:

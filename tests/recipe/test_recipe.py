@@ -31,6 +31,11 @@ def distilled(**sections) -> dict:
     return {"teacher": {"checkpoint": "random"}, "distillation": {}} | sections
 
 
+def plain(epochs: int, **training) -> dict:
+    """Content of a recipe whose last epochs are plain."""
+    return {"data": {"augment": ["iou_crop"], "plain_epochs": epochs}, "training": training}
+
+
 def refusal(content: dict) -> str:
     with pytest.raises(RecipeError) as error:
         parse_recipe(content)
@@ -194,6 +199,15 @@ def test_a_section_must_be_a_mapping():
         ({"data": {"short_side": 1400}}, "data.long_side 1333 is below data.short_side 1400"),
         ({"data": {"images": "{name}"}}, "data.images '{name}' may only have the placeholder {split}"),
         ({"data": {"annotations": "{split.json"}}, "data.annotations '{split.json' may only have"),
+        ({"data": {"augment": ["flop"]}}, "data.augment: there is no augmentation 'flop'. Valid: flip, photometric"),
+        ({"data": {"augment": "flip"}}, "data.augment: 'flip' is no list"),
+        ({"data": {"augment": [{"iou_crop": {"p": 1}}]}}, "data.augment: iou_crop has no option 'p' (value 1). Valid"),
+        (
+            {"data": {"augment": [], "flip_probability": 0.4}},
+            "data.flip_probability is 0.4, but with data.augment",
+        ),
+        ({"data": {"plain_epochs": 1}}, "data.plain_epochs is 1, but data.augment is None"),
+        (plain(12, num_train_epochs=12), "data.plain_epochs is 12, but training.num_train_epochs 12: data.augment"),
         ({"training": {"num_train_epochs": 10}}, "training.lr_milestones [11.0] lie outside the 10 epochs"),
         ({"training": {"max_steps": 4}}, "training.warmup_steps is 500, but training ends after max_steps 4"),
         ({"training": {"remove_unused_columns": True}}, "training.remove_unused_columns is True"),
@@ -214,6 +228,10 @@ def test_impossible_combinations(content, message):
         {"data": {"multiscale": "range", "multiscale_short_sides": [480, 800]}},
         {"data": {"multiscale": "choice", "multiscale_short_sides": [640]}},
         {"data": {"images": "all", "annotations": "{split}.json"}},
+        {"data": {"augment": ["flip", {"zoom_out": {"side_range": [1, 2]}}], "flip_probability": 0.5}},
+        plain(11, num_train_epochs=12),
+        plain(12, max_steps=600),  # of how many epochs, the trainer knows
+        plain(20),  # without its training, as `evaluate` reads it
         {"training": {"max_steps": 4, "warmup_steps": 0}},
     ],
 )
@@ -446,7 +464,7 @@ def test_published_rows_write_every_setting_out(name):
             # kd_centerness is ATSS's; GFL has none.
             unset = {"centerness_weight", "student_tap_index"}
             assert set(section) == {f.name for f in dataclasses.fields(settings_class(method))} - unset
-    unset = {"max_train_images", "max_val_images", "cache_dir"}
+    unset = {"augment", "plain_epochs", "max_train_images", "max_val_images", "cache_dir"}
     unset |= {f.name for f in dataclasses.fields(DataSection) if f.metadata["help"].startswith("layout ")}
     assert set(content["data"]) == {f.name for f in dataclasses.fields(DataSection)} - unset
 

@@ -343,3 +343,46 @@ def test_other_callbacks_see_the_best_model_at_the_end(tmp_path: Path) -> None:
         model, args, train_dataset=split, eval_dataset=split, processing_class=tiny_processor(model), callbacks=[seen]
     ).train()
     assert seen.checkpoint is not None and Path(seen.checkpoint).parent == tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("options", "plain_from"),
+    [
+        ({"max_steps": -1, "num_train_epochs": 4, "lr_milestones": []}, 3),
+        ({"max_steps": -1, "num_train_epochs": 2.5, "lr_milestones": []}, 2),  # the third is half an epoch
+        ({"max_steps": 9}, 2),  # of 3 steps each
+        ({"max_steps": 10}, 3),
+        ({"max_steps": 7, "gradient_accumulation_steps": 2}, 3),  # of 2 steps each
+        ({"max_steps": 3, "num_train_epochs": 12}, None),
+    ],
+)
+def test_the_data_set_learns_which_epochs_are_the_last(tmp_path: Path, options: dict, plain_from: int | None) -> None:
+    model, split = tiny_model(), tiny_split(tmp_path / "data")
+    data = DetectionDataset(split, train=True, augment=["iou_crop"], plain_epochs=1)
+    trainer = DetectionTrainer(model, tiny_args(tmp_path / "run", **options), train_dataset=data)
+    if plain_from is None:
+        with pytest.raises(ValueError, match=r"data\.plain_epochs is 1, but the number of epochs 1: data"):
+            trainer.train()
+    else:
+        trainer.get_train_dataloader()
+        assert data.plain_from == plain_from
+
+
+def test_workers_that_persist_stop_augmenting(tmp_path: Path) -> None:
+    """A run whose last epoch is plain: images on a canvas of black pixels before it."""
+    model, split = tiny_model(), tiny_split(tmp_path / "data")
+    zoom = {"zoom_out": {"probability": 1, "side_range": [2, 2]}}
+    data = DetectionDataset(split, train=True, short_side=64, long_side=96, augment=[zoom], plain_epochs=1)
+    options = {"max_steps": 9, "dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = DetectionTrainer(model, tiny_args(tmp_path / "run", **options), train_dataset=data)
+    largest = []
+
+    def step(model, inputs, *args):
+        boxes = inputs["labels"]["boxes"]
+        largest.append(float((boxes[..., 2:] - boxes[..., :2]).max()))
+        return torch.zeros((), requires_grad=True)
+
+    trainer.training_step = step
+    trainer.train()
+    plain = [largest[i : i + 3] for i in range(0, 9, 3)]
+    assert max(map(max, plain[:2])) < min(plain[2])
