@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import Compose
 
 from ..data.augment import augmentation
 from ..data.box_formats import MIN_SIDE
 from ..data.errors import DataError
+from ..data.processor_size import SizeForProcessor
 from ..data.sampler import SampleKey, stable_seed
 from ..data.split import DetectionSplit
 from ..data.transforms import Multiscale, RandomFlip, Sample, SizeToFit
@@ -69,16 +69,19 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         self.split = split
         self.train = train
         self.seed = seed
-        self.size = short_side, long_side
+        self.size: dict[str, int] = {"short_side": short_side, "long_side": long_side}
         self.plain_epochs = plain_epochs
         self.plain_from: float = math.inf  # the first of the plain epochs, once their number is known
-        self.transform = self.plain_transform = SizeToFit(short_side, long_side)
+        # Flipped first, while the image is small: the pixels are the same.
+        self.augmentations: list[Callable[[Sample], Sample]] = []
         if train:
-            fit = SizeToFit(short_side, long_side, multiscale, multiscale_short_sides)
-            # Flipped first, while the image is small: the pixels are the same.
-            steps = [RandomFlip(flip_probability)] if augment is None else [augmentation(item) for item in augment]
-            flips = [step for step in steps if isinstance(step, RandomFlip)]
-            self.transform, self.plain_transform = Compose([*steps, fit]), Compose([*flips, fit])
+            items = [{"flip": {"probability": flip_probability}}] if augment is None else augment
+            self.augmentations = [augmentation(item) for item in items]
+        self.multiscale: Multiscale = multiscale if train else "none"
+        self.multiscale_short_sides = tuple(multiscale_short_sides) if train else ()
+        self.fit: Callable[[Sample], Sample]
+        if self.multiscale != "batch":
+            self.fit = SizeToFit(short_side, long_side, self.multiscale, self.multiscale_short_sides)
         columns = ["image_id", "image", "file_name", "width", "height"]
         rows = split.dataset.select_columns([*columns, "objects"] if train else columns)
         self._rows = rows.cast_column("image", datasets.Image(decode=False))  # decoded by `load_tensor`
@@ -100,15 +103,24 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         sample: Sample = {"image": row["image"]}
         if self.train:
             sample["class_labels"], sample["boxes"] = training_boxes(row["objects"], row["height"], row["width"])
-        transform = self.plain_transform if key.epoch >= self.plain_from else self.transform
+        plain = key.epoch >= self.plain_from
+        steps = [step for step in self.augmentations if not plain or isinstance(step, RandomFlip)]
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would also reseed the GPUs' generators, and those are not restored here.
             torch.random.default_generator.manual_seed(stable_seed(self.seed, key.epoch, key.index))
-            sample = transform(sample)
+            if self.multiscale == "batch":
+                sample["batch_draw"] = stable_seed(self.seed, key.epoch, key.batch)
+            for step in (*steps, self.fit):
+                sample = step(sample)
         if self.train:  # a sliver at the image's edge may have been rounded to nothing
             keep = (sample["boxes"][:, 2:] > sample["boxes"][:, :2]).all(1)
             sample["boxes"], sample["class_labels"] = sample["boxes"][keep], sample["class_labels"][keep]
         return {**sample, "image_id": row["image_id"], "original_size": (row["height"], row["width"])}
+
+    def use_processor(self, processor: Any) -> None:
+        """Resize images as a processor of transformers does it, instead of to `short_side` and `long_side`."""
+        self.fit = SizeForProcessor(processor, self.multiscale, self.multiscale_short_sides)
+        self.size = {name: side for name, side in dict(processor.size).items() if side}
 
     def set_epochs(self, epochs: int) -> None:
         """Say how many epochs the training has, before it begins: `plain_epochs` are the last ones.

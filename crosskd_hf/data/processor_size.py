@@ -1,4 +1,4 @@
-"""Sizes of images, and batches of them, as a detector's own image processor makes them: for transformers' detectors."""
+"""Images and batches as a detector's own image processor makes them: for detectors of transformers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

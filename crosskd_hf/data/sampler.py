@@ -15,10 +15,15 @@ def stable_seed(*parts: int) -> int:
 
 
 class SampleKey(NamedTuple):
-    """Names one draw of one image: `DetectionDataset` keys its augmentation on it."""
+    """Names one draw of one image: `DetectionDataset` keys its augmentation on it.
+
+    Attributes:
+        batch: the number of its batch in the epoch, over all processes.
+    """
 
     epoch: int
     index: int  # type: ignore[assignment] # hides tuple.index, which nobody needs of a key
+    batch: int = 0
 
 
 class EpochSampler(Sampler[SampleKey]):
@@ -98,6 +103,10 @@ class OrientationBatchSampler(Sampler[list[SampleKey]]):
         return len(self.sampler) // self.batch_size if self.drop_last else -(-len(self.sampler) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
+        for number, batch in enumerate(self._batches()):
+            yield [key._replace(batch=number) for key in batch]
+
+    def _batches(self) -> Iterator[list[SampleKey]]:
         upright = self.upright.tolist()
         groups: dict[bool, list[SampleKey]] = {True: [], False: []}
         for key in self.sampler:

@@ -40,7 +40,19 @@ class DataSection:
     shapes_seed: int = setting(0, "layout shapes: seed of the generated images", minimum=0)
     short_side: int = setting(800, "pixels that an image's short side is resized to", minimum=1, maximum=MOST_PIXELS)
     long_side: int = setting(1333, "pixels that its long side doesn't exceed", minimum=1, maximum=MOST_PIXELS)
-    multiscale: str = setting("none", "training short side: fixed, of a range, of a list", ("none", "range", "choice"))
+    # setting() copies a list.
+    size: list[int] | None = setting(  # noqa: RUF009
+        None,
+        "detectors of transformers: [height, width] of every image, whose ratio isn't kept; null: as their processor",
+        minimum=32,
+        maximum=MOST_PIXELS,
+    )
+    multiscale: str = setting(
+        "none",
+        "training short side: fixed, of a range, of a list; batch: height and width of a batch, of a list (detectors "
+        "of transformers)",
+        ("none", "range", "choice", "batch"),
+    )
     # setting() copies a list.
     multiscale_short_sides: list[int] = setting(  # noqa: RUF009
         [], "pixels: the range's two ends, or the list", minimum=1, maximum=MOST_PIXELS
@@ -70,13 +82,17 @@ def data_problems(data: DataSection) -> list[Problem]:
         problems.append((names, f"data.multiscale range needs multiscale_short_sides [lowest, highest], not {sides}."))
     if data.multiscale == "choice" and not sides:
         problems.append((names, "data.multiscale choice needs values in multiscale_short_sides."))
+    if data.multiscale == "batch" and not sides:
+        problems.append((names, "data.multiscale batch needs sides in multiscale_short_sides, such as [480, 640]."))
+    if data.size is not None and len(data.size) != 2:
+        problems.append((("data.size",), f"data.size {data.size} must be [height, width]."))
     if data.multiscale == "none" and sides:
-        text = f"data.multiscale is none, but multiscale_short_sides is {sides}: set range or choice."
+        text = f"data.multiscale is none, but multiscale_short_sides is {sides}: set range, choice or batch."
         problems.append((names, text))
     if data.long_side < data.short_side:
         text = f"data.long_side {data.long_side} is below data.short_side {data.short_side}."
         problems.append((("data.long_side", "data.short_side"), text))
-    if sides and max(sides) > data.long_side:
+    if sides and max(sides) > data.long_side and data.multiscale != "batch":
         text = f"data.multiscale_short_sides goes up to {max(sides)}, above data.long_side {data.long_side}."
         problems.append((("data.multiscale_short_sides", "data.long_side"), text))
     for name in ("annotations", "images"):

@@ -12,7 +12,7 @@ from ..utils.images import resized_size
 # `image` (3, H, W) uint8; in training `boxes` (G, 4) xyxy in its pixels, and `class_labels` (G,). Tensors without the
 # types of torchvision, whose dispatching took nearly half as long as resizing. After `SizeToFit` also `size`.
 Sample = dict[str, Any]
-Multiscale = Literal["none", "range", "choice"]
+Multiscale = Literal["none", "range", "choice", "batch"]
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -50,8 +50,8 @@ class SizeToFit:
         multiscale_short_sides: Sequence[int] = (),
     ) -> None:
         sides = tuple(multiscale_short_sides)
-        if multiscale not in get_args(Multiscale):
-            raise ValueError(f"multiscale must be one of {', '.join(get_args(Multiscale))}, got {multiscale!r}")
+        if multiscale not in get_args(Multiscale)[:3]:
+            raise ValueError(f"multiscale must be one of {', '.join(get_args(Multiscale)[:3])}, got {multiscale!r}")
         if multiscale == "none" and sides:
             raise ValueError(f'multiscale is "none" but multiscale_short_sides is {sides}; set one or the other')
         if multiscale == "range" and (len(sides) != 2 or sides[0] > sides[1]):

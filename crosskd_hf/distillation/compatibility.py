@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PretrainedConfig
 
-from ..models.transformers_detectors import is_dense, label_names, pixel_style, processor_of, size_divisor, strides_of
+from ..models.transformers_detectors import (
+    is_dense,
+    label_names_of,
+    pixel_style,
+    processor_of,
+    size_divisor,
+    strides_of,
+)
 from ..utils.label_names import coco_spelling, near_matches, spelling_problem
 from ..utils.messages import listed
 
@@ -97,7 +104,7 @@ def pair_up(
 def _shared_classes(
     student: PretrainedConfig, teacher: PretrainedConfig, problems: list[str], notes: list[str]
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    student_names, teacher_names = map(coco_spelling, (label_names(student), label_names(teacher)))
+    student_names, teacher_names = map(coco_spelling, (label_names_of(student), label_names_of(teacher)))
     if student_names == teacher_names:
         return None, None
     if near := near_matches(student_names, teacher_names):

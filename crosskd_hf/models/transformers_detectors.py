@@ -36,7 +36,7 @@ def is_dense(config: PretrainedConfig) -> bool:
     return isinstance(config, DenseDetectorConfig)
 
 
-def label_names(config: PretrainedConfig) -> list[str]:
+def label_names_of(config: PretrainedConfig) -> list[str]:
     """Class names by label."""
     return [name for _, name in sorted((config.id2label or {}).items())]
 
@@ -90,6 +90,17 @@ def size_divisor(processor: Any) -> int:
         return divisor
     size = processor.pad_size or processor.size
     return math.gcd(size["height"], size["width"]) if size.get("height") and size.get("width") else 1
+
+
+def side_divisor(config: PretrainedConfig) -> int:
+    """What the sides of every image must be multiples of; 1 for detectors that pad for themselves."""
+    if config.model_type in ("rt_detr", "rt_detr_v2", "d_fine", "deimv2"):
+        return max(config.feat_strides)  # maps of neighbouring levels are joined
+    if config.model_type in ("lw_detr", "rf_detr"):
+        backbone = config.backbone_config
+        lw_detr = config.model_type == "lw_detr"  # whose number of windows is that of both directions together
+        return backbone.patch_size * (backbone.num_windows_side if lw_detr else backbone.num_windows)
+    return 1
 
 
 def detection_losses(model: PreTrainedModel, outputs: Any, labels: TransformersLabels) -> dict[str, Tensor]:

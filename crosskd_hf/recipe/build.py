@@ -4,23 +4,26 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from transformers import set_seed
+from transformers import AutoModelForObjectDetection, BaseImageProcessor, PretrainedConfig, PreTrainedModel, set_seed
+from transformers.image_utils import SizeDict
 
 from ..data.load import load_datasets
+from ..data.settings import DataSection
 from ..distillation.methods import method_class
 from ..distillation.weight_inheritance import inherit_weights
 from ..models import MODELS
-from ..models.architecture import ArchitectureSection, build_config
-from ..models.base import DenseDetector
+from ..models.architecture import ArchitectureSection, build_config, build_transformers_config
 from ..models.image_processing import DenseDetectorImageProcessor
+from ..models.transformers_detectors import FAMILIES, is_dense, processor_of, side_divisor
 from ..training.arguments import DetectionTrainingArguments
 from ..training.distillation_trainer import DistillationTrainer
 from ..training.run_log import use_run_log
 from ..training.trainer import DetectionTrainer
 from ..utils.messages import first_line
 from ..utils.progress import say
-from ..weights.loading import for_labels, load_backbone_weights, load_detector
+from ..weights.loading import for_labels, load_backbone_weights, load_detector, load_processor
 from .sections import ModelSection, Recipe, TeacherSection
 
 logger = logging.getLogger(__name__)
@@ -41,8 +44,9 @@ def build_trainer(recipe: Recipe, arguments: DetectionTrainingArguments | None =
     train_dataset, eval_dataset = load_datasets(recipe.data, args.seed)
     names = train_dataset.split.label_names
     model = build_model(recipe.model, names)
-    processor = DenseDetectorImageProcessor.for_model(model.config, recipe.data.short_side, recipe.data.long_side)
-    parts = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processor}
+    processor = build_processor(model.config, recipe.model.saved, recipe.data)
+    parts: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    parts["processing_class"] = processor
     if recipe.teacher is None:
         trainer = DetectionTrainer(model, args, **parts)
     else:
@@ -50,7 +54,12 @@ def build_trainer(recipe: Recipe, arguments: DetectionTrainingArguments | None =
         if recipe.model.inherit:
             say(inherit_weights(model, teacher, recipe.model.inherit))
         methods = [method_class(name)(settings) for name, settings in recipe.distillation.methods.items()]
-        trainer = DistillationTrainer(model, teacher, args, methods=methods, **parts)
+        teacher_processor = None
+        if not is_dense(teacher.config) and recipe.teacher.checkpoint != "random":
+            teacher_processor = load_processor(recipe.teacher.checkpoint)
+        trainer = DistillationTrainer(
+            model, teacher, args, methods=methods, teacher_processor=teacher_processor, **parts
+        )
     use_run_log(trainer)
     return trainer
 
@@ -67,15 +76,17 @@ def _names_section(name: str) -> Iterator[None]:
 
 
 @_names_section("model")
-def build_model(section: ModelSection, label_names: Sequence[str]) -> DenseDetector:
+def build_model(section: ModelSection, label_names: Sequence[str]) -> PreTrainedModel:
     """The model a recipe trains: from a checkpoint, or new on a pretrained or random backbone.
 
     Raises:
         ValueError: if the backbone or its weights can't be used.
         CheckpointError: if the checkpoint can't be used.
     """
-    if section.checkpoint:
-        return for_labels(load_detector(section.checkpoint, section, label_names), label_names)
+    if section.saved:
+        return for_labels(load_detector(section.saved, section, label_names), label_names)
+    if section.detector in FAMILIES:
+        return _new_transformers_detector(section, label_names)
     config = build_config(section, label_names)
     if section.backbone_weights == "random" and config.frozen_stages:
         logger.warning(
@@ -99,8 +110,59 @@ def build_model(section: ModelSection, label_names: Sequence[str]) -> DenseDetec
     return model
 
 
+def _new_transformers_detector(section: ModelSection, label_names: Sequence[str]) -> PreTrainedModel:
+    model = AutoModelForObjectDetection.from_config(build_transformers_config(section, label_names))
+    weights = section.backbone_weights
+    if weights == "pretrained" or (weights != "random" and weights is not None):
+        load_backbone_weights(model, weights)
+    if not any(parameter.requires_grad for name, parameter in model.named_parameters() if "backbone" in name):
+        logger.warning(
+            "transformers freezes the complete backbone of this %s: it stays as it is. With a backbone of timm "
+            "(backbone_config: {model_type: timm_backbone, backbone: resnet50, ...}) its later stages are trained",
+            section.detector,
+        )
+    return model
+
+
+def build_processor(config: PretrainedConfig, saved: str | None, data: DataSection) -> BaseImageProcessor:
+    """The image processor that goes with a detector, with the sizes of the recipe's data.
+
+    Args:
+        config: of the detector.
+        saved: where the detector comes from, if it isn't new.
+        data: `size`, or `short_side` and `long_side` where the detector's processor keeps the ratio.
+
+    Raises:
+        ValueError: sizes that the detector can't take; the message begins with the key.
+        CheckpointError: the saved processor can't be read.
+    """
+    if is_dense(config):
+        if data.size is not None or data.multiscale == "batch":
+            key = "data.size" if data.size is not None else "data.multiscale=batch"
+            raise ValueError(f"{key} is for detectors of transformers: for this one set data.short_side and long_side")
+        return DenseDetectorImageProcessor.for_model(config, data.short_side, data.long_side)
+    processor: Any = load_processor(saved) if saved else processor_of(config)
+    if data.size is not None:
+        processor.size = SizeDict(height=data.size[0], width=data.size[1])
+    elif processor.size.shortest_edge:
+        processor.size = SizeDict(shortest_edge=data.short_side, longest_edge=data.long_side)
+    fixed = bool(processor.size.height)
+    if data.multiscale != "none" and fixed != (data.multiscale == "batch"):
+        raise ValueError(
+            f"data.multiscale is {data.multiscale}, but {config.model_type}'s images have "
+            + ("one size: set batch" if fixed else "their own ratio: set range or choice, or data.size")
+        )
+    divisor, sides = side_divisor(config), [processor.size.height, processor.size.width] if fixed else []
+    sides += data.multiscale_short_sides if data.multiscale == "batch" else []
+    if divisor > 1 and not fixed:
+        raise ValueError(f"data.size is null, but {config.model_type} needs images of one size: set it, as [640, 640]")
+    if wrong := [side for side in sides if side % divisor]:
+        raise ValueError(f"data.size and multiscale_short_sides must be multiples of {divisor}, not {wrong}")
+    return processor
+
+
 @_names_section("teacher")
-def load_teacher(section: TeacherSection, label_names: Sequence[str]) -> DenseDetector:
+def load_teacher(section: TeacherSection, label_names: Sequence[str]) -> PreTrainedModel:
     """The teacher of a recipe.
 
     Args:
@@ -113,5 +175,7 @@ def load_teacher(section: TeacherSection, label_names: Sequence[str]) -> DenseDe
     """
     if section.checkpoint == "random":
         logger.warning("the teacher has random weights: nothing can be learnt from it")
+        if section.detector in FAMILIES:
+            return AutoModelForObjectDetection.from_config(build_transformers_config(section, label_names))
         return MODELS[section.detector](build_config(section, label_names))
     return load_detector(section.checkpoint, section, label_names)

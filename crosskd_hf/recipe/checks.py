@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ..data.settings import data_problems
 from ..distillation.methods.crosskd import Settings
+from ..models.architecture import architecture_problems
 from ..training.arguments import training_problems
 from ..utils.recipe_fields import Problem
 from .distillation import distillation_problems
@@ -41,10 +42,16 @@ def impossible_combinations(recipe: Recipe) -> list[Problem]:
 
 def _model_problems(recipe: Recipe) -> list[Problem]:
     problems: list[Problem] = []
+    for name, section in (("model", recipe.model), ("teacher", recipe.teacher)):
+        if section:
+            problems += architecture_problems(section, name)
+    if recipe.model.pretrained and recipe.model.checkpoint:
+        text = "model.pretrained and model.checkpoint say the same: leave one of them out."
+        problems.append((("model.pretrained", "model.checkpoint"), text))
     weights = recipe.model.backbone_weights
     # Names of files and URLs have a dot; none, imagenet, ... have not.
     known = weights in ("pretrained", "random") or (weights and ("." in weights or Path(weights).is_file()))
-    if not (known or recipe.model.checkpoint):
+    if not (known or recipe.model.saved):
         text = (
             f"model.backbone_weights is {'null' if weights is None else repr(weights)}; it must be pretrained (by "
             "timm), random (from scratch), or the path or URL of a file."
@@ -57,7 +64,7 @@ def _model_problems(recipe: Recipe) -> list[Problem]:
     if recipe.model.inherit and not recipe.teacher:
         text = "model.inherit needs a teacher to inherit from: add the section teacher, or set model.inherit=[]."
         problems.append((("model.inherit", "teacher"), text))
-    if recipe.model.inherit and recipe.model.checkpoint:
+    if recipe.model.inherit and recipe.model.saved:
         text = "model.inherit and model.checkpoint both say where the weights come from: leave one of them out."
         problems.append((("model.inherit", "model.checkpoint"), text))
     return problems

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from ..models.transformers_detectors import backbone_name
 from ..training.arguments import LIMITS
 from ..training.distillation_trainer import DistillationTrainer
 from ..training.trainer import DetectionTrainer
@@ -17,13 +18,13 @@ def describe(trainer: DetectionTrainer) -> str:
     args = trainer.args
     total, trained = count_parameters(trainer.model)
     lines = [
-        f"model              {trainer.model.config.model_type}, {trainer.model.config.backbone}: "
+        f"model              {trainer.model.config.model_type}, {backbone_name(trainer.model.config)}: "
         f"{total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained",
     ]
     if isinstance(trainer, DistillationTrainer):
         config = trainer.teacher.config
         total, _ = count_parameters(trainer.teacher)
-        name = f"{config.model_type}, {config.backbone}"
+        name = f"{config.model_type}, {backbone_name(config)}"
         lines.append(f"teacher            {name}: {total / 1e6:.2f} M parameters, frozen")
         lines.append(f"distillation       {trainer.methods_text()}")
         lines += [f"                   {note}" for note in trainer.pair.notes]

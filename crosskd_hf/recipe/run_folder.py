@@ -6,10 +6,10 @@ import math
 from itertools import zip_longest
 from pathlib import Path
 
-from transformers import TrainerState
+from transformers import PreTrainedModel, TrainerState
 
 from ..hub.upload import RECIPE_FILE, UPLOADED
-from ..models.base import DenseDetector
+from ..models.transformers_detectors import label_names_of
 from ..training.checkpoints import MARKER, NAME, checkpoint_folders
 from ..training.run_lock import LOCK
 from ..utils.escaping import printable
@@ -189,12 +189,12 @@ def _batch_values(recipe: Recipe) -> list[int]:
     return [recipe.training_values()[name] for name in BATCH]
 
 
-def note_teacher(teacher: DenseDetector, output: Path) -> None:
+def note_teacher(teacher: PreTrainedModel, output: Path) -> None:
     """Write down of which weights a run learns."""
     write_atomically(output / TEACHER_FILE, json.dumps({"sha256": weights_digest(teacher)}) + "\n")
 
 
-def check_teacher(teacher: DenseDetector, output: Path, accept_changes: bool = False) -> None:
+def check_teacher(teacher: PreTrainedModel, output: Path, accept_changes: bool = False) -> None:
     """Refuse to resume with another teacher than a run was begun with, unless that is accepted.
 
     The one at its path may have been trained anew.
@@ -231,7 +231,7 @@ def mark_finished(state: TrainerState, output: Path) -> None:
     write_atomically(output / STATE_FILE, text)
 
 
-def check_classes_of_run(model: DenseDetector, checkpoint: str | None) -> None:
+def check_classes_of_run(model: PreTrainedModel, checkpoint: str | None) -> None:
     """Refuse to resume from a checkpoint of other classes, or of the same in another order, whatever is accepted.
 
     Args:
@@ -244,7 +244,7 @@ def check_classes_of_run(model: DenseDetector, checkpoint: str | None) -> None:
     """
     if checkpoint is None:
         return
-    before, now = type(model.config).from_pretrained(checkpoint).label_names, model.config.label_names
+    before, now = map(label_names_of, (type(model.config).from_pretrained(checkpoint), model.config))
     if before == now:
         return
     pairs = zip_longest(map(repr, before), map(repr, now), fillvalue="absent")

@@ -25,8 +25,14 @@ class ModelSection(ArchitectureSection):
 
     backbone_weights: str | None = setting("pretrained", "pretrained (by timm), random, or a file or URL")
     checkpoint: str | None = setting(None, "start from a complete detector: folder, Hub id or MMDetection .pth")
+    pretrained: str | None = setting(None, "the same for a detector of transformers, under the name it has there")
     # setting() copies a list.
     inherit: list[str] = setting([], "parts that start from the teacher's weights where they fit", ("neck", "head"))  # noqa: RUF009
+
+    @property
+    def saved(self) -> str | None:
+        """The complete detector that training starts from, if any."""
+        return self.checkpoint or self.pretrained
 
 
 @dataclass

@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 from ..hub.upload import METRICS_FILE, RECIPE_FILE, read_recipe
 from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
+from ..models.transformers_detectors import backbone_name, label_names_of
 from ..training.coco_metrics import SETTINGS, SUMMARY_NAMES, percent
 from ..training.step_monitor import memory_gb
 from ..utils.escaping import printable
@@ -103,7 +104,7 @@ def describe_model(
     return ModelInfo(
         source=source,
         detector=model.config.model_type,
-        backbone=model.config.backbone,
+        backbone=backbone_name(model.config),
         parameters=total,
         trained_parameters=trained,
         parts={name: count_parameters(part)[0] for name, part in parts.items()},
@@ -113,7 +114,7 @@ def describe_model(
         latency_ms=1000 * statistics.median(seconds),
         peak_memory_mb=1000 * max(0.0, peak),
         device=_device_name(model.device),
-        labels=model.config.label_names,
+        labels=label_names_of(model.config),
         origin=_origin(model, source),
         metrics=metrics,
         evaluation=evaluation,

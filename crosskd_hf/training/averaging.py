@@ -5,8 +5,7 @@ from typing import cast
 
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-from ..models.base import DenseDetector
+from transformers import PreTrainedModel
 
 AVERAGE_FILE = "ema.safetensors"  # in a checkpoint
 
@@ -22,16 +21,16 @@ class WeightAverage:
         decay: 0..1; the average covers about the last 1 / (1 - decay) steps.
     """
 
-    def __init__(self, model: DenseDetector, decay: float):
+    def __init__(self, model: PreTrainedModel, decay: float):
         self._averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self._averaged.requires_grad_(False)
 
     @property
-    def model(self) -> DenseDetector:
+    def model(self) -> PreTrainedModel:
         """The detector with the averaged weights, in evaluation mode."""
-        return cast(DenseDetector, self._averaged.module.eval())
+        return cast(PreTrainedModel, self._averaged.module.eval())
 
-    def update(self, model: DenseDetector) -> None:
+    def update(self, model: PreTrainedModel) -> None:
         """Add the weights after an optimizer step."""
         self._averaged.update_parameters(model)
 

@@ -7,13 +7,12 @@ from typing import Any
 from accelerate.utils import send_to_device
 from PIL import Image
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.utils.hub import PushInProgress
 
 from ..data.collator import DetectionCollator
 from ..data.dataset import DetectionDataset
-from ..models.base import DenseDetector
-from ..models.image_processing import DenseDetectorImageProcessor
+from ..data.processor_size import ProcessorCollator
 from ..utils.memory import batch_advice
 from .arguments import DetectionTrainingArguments
 from .averaging import WeightAverage
@@ -39,9 +38,9 @@ class BaseTrainer(Trainer):
 
     # Of `transformers.Trainer`, as a detector's trainer has them.
     args: DetectionTrainingArguments
-    model: DenseDetector
-    processing_class: DenseDetectorImageProcessor
-    data_collator: DetectionCollator
+    model: PreTrainedModel
+    processing_class: Any
+    data_collator: DetectionCollator | ProcessorCollator
     train_dataset: DetectionDataset | None
     eval_dataset: DetectionDataset | None
     hub_model_id: str | None  # type: ignore[assignment]
@@ -92,7 +91,9 @@ class BaseTrainer(Trainer):
         device = self.args.device
         # On MPS, a copy that isn't waited for reads memory that may be another tensor's by then.
         batch = send_to_device(batch, device, non_blocking=device.type != "mps")
-        return self.data_collator.finish(batch) if "pixel_sizes" in batch else batch
+        if isinstance(self.data_collator, DetectionCollator) and "pixel_sizes" in batch:
+            return self.data_collator.finish(batch)
+        return batch
 
     def _memory_advice(self, key: str) -> str:
         return batch_advice(self.args, key, self._batch_shape)

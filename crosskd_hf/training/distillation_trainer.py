@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback
 
 from ..data.dataset import DetectionDataset
 from ..data.split import DetectionSplit
-from ..distillation import CrossKD, DistillationPair, KDMethod, PairError
+from ..distillation import CrossKD, DistillationPair, KDMethod, PairError, QueryCrossKD
 from ..distillation.compatibility import PARTLY
-from ..models.base import DenseDetector
-from ..models.image_processing import DenseDetectorImageProcessor
+from ..models.transformers_detectors import is_dense
 from ..utils.distributed import check_same, num_processes
 from ..utils.escaping import printable
 from ..weights.loading import weights_digest
@@ -38,7 +37,8 @@ class DistillationTrainer(DetectionTrainer):
     Args:
         model: the student.
         teacher: a detector, or a folder or Hub id of one. It is frozen, kept outside of DDP and never saved.
-        methods: what the student learns by; None is CrossKD as published for the teacher's detector.
+        methods: what the student learns by; None is CrossKD of the teacher's kind, as published where it is.
+        teacher_processor: makes the teacher's input; None: the one that goes with it.
         args, train_dataset, eval_dataset, processing_class, callbacks, optimizers: see `DetectionTrainer`.
 
     Raises:
@@ -47,20 +47,22 @@ class DistillationTrainer(DetectionTrainer):
 
     def __init__(
         self,
-        model: DenseDetector | str,
-        teacher: DenseDetector | str,
+        model: PreTrainedModel | str,
+        teacher: PreTrainedModel | str,
         args: DetectionTrainingArguments,
         *,
         train_dataset: DetectionDataset | DetectionSplit | None = None,
         eval_dataset: DetectionDataset | DetectionSplit | None = None,
-        processing_class: DenseDetectorImageProcessor | None = None,
+        processing_class: BaseImageProcessor | None = None,
         methods: Sequence[KDMethod] | None = None,
+        teacher_processor: BaseImageProcessor | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
         model, self.teacher = as_detector(model), as_detector(teacher)
-        methods = [CrossKD()] if methods is None else methods
-        self.pair = DistillationPair(model, self.teacher, methods, processing_class, args.seed)
+        if methods is None:
+            methods = [CrossKD() if is_dense(self.teacher.config) else QueryCrossKD()]
+        self.pair = DistillationPair(model, self.teacher, methods, processing_class, args.seed, teacher_processor)
         super().__init__(
             model,
             args,

@@ -6,10 +6,10 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.dataset import DetectionDataset
-from ..models.base import DenseDetector
 from ..utils.memory import out_of_memory_explained
 from ..utils.redact import public
 from .base import BaseTrainer
@@ -77,8 +77,8 @@ class CocoEvaluation(BaseTrainer):
             "data": public(split.source),
             "split": split.name,
             "images": len(split),
-            **dict(zip(("short_side", "long_side"), dataset.size, strict=True)),
-            **{name: getattr(self.processing_class, name) for name in names},
+            **dataset.size,
+            **{name: getattr(self.processing_class, name) for name in names if hasattr(self.processing_class, name)},
             "precision": self.precision,
             **({"step": self.state.global_step} if self.state.max_steps else {}),
             "backend": evaluator.backend,
@@ -87,7 +87,7 @@ class CocoEvaluation(BaseTrainer):
         return metrics
 
     @torch.no_grad()
-    def detect(self, model: DenseDetector, batch: dict) -> list[dict[str, Tensor]]:
+    def detect(self, model: PreTrainedModel, batch: dict) -> list[dict[str, Tensor]]:
         """Detections of a batch in original pixels: `scores`, `labels`, `boxes` xyxy an image."""
         inputs = self.to_device({name: value for name, value in batch.items() if name.startswith("pixel_")})
         with self.accelerator.autocast():

@@ -19,6 +19,7 @@ from transformers.utils.hub import PushInProgress, hf_api
 
 from ..hub.model_card import COCO_METRICS, CardFacts, DataFacts, DetectorFacts, TeacherFacts, unique, write_model_card
 from ..hub.upload import METRICS_FILE, Content, files_to_upload, public_recipe, read_recipe, upload
+from ..models.transformers_detectors import backbone_name, label_names_of
 from ..utils.redact import last_part, public
 from ..version import __version__
 from .base import BaseTrainer
@@ -180,7 +181,7 @@ def trainer_facts(trainer: BaseTrainer, recipe: Content | None, name: str, **mor
     facts = CardFacts(
         name=name,
         detector=_detector_facts(model.config),
-        label_names=model.config.label_names,
+        label_names=label_names_of(model.config),
         repo_id=trainer.hub_model_id,
         teacher=None if teacher is None else _teacher_facts(teacher.config, recipe),
         methods=list(trainer.distilled_by()),
@@ -223,7 +224,7 @@ def data_facts(data: dict[str, Any], images: int | None) -> DataFacts:
 
 
 def _detector_facts(config: PreTrainedConfig) -> DetectorFacts:
-    return DetectorFacts(type(config).__name__.removesuffix("Config"), config.model_type, config.backbone)
+    return DetectorFacts(type(config).__name__.removesuffix("Config"), config.model_type, backbone_name(config))
 
 
 def _teacher_facts(config: PreTrainedConfig, recipe: Content | None) -> TeacherFacts:

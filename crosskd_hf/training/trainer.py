@@ -10,16 +10,17 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
-from transformers import TrainerCallback
+from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
 
 from ..data.collator import DetectionCollator
 from ..data.dataset import DetectionDataset
+from ..data.processor_size import ProcessorCollator
 from ..data.sampler import OrientationBatchSampler
 from ..data.split import DetectionSplit
-from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
+from ..models.transformers_detectors import detection_losses, is_dense, processor_of
 from ..utils.distributed import check_same
 from ..utils.memory import out_of_memory_explained
 from .arguments import DetectionTrainingArguments
@@ -56,18 +57,18 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
 
     def __init__(
         self,
-        model: DenseDetector | str,
+        model: PreTrainedModel | str,
         args: DetectionTrainingArguments,
         *,
         train_dataset: DetectionDataset | DetectionSplit | None = None,
         eval_dataset: DetectionDataset | DetectionSplit | None = None,
-        processing_class: DenseDetectorImageProcessor | None = None,
+        processing_class: BaseImageProcessor | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
         detector = as_detector(model)
         refuse_unsupported(args)
-        processor = processing_class or DenseDetectorImageProcessor.for_model(detector.config)
+        processor = processing_class or processor_of(detector.config)
         datasets: dict[str, DetectionDataset | None] = {}
         for name, data, train in (("train_dataset", train_dataset, True), ("eval_dataset", eval_dataset, False)):
             datasets[name] = dataset = None if data is None else as_dataset(data, processor, train, args.seed)
@@ -79,8 +80,7 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
         super().__init__(
             model=detector,
             args=args,
-            # A GPU normalises faster than the loaders, which then send a quarter of the bytes.
-            data_collator=DetectionCollator(processor, normalize=args.device.type == "cpu"),
+            data_collator=_collator(processor, args),
             train_dataset=datasets["train_dataset"],
             eval_dataset=datasets["eval_dataset"],
             processing_class=processor,
@@ -225,6 +225,8 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
             for name in MODEL_LABELS:  # one compiled program serves any number of boxes
                 torch._dynamo.maybe_mark_dynamic(inputs["labels"][name], 1)
         outputs = model(**inputs)
+        if self.trained_module() is self.model and not is_dense(self.model.config):
+            return detection_losses(self.model, outputs, inputs["labels"]), outputs
         return outputs.loss_dict, outputs
 
     def note_overflow(self) -> None:
@@ -263,6 +265,15 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
             )
         if overflows >= self.state.max_steps:  # usual while the scale is being found, but worth knowing
             logger.warning("GradScaler skipped all %d steps of this run: the weights are as they were", overflows)
+
+
+def _collator(
+    processor: BaseImageProcessor, args: DetectionTrainingArguments
+) -> DetectionCollator | ProcessorCollator:
+    if not isinstance(processor, DenseDetectorImageProcessor):
+        return ProcessorCollator(processor)
+    # A GPU normalises faster than the loaders, which then send a quarter of the bytes.
+    return DetectionCollator(processor, normalize=args.device.type == "cpu")
 
 
 class _TrainingHooks(TrainerCallback):

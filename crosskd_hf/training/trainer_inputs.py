@@ -1,12 +1,15 @@
 """What a trainer is given: made of what stands for it, and refused where it can't work."""
 
+from typing import Any
+
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 from transformers.integrations import is_tensorboard_available, is_trackio_available, is_wandb_available
 
 from ..data.dataset import DetectionDataset
 from ..data.split import DetectionSplit
-from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
+from ..models.transformers_detectors import label_names_of
 from ..utils.label_names import coco_spelling, near_matches, spelling_problem
 from ..utils.messages import listed
 from ..weights.loading import load_detector
@@ -20,9 +23,9 @@ TRACKER_PACKAGES = {
 }
 
 
-def as_detector(model: DenseDetector | str) -> DenseDetector:
+def as_detector(model: PreTrainedModel | str) -> PreTrainedModel:
     """A detector, loaded if a folder or Hub id names it."""
-    return model if isinstance(model, DenseDetector) else load_detector(str(model))
+    return model if isinstance(model, PreTrainedModel) else load_detector(str(model))
 
 
 def refuse_unsupported(args: DetectionTrainingArguments) -> None:
@@ -42,29 +45,33 @@ def refuse_unsupported(args: DetectionTrainingArguments) -> None:
         raise ValueError("FSDP and DeepSpeed aren't supported; these detectors fit a GPU: use plain multi_gpu.")
 
 
-def as_dataset(
-    data: Dataset | DetectionSplit, processor: DenseDetectorImageProcessor, train: bool, seed: int
-) -> DetectionDataset:
+def as_dataset(data: Dataset | DetectionSplit, processor: Any, train: bool, seed: int) -> DetectionDataset:
     """A data set, made of a split if it is one, whose images are then resized as the processor does it.
+
+    Those of transformers' processors are so in any case.
 
     Raises:
         ValueError: it is neither.
     """
-    if isinstance(data, DetectionDataset):
-        return data
-    if not isinstance(data, DetectionSplit):
+    if not isinstance(data, DetectionDataset | DetectionSplit):
         raise ValueError(
             f"a data set must be a DetectionDataset or a DetectionSplit (see load_coco), not {type(data).__name__}"
         )
+    if not isinstance(processor, DenseDetectorImageProcessor):
+        dataset = data if isinstance(data, DetectionDataset) else DetectionDataset(data, train=train, seed=seed)
+        dataset.use_processor(processor)
+        return dataset
+    if isinstance(data, DetectionDataset):
+        return data
     size = processor.size
     return DetectionDataset(
         data, train=train, short_side=size["shortest_edge"], long_side=size["longest_edge"], seed=seed
     )
 
 
-def check_classes(model: DenseDetector, dataset: DetectionDataset, name: str, advice: str) -> None:
+def check_classes(model: PreTrainedModel, dataset: DetectionDataset, name: str, advice: str) -> None:
     """Raise ValueError, with the advice, if a data set of this name has other classes than the model."""
-    model_names, data_names = map(coco_spelling, (model.config.label_names, dataset.split.label_names))
+    model_names, data_names = map(coco_spelling, (label_names_of(model.config), dataset.split.label_names))
     if model_names == data_names:
         return
     if near := near_matches(model_names, data_names):

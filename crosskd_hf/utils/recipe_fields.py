@@ -1,5 +1,6 @@
 """Fields of a recipe's sections: a default, a meaning, and the values that are allowed."""
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,14 +21,14 @@ def setting(
     """A dataclass field that a recipe can set.
 
     Args:
-        default: value of a recipe that doesn't name the field; a list is copied.
+        default: value of a recipe that doesn't name the field; a list or dict is copied.
         help: what the field is, with its unit.
         choices: the only values it takes.
         minimum, maximum: limits of a number, both allowed; of each item of a list.
     """
     metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 

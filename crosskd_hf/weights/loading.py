@@ -18,6 +18,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoImageProcessor,
     AutoModelForObjectDetection,
+    BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -26,6 +27,7 @@ from ..models import CONFIGS, MODELS, DenseDetectorConfig
 from ..models.architecture import ArchitectureSection, build_config
 from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
+from ..models.transformers_detectors import FAMILIES, PROCESSORS, label_names_of
 from ..utils.checksums import MARKER, damage
 from ..utils.label_names import COCO_CLASSES, coco_spelling, loosely, near_matches, spelling_problem
 from ..utils.messages import first_line
@@ -35,9 +37,10 @@ from .mmdet import CheckpointError, check_finite, load_reference_state, read_che
 
 logger = logging.getLogger(__name__)
 CACHE = Path(HF_HOME) / "crosskd_hf"
+OF_DETECTORS = frozenset(PROCESSORS.values())
 
 
-def for_labels(model: DenseDetector, label_names: Sequence[str]) -> DenseDetector:
+def for_labels(model: PreTrainedModel, label_names: Sequence[str]) -> PreTrainedModel:
     """A detector for other classes: everything is kept but the class predictor, which is new.
 
     Args:
@@ -48,9 +51,9 @@ def for_labels(model: DenseDetector, label_names: Sequence[str]) -> DenseDetecto
     Raises:
         CheckpointError: its classes are the data's, but for case, blanks, underscores or hyphens.
     """
-    known, given = model.config.label_names, list(label_names)
+    known, given = label_names_of(model.config), list(label_names)
     if coco_spelling(known) == coco_spelling(given):
-        model.config.label_names = given
+        set_labels(model.config, given)
         return model
     near = near_matches(coco_spelling(known), coco_spelling(given))
     if near and list(map(loosely, known)) == list(map(loosely, given)):  # others would be replaced anyhow
@@ -61,12 +64,31 @@ def for_labels(model: DenseDetector, label_names: Sequence[str]) -> DenseDetecto
         *(len(known), ", ".join(known[:3]), len(given), ", ".join(given[:3])),
     )
     config = copy.deepcopy(model.config)
-    config.label_names = given
-    new = type(model)(config)
-    kept = {name: value for name, value in model.state_dict().items() if "cls_predictor" not in name}
+    set_labels(config, given)
+    new = AutoModelForObjectDetection.from_config(config)
+    per_class = class_weights(config)
+    kept = {name: value for name, value in model.state_dict().items() if name not in per_class}
     missing, unexpected = new.load_state_dict(kept, strict=False)
-    assert not unexpected and all("cls_predictor" in name for name in missing), (missing, unexpected)
+    assert not unexpected and set(missing) <= per_class, (missing, unexpected)
     return new
+
+
+def set_labels(config: PreTrainedConfig, names: Sequence[str]) -> None:
+    """Give a configuration these classes."""
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: label for label, name in enumerate(names)}
+
+
+def class_weights(config: PreTrainedConfig) -> set[str]:
+    """The weights of a detector that belong to classes: predictors, and embeddings of noisy classes."""
+    shapes = []
+    for count in (2, 3):
+        config = copy.deepcopy(config)
+        set_labels(config, [str(label) for label in range(count)])
+        with torch.device("meta"):
+            model = AutoModelForObjectDetection.from_config(config)
+        shapes.append({name: value.shape for name, value in model.state_dict().items()})
+    return {name for name, shape in shapes[0].items() if shape != shapes[1][name]}
 
 
 def load_backbone_weights(model: DenseDetector, path: str) -> None:
@@ -106,7 +128,7 @@ def load_backbone_weights(model: DenseDetector, path: str) -> None:
 
 def load_detector(
     source: str, section: ArchitectureSection | None = None, label_names: Sequence[str] = ()
-) -> DenseDetector:
+) -> PreTrainedModel:
     """A detector from a folder, a Hub id, or an MMDetection `.pth` by path or URL.
 
     Args:
@@ -115,7 +137,7 @@ def load_detector(
         label_names: the classes of a `.pth` that doesn't name them.
 
     Raises:
-        CheckpointError: if it can't be read, isn't one of this package's detectors, lacks weights, has some that
+        CheckpointError: if it can't be read, isn't a detector that is known here, lacks weights, has some that
             aren't finite, or its configuration holds what no detector can be built with.
     """
     shown = public_url(source) if "://" in source else source
@@ -138,7 +160,8 @@ def load_detector(
         raise CheckpointError(
             f"{shown!r} lacks {len(missing)} weights of its model, such as {', '.join(missing[:3])}: save it again."
         )
-    if unexpected := sorted(info["unexpected_keys"]):
+    # What transformers' checkpoints have too many is theirs.
+    if (unexpected := sorted(info["unexpected_keys"])) and isinstance(model, DenseDetector):
         raise CheckpointError(
             f"{shown!r} can't be loaded as a detector: its config.json describes a model without {len(unexpected)} of "
             f"its weights, such as {', '.join(unexpected[:3])}."
@@ -174,13 +197,13 @@ def _check_config(source: str, shown: str) -> None:
             return  # loading tells what is wrong
         model_type = content.get("model_type")
         config_class = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else PreTrainedConfig
-        if not issubclass(config_class, DenseDetectorConfig):
-            known = ", ".join(config.model_type for config in CONFIGS.values())
+        if not issubclass(config_class, DenseDetectorConfig) and model_type not in FAMILIES:
+            known = ", ".join([*(config.model_type for config in CONFIGS.values()), *FAMILIES])
             raise ValueError(
-                f"its model type, {model_type!r}, isn't one of this package's ({known}). Code that a model brings is "
-                "never run here."
+                f"its model type, {model_type!r}, isn't one of those that are known here ({known}). Code that a model "
+                "brings is never run here."
             )
-        names = config_class.from_dict(content).label_names
+        names = label_names_of(config_class.from_dict(content))
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise ValueError(f"id2label gives several labels the same name, such as {twice[0]!r}")
     except Exception as error:  # whatever a file may hold
@@ -210,7 +233,7 @@ def _load_saved(source: str, shown: str) -> tuple[PreTrainedModel, dict[str, Any
         ) from error
 
 
-def load_processor(source: str) -> DenseDetectorImageProcessor:
+def load_processor(source: str) -> BaseImageProcessor:
     """The image processor beside a saved detector, by its folder or Hub id.
 
     Raises:
@@ -218,8 +241,8 @@ def load_processor(source: str) -> DenseDetectorImageProcessor:
     """
     try:
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
-        if not isinstance(processor, DenseDetectorImageProcessor):
-            raise ValueError(f"image_processor_type is {type(processor).__name__}, which isn't this package's")
+        if not isinstance(processor, DenseDetectorImageProcessor) and type(processor).__name__ not in OF_DETECTORS:
+            raise ValueError(f"image_processor_type is {type(processor).__name__}, which is no detector's known here")
         return processor
     except Exception as error:  # whatever a file may hold
         text = getattr(error, "strerror", None) or without_credentials(first_line(error))

@@ -225,7 +225,7 @@ def test_a_list_with_flip_alone_is_the_default(split):
 def test_the_list_is_applied_in_its_order(split):
     zoom = {"zoom_out": {"probability": 1, "side_range": [4, 4]}}
     dataset = dataset_of(split, augment=[zoom, {"flip": {"probability": 1}}, "iou_crop"])
-    names = [type(getattr(step, "transform", step)) for step in dataset.transform.transforms[:3]]
+    names = [type(getattr(step, "transform", step)) for step in dataset.augmentations]
     assert names == [v2.RandomZoomOut, RandomFlip, v2.RandomApply]
 
 
