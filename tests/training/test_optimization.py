@@ -108,15 +108,15 @@ def test_bias_rule_of_fcos():
     found = {group["name"]: (names_of(model, group), group["lr"], group["weight_decay"]) for group in groups}
     assert found == {
         "weights": (["scale", "conv.weight", "norm.weight", "predict.weight"], 0.01, 1e-4),
-        "other biases": (["norm.bias"], 0.01, 0.0),
-        "convolution biases": (["predict.bias"], 0.02, 0.0),
+        "no decay": (["norm.bias"], 0.01, 0.0),
+        "rate x 2, no decay": (["predict.bias"], 0.02, 0.0),
     }
 
 
 def test_bias_rate_alone_leaves_norm_biases_with_the_weights():
     model = Block()
     groups = parameter_groups(model, learning_rate=0.01, weight_decay=1e-4, bias_lr_factor=2.0)
-    assert [group["name"] for group in groups] == ["weights", "convolution biases"]
+    assert [group["name"] for group in groups] == ["weights", "rate x 2"]
     assert "norm.bias" in names_of(model, groups[0])
     assert names_of(model, groups[1]) == ["predict.bias"]
 
