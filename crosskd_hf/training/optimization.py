@@ -99,8 +99,8 @@ def parameter_groups(
         backbone_lr_factor, lr_factors, no_decay: see `rate_factors` and `undecayed`.
 
     Returns:
-        dicts of `name`, `params`, `lr`, `weight_decay`, in the order of the model's parameters; none if the model has
-        nothing to train.
+        dicts of `name`, `params`, `lr`, `weight_decay`: ordinary weights, then the others in the order of the model's
+        parameters; none if the model has nothing to train.
 
     Raises:
         ValueError: a factor is of no parameter.
@@ -115,7 +115,8 @@ def parameter_groups(
         new = {"name": group_name(factor, decayed), "params": [], "lr": learning_rate * factor}
         new["weight_decay"] = weight_decay if decayed else 0.0
         groups.setdefault((factor, decayed), new)["params"].append(parameter)
-    return list(groups.values())
+    # The first group's rate is what transformers logs.
+    return sorted(groups.values(), key=lambda group: group["name"] != "weights")
 
 
 def group_name(factor: float, decayed: bool) -> str:
@@ -130,13 +131,13 @@ def rate_factors(
     """The factor on the learning rate of each parameter by name: the product of all that are of it.
 
     Args:
-        model: a detector, or a `DistillationPair`, in which the methods' own parameters keep the factor 1.
+        model: a detector, or a `DistillationPair`; the names of what its methods train themselves don't count.
         bias_lr_factor: of convolution biases.
         backbone_lr_factor: of what is in a module `backbone`, at any depth.
         lr_factors: one or more components of a dotted name (`sampling_offsets`, `encoder.layers`) -> factor.
 
     Raises:
-        ValueError: a factor other than 1 is of no parameter, trained or not.
+        ValueError: one of `lr_factors`, or a `backbone_lr_factor` that isn't 1, is of no parameter, trained or not.
     """
     conv_biases = {id(m.bias) for m in model.modules() if isinstance(m, nn.Conv2d) and m.bias is not None}
     factors = {name: bias_lr_factor if id(p) in conv_biases else 1.0 for name, p in model.named_parameters()}
