@@ -27,7 +27,7 @@ def detect_images(
     Args:
         model: in evaluation mode.
         processor: the model's.
-        inputs: a dict per image with `pixel_values` (1, 3, H, W) and `pixel_mask` (1, H, W).
+        inputs: a dict per image with `pixel_values` (1, 3, H, W) and, if the processor makes it, `pixel_mask` (1, H, W).
         target_sizes: original (height, width) of each image.
         threshold: detections with a score up to this are left out.
 
@@ -40,10 +40,8 @@ def detect_images(
         groups[image["pixel_values"].shape].append(index)
     detections: dict[int, dict[str, Tensor]] = {}
     for indices in groups.values():
-        batch = {
-            name: torch.cat([inputs[index][name] for index in indices]).to(model.device)
-            for name in ("pixel_values", "pixel_mask")
-        }
+        names = [name for name in ("pixel_values", "pixel_mask") if name in inputs[indices[0]]]
+        batch = {name: torch.cat([inputs[index][name] for index in indices]).to(model.device) for name in names}
         sizes = [target_sizes[index] for index in indices]
         detected = processor.post_process_object_detection(model(**batch), threshold, sizes)
         for index, one in zip(indices, detected, strict=True):

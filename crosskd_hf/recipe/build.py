@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..distillation.weight_inheritance import inherit_weights
 from ..models import MODELS
 from ..models.architecture import ArchitectureSection, build_config, build_transformers_config
 from ..models.image_processing import DenseDetectorImageProcessor
-from ..models.transformers_detectors import FAMILIES, is_dense, processor_of, side_divisor
+from ..models.transformers_detectors import FAMILIES, is_dense, processor_of, side_divisor, strides_of
 from ..training.arguments import DetectionTrainingArguments
 from ..training.distillation_trainer import DistillationTrainer
 from ..training.run_log import use_run_log
@@ -45,6 +46,7 @@ def build_trainer(recipe: Recipe, arguments: DetectionTrainingArguments | None =
     names = train_dataset.split.label_names
     model = build_model(recipe.model, names)
     processor = build_processor(model.config, recipe.model.saved, recipe.data)
+    check_queries(model.config, processor, "model")
     parts: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
     parts["processing_class"] = processor
     if recipe.teacher is None:
@@ -54,6 +56,7 @@ def build_trainer(recipe: Recipe, arguments: DetectionTrainingArguments | None =
         if recipe.model.inherit:
             say(inherit_weights(model, teacher, recipe.model.inherit))
         methods = [method_class(name)(settings) for name, settings in recipe.distillation.methods.items()]
+        check_queries(teacher.config, processor, "teacher")
         teacher_processor = None
         if not is_dense(teacher.config) and recipe.teacher.checkpoint != "random":
             teacher_processor = load_processor(recipe.teacher.checkpoint)
@@ -122,6 +125,26 @@ def _new_transformers_detector(section: ModelSection, label_names: Sequence[str]
             section.detector,
         )
     return model
+
+
+def check_queries(config: PretrainedConfig, processor: Any, name: str) -> None:
+    """Raise ValueError if a detector picks more queries than its encoder has tokens at the data's size.
+
+    Args:
+        config: of the detector, which is called `name`.
+        processor: makes the images.
+    """
+    strides, size = strides_of(config), processor.size
+    picks = not is_dense(config) and getattr(config, "two_stage", True)
+    if not (picks and strides and size.height):
+        return
+    count = getattr(config, "two_stage_num_proposals", config.num_queries)
+    tokens = sum(math.ceil(size.height / stride) * math.ceil(size.width / stride) for stride in strides)
+    if tokens < count:
+        raise ValueError(
+            f"the {name} picks {count} queries, but images of {size.height} x {size.width} give its encoder {tokens} "
+            "places: raise data.size, or lower num_queries in its config"
+        )
 
 
 def build_processor(config: PretrainedConfig, saved: str | None, data: DataSection) -> BaseImageProcessor:

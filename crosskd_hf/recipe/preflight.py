@@ -7,6 +7,7 @@ import torch
 from ..models.transformers_detectors import backbone_name
 from ..training.arguments import LIMITS
 from ..training.distillation_trainer import DistillationTrainer
+from ..training.optimization import groups_of
 from ..training.trainer import DetectionTrainer
 from ..utils.strict_yaml import RecipeError
 from ..weights.loading import count_parameters
@@ -36,11 +37,23 @@ def describe(trainer: DetectionTrainer) -> str:
         f"{args.world_size} processes x {args.gradient_accumulation_steps} accumulated)",
         f"learning rate      {args.scaled_learning_rate:g} ({args.learning_rate:g} at batch "
         f"{args.base_batch_size or args.global_batch_size})",
+        *parameter_groups_told(trainer),
         f"precision          {precision(trainer)}",
         f"steps              {planned_steps(trainer)} ({trainer.steps_per_epoch} an epoch)",
         f"output             {args.output_dir}",
     ]
     return "\n".join(lines)
+
+
+def parameter_groups_told(trainer: DetectionTrainer) -> list[str]:
+    """A line for each group of parameters, if there are several."""
+    groups = groups_of(trainer.trained_module(), trainer.args)
+    lines = []
+    for group in groups if len(groups) > 1 else []:
+        size = sum(parameter.numel() for parameter in group["params"])
+        values = f"learning rate {group['lr']:g}, weight decay {group['weight_decay']:g}"
+        lines.append(f"                   {group['name']}: {size / 1e6:.2f} M parameters, {values}")
+    return lines
 
 
 def precision(trainer: DetectionTrainer) -> str:

@@ -36,7 +36,10 @@ MAY_CHANGE = (
 # Those that make up the global batch with the number of processes: `check_batch` compares the product.
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # What a checkpoint can't be fitted to: weights, and the optimizer's values a parameter group.
-NEEDS_NEW_RUN = ("training.optim", "training.optim_args", "training.bias_lr_factor", "training.bias_weight_decay")
+NEEDS_NEW_RUN = (
+    *("training.optim", "training.optim_args", "training.bias_lr_factor", "training.bias_weight_decay"),
+    *("training.backbone_lr_factor", "training.lr_factors", "training.no_decay"),
+)
 ACCEPT = "--accept-changes"
 SHOWN = 10  # names in a message
 

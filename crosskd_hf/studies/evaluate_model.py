@@ -7,7 +7,6 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from ..data.dataset import DetectionDataset
 from ..data.load import load_split
 from ..data.settings import DataSection
 from ..hub.upload import RECIPE_FILE
@@ -18,7 +17,7 @@ from ..training.arguments import DetectionTrainingArguments
 from ..training.evaluation_loop import EVALUATION_FOLDER
 from ..training.run_log import use_run_log
 from ..training.trainer import DetectionTrainer
-from ..training.trainer_inputs import check_classes
+from ..training.trainer_inputs import as_dataset, check_classes
 from ..utils.distributed import check_same, num_processes, processes_where
 from ..weights.loading import load_detector, load_processor, weights_digest
 
@@ -76,8 +75,7 @@ def evaluate_model(
     same_images = not (path or split)
     limit = max_images or (data.max_val_images if same_images or data.layout == "shapes" else None)
     images = load_split(data, split or data.val_split, limit)
-    size = processor.size
-    dataset = DetectionDataset(images, train=False, short_side=size["shortest_edge"], long_side=size["longest_edge"])
+    dataset = as_dataset(images, processor, train=False, seed=0)
     advice = f"{source} was trained on other classes. Name its own data with --data or --recipe"
     check_classes(model, dataset, "the data", advice)
     args = DetectionTrainingArguments(

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..hub.upload import METRICS_FILE, RECIPE_FILE, read_recipe
 from ..models.base import DenseDetector
-from ..models.image_processing import DenseDetectorImageProcessor
 from ..models.transformers_detectors import backbone_name, label_names_of
 from ..training.coco_metrics import SETTINGS, SUMMARY_NAMES, percent
 from ..training.step_monitor import memory_gb
@@ -67,8 +68,8 @@ class ModelInfo:
 
 
 def describe_model(
-    model: DenseDetector,
-    processor: DenseDetectorImageProcessor,
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
     source: str,
     size: tuple[int, int] | None = None,
     batch_size: int = 1,
@@ -86,9 +87,9 @@ def describe_model(
     """
     model.eval()
     if size is None:
-        short, long = processor.size["shortest_edge"], processor.size["longest_edge"]
-        size = resized_size(short, round(short * ASPECT), short, long)
-    height, width = (-(-side // processor.size_divisor) * processor.size_divisor for side in size)
+        size = _usual_size(processor)
+    divisor = getattr(processor, "size_divisor", None) or 1
+    height, width = (-(-side // divisor) * divisor for side in size)
     pixels = torch.rand(batch_size, 3, height, width, device=model.device)
     before = memory_gb(model.device)
     with torch.inference_mode():
@@ -100,14 +101,13 @@ def describe_model(
     total, trained = count_parameters(model)
     metrics = _metrics(source)
     evaluation = metrics.pop(SETTINGS, {})
-    parts = {"backbone": model.backbone, "FPN": model.fpn, "head": model.head}
     return ModelInfo(
         source=source,
         detector=model.config.model_type,
         backbone=backbone_name(model.config),
         parameters=total,
         trained_parameters=trained,
-        parts={name: count_parameters(part)[0] for name, part in parts.items()},
+        parts={name: count_parameters(part)[0] for name, part in _parts(model).items()},
         weight_mb=sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / 1e6,
         input_size=tuple(pixels.shape),
         gflops=counter.get_total_flops() / 1e9,
@@ -119,6 +119,21 @@ def describe_model(
         metrics=metrics,
         evaluation=evaluation,
     )
+
+
+def _usual_size(processor: Any) -> tuple[int, int]:
+    if processor.size.height:
+        return processor.size.height, processor.size.width
+    short, long = processor.size["shortest_edge"], processor.size["longest_edge"]
+    return resized_size(short, round(short * ASPECT), short, long)
+
+
+def _parts(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """A dense detector's parts; those of transformers' under the names that they have there."""
+    if isinstance(model, DenseDetector):
+        return {"backbone": model.backbone, "FPN": model.fpn, "head": model.head}
+    inner = getattr(model, model.base_model_prefix)
+    return {**dict(inner.named_children()), **{name: p for name, p in model.named_children() if p is not inner}}
 
 
 def format_info(info: ModelInfo) -> str:
@@ -144,7 +159,7 @@ def format_info(info: ModelInfo) -> str:
     return "\n".join(f"{name:<14}{printable(text)}" for name, text in lines)
 
 
-def _timed(model: DenseDetector, processor: DenseDetectorImageProcessor, pixels: torch.Tensor) -> float:
+def _timed(model: PreTrainedModel, processor: Any, pixels: torch.Tensor) -> float:
     start = time.perf_counter()
     processor.post_process_object_detection(model(pixels), threshold=0.0)
     if pixels.is_cuda:
@@ -166,7 +181,7 @@ def _beside(source: str, name: str) -> Path | None:
     return None
 
 
-def _origin(model: DenseDetector, source: str) -> list[str]:
+def _origin(model: PreTrainedModel, source: str) -> list[str]:
     saved_by = getattr(model.config, "transformers_version", None)
     lines = [f"saved by transformers {saved_by}"] if saved_by else []
     path = _beside(source, RECIPE_FILE)

@@ -1,5 +1,7 @@
 """Training arguments: transformers' own, with detection's defaults and the few settings it lacks."""
 
+import contextlib
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -13,6 +15,7 @@ from transformers.training_args import OptimizerNames
 from ..utils.recipe_fields import Problem
 
 WARMUP_STYLES = ("linear", "constant")
+NO_DECAY = ("none", "norms", "norms_and_biases")
 # What the trainer can't work with otherwise, or would silently ignore -> (value, why).
 FIXED_ARGUMENTS: dict[str, tuple[Any, str]] = {
     "bf16_full_eval": (False, "boxes need fp32; bf16: true evaluates the networks in bfloat16"),
@@ -40,6 +43,7 @@ UNSUPPORTED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
+LR_FACTORS = (0.0, 1000.0)
 # Lowest and highest value. Not in the fields' metadata: HfArgumentParser hands that to argparse as it is.
 # The highest ones are far above what is ever meant: they catch slips such as 1e30.
 LIMITS: dict[str, tuple[float, float]] = {
@@ -51,8 +55,10 @@ LIMITS: dict[str, tuple[float, float]] = {
     "adam_epsilon": (0.0, 1.0),
     "warmup_start_factor": (0.0, 1.0),
     "lr_gamma": (0.0, 1.0),
-    "bias_lr_factor": (0.0, 1000.0),
+    "bias_lr_factor": LR_FACTORS,
+    "backbone_lr_factor": LR_FACTORS,
     "ema_decay": (0.0, 0.999999),
+    "ema_warmup_steps": (0, 1e9),
     "max_grad_norm": (0.0, math.inf),
     "num_train_epochs": (0.0, 1e6),
     "max_steps": (-1, 1e9),
@@ -101,9 +107,23 @@ class DetectionTrainingArguments(TrainingArguments):
     lr_gamma: float = field(default=0.1, metadata={"help": "Learning rate factor at each milestone."})
     bias_lr_factor: float = field(default=1.0, metadata={"help": "Learning rate factor of convolution biases."})
     bias_weight_decay: bool = field(default=True, metadata={"help": "Whether biases (norms' too) are decayed."})
+    no_decay: str = field(
+        default="none",
+        metadata={"help": "What isn't decayed: none, norms (weights and biases), or norms_and_biases (all biases)."},
+    )
+    backbone_lr_factor: float = field(default=1.0, metadata={"help": "Learning rate factor of the backbone."})
+    # As transformers types its own: HfArgumentParser reads the union as text, and __post_init__ that as JSON.
+    lr_factors: dict[str, float] | str | None = field(
+        default=None,
+        metadata={"help": "Part of parameters' names -> learning rate factor, such as {sampling_offsets: 0.1}."},
+    )
     ema_decay: float | None = field(
         default=None,
         metadata={"help": "Average weights exponentially, such as 0.999; evaluated and saved instead. null: off."},
+    )
+    ema_warmup_steps: int = field(
+        default=0,
+        metadata={"help": "The average's decay at update t is ema_decay * (1 - exp(-t / this)); 0: constant."},
     )
     group_by_orientation: bool = field(default=True, metadata={"help": "Batches of upright or of wide images only."})
     channels_last: bool = field(
@@ -137,6 +157,9 @@ class DetectionTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         # Before transformers' own: its __post_init__ sets up the process group, and these mistakes need none.
         refuse_unsupported_launch()
+        if isinstance(self.lr_factors, str):
+            with contextlib.suppress(json.JSONDecodeError):  # told below
+                self.lr_factors = json.loads(self.lr_factors)
         if problems := training_problems(vars(self)):
             raise ValueError("\n".join(message for _, message in problems))
         super().__post_init__()
@@ -183,7 +206,41 @@ def training_problems(values: Mapping[str, Any]) -> list[Problem]:
         if value is not None and not (low <= value <= high and math.isfinite(value)):
             limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             problems.append(((name,), f"{name} is {value}; it must be {limits}."))
-    return problems + _schedule_problems(values)
+    return [*problems, *_group_problems(values), *_schedule_problems(values)]
+
+
+def _group_problems(values: Mapping[str, Any]) -> list[Problem]:
+    problems: list[Problem] = []
+    factors, no_decay = values["lr_factors"], values["no_decay"]
+    if factors is not None and not _are_lr_factors(factors):
+        text = (
+            f"lr_factors is {factors!r}; it must map parts of parameters' names to factors from {LR_FACTORS[0]:g} to "
+            f"{LR_FACTORS[1]:g}, such as {{sampling_offsets: 0.1}}."
+        )
+        problems.append((("lr_factors",), text))
+    if no_decay not in NO_DECAY:
+        problems.append((("no_decay",), f"no_decay is {no_decay!r}; it must be one of {', '.join(NO_DECAY)}."))
+    elif no_decay != "none" and not values["bias_weight_decay"]:
+        text = (
+            f"no_decay {no_decay} and bias_weight_decay false both say which biases aren't decayed: leave "
+            "bias_weight_decay true, and set no_decay norms_and_biases if none is to be."
+        )
+        problems.append((("no_decay", "bias_weight_decay"), text))
+    if values["ema_warmup_steps"] > 0 and values["ema_decay"] is None:
+        text = (
+            f"ema_warmup_steps is {values['ema_warmup_steps']}, but ema_decay is null, so that nothing is averaged: "
+            "set ema_decay, such as 0.9998, or ema_warmup_steps 0."
+        )
+        problems.append((("ema_warmup_steps", "ema_decay"), text))
+    return problems
+
+
+def _are_lr_factors(factors: Any) -> bool:
+    """Whether they are text -> number within the limits."""
+    if not isinstance(factors, Mapping):
+        return False
+    numbers = [f for f in factors.values() if isinstance(f, int | float) and LR_FACTORS[0] <= f <= LR_FACTORS[1]]
+    return len(numbers) == len(factors) and all(isinstance(part, str) for part in factors)
 
 
 def _schedule_problems(values: Mapping[str, Any]) -> list[Problem]:

@@ -267,7 +267,7 @@ class SafeSaving(HubUpload):
     def begin(self) -> None:
         """At the beginning of training, once the checkpoint is loaded: all that `transformers.Trainer` leaves open."""
         if self.args.ema_decay is not None:
-            self.average = WeightAverage(self.model, self.args.ema_decay)
+            self.average = WeightAverage(self.model, self.args.ema_decay, self.args.ema_warmup_steps)
         if self._resumed_from is None:
             return
         if self.average is not None:

@@ -52,7 +52,8 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
             be given: detectors have their own, and COCO's metrics.
 
     Raises:
-        ValueError: if the data's labels aren't the model's, or the arguments ask for DataParallel, FSDP or DeepSpeed.
+        ValueError: if the data's labels aren't the model's, the arguments ask for DataParallel, FSDP or DeepSpeed, or
+            a learning rate factor is of no parameter.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        groups_of(self.trained_module(), args)  # a factor that is of no parameter ends here, and not in `train`
         self.monitor = StepMonitor(self.args.device)
         self.train_sampler: OrientationBatchSampler | None = None
         self.termination = TerminationSignal()

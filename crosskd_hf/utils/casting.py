@@ -16,6 +16,8 @@ def cast(value: Any, hint: Any) -> Any:
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     members = arguments if origin in (typing.Union, types.UnionType) else (hint,)
+    if hint is Any:
+        return value
     if value is None:
         if type(None) in members:
             return None
@@ -41,6 +43,8 @@ def cast(value: Any, hint: Any) -> Any:
         raise ValueError(f"must be one of {', '.join(map(repr, arguments))}")
     if dict in (origin, hint) and not isinstance(value, dict):
         raise ValueError("is no mapping")
+    if origin is dict:
+        return {cast(key, arguments[0]): cast(item, arguments[1]) for key, item in value.items()}
     return value
 
 
@@ -51,7 +55,7 @@ def _cast_union(value: Any, members: Sequence[Any]) -> Any:
         members = [member for member in members if member is not str]
     # A type that takes the value as it is goes before one that casts it.
     for member in members:
-        if isinstance(member, type) and type(value) is member:
+        if type(value) is (typing.get_origin(member) or member):
             return cast(value, member)
     errors = []
     for member in members:

@@ -58,6 +58,14 @@ def test_a_dry_run_describes_and_stops(recipe: Path, capsys: pytest.CaptureFixtu
     assert not (recipe.parent / "run").exists(), "nothing is written"
 
 
+def test_a_dry_run_tells_the_groups_of_parameters(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    train.main([str(recipe), "training.lr_factors={head: 1e-1}", "training.base_batch_size=null", "--dry-run"])
+    groups = re.findall(r"(weights|rate x 0.1): \d+\.\d+ M parameters, learning rate (\S+),", capsys.readouterr().out)
+    assert sorted(groups) == [("rate x 0.1", "1e-05"), ("weights", "0.0001")]
+    with pytest.raises(SystemExit, match=r"lr_factors: 'heads' is in no parameter's name\. Did you mean head"):
+        train.main([str(recipe), "training.lr_factors={heads: 0.1}", "--dry-run"])
+
+
 def test_overrides_may_stand_behind_options(recipe: Path, capsys: pytest.CaptureFixture) -> None:
     words = ["training.max_steps=7", "--dry-run", "training.seed=3", "data.max_train_images=4"]
     cli.main(["train", str(recipe), *words])

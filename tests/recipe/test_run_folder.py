@@ -146,7 +146,13 @@ def test_a_default_that_is_written_out_is_no_change(tmp_path: Path) -> None:
         run_folder.check_output(recipe("training.momentum=0.8"), tmp_path)
 
 
-@pytest.mark.parametrize("change", ["model.detector=atss", "model.fpn_channels=128", "training.bias_lr_factor=2"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("model.detector=atss", "model.fpn_channels=128", "training.bias_lr_factor=2", "training.no_decay=norms"),
+        *("training.backbone_lr_factor=0.1", "training.lr_factors={head: 0.1}"),
+    ],
+)
 def test_what_checkpoints_do_not_fit_is_refused_all_the_same(tmp_path: Path, change: str) -> None:
     recipe().save(tmp_path / RECIPE_FILE)
     with pytest.raises(RecipeError, match=f"don't fit another .*{change.partition('=')[0]}"):

@@ -3,12 +3,23 @@
 import copy
 
 import pytest
+import timm.layers
 import torch
 from torch import nn
+from transformers import (
+    DeformableDetrConfig,
+    DeformableDetrForObjectDetection,
+    DFineConfig,
+    DFineForObjectDetection,
+    ResNetConfig,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+)
 
 from crosskd_hf.training.arguments import DetectionTrainingArguments
 from crosskd_hf.training.optimization import (
     build_optimizer,
+    is_norm,
     multistep_scheduler,
     parameter_groups,
     warmup_multistep_factor,
@@ -108,17 +119,156 @@ def test_bias_rule_of_fcos():
     found = {group["name"]: (names_of(model, group), group["lr"], group["weight_decay"]) for group in groups}
     assert found == {
         "weights": (["scale", "conv.weight", "norm.weight", "predict.weight"], 0.01, 1e-4),
-        "other biases": (["norm.bias"], 0.01, 0.0),
-        "convolution biases": (["predict.bias"], 0.02, 0.0),
+        "no decay": (["norm.bias"], 0.01, 0.0),
+        "rate x 2, no decay": (["predict.bias"], 0.02, 0.0),
     }
 
 
 def test_bias_rate_alone_leaves_norm_biases_with_the_weights():
     model = Block()
     groups = parameter_groups(model, learning_rate=0.01, weight_decay=1e-4, bias_lr_factor=2.0)
-    assert [group["name"] for group in groups] == ["weights", "convolution biases"]
+    assert [group["name"] for group in groups] == ["weights", "rate x 2"]
     assert "norm.bias" in names_of(model, groups[0])
     assert names_of(model, groups[1]) == ["predict.bias"]
+
+
+class QueryDetector(nn.Module):
+    """The parts of a query-based detector, as transformers names them."""
+
+    def __init__(self):
+        super().__init__()
+        layer = {"sampling_offsets": nn.Linear(4, 2), "norm": nn.LayerNorm(4)}
+        parts = {"backbone": nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), "layer": nn.ModuleDict(layer)}
+        self.model = nn.ModuleDict({**parts, "backbone_projection": nn.Linear(4, 4)})
+        self.level_embed = nn.Parameter(torch.zeros(4))
+
+
+def grouped(model: nn.Module, **rules) -> dict:
+    """Group -> names, rate and decay, of a rate of 8 and a decay of 1."""
+    groups = parameter_groups(model, learning_rate=8.0, weight_decay=1.0, **rules)
+    return {group["name"]: (names_of(model, group), group["lr"], group["weight_decay"]) for group in groups}
+
+
+def test_rules_of_query_based_detectors():
+    rules = {"backbone_lr_factor": 0.25, "lr_factors": {"sampling_offsets": 0.5}, "no_decay": "norms_and_biases"}
+    undecayed = ["model.backbone.0.bias", "model.backbone.1.weight", "model.backbone.1.bias"]
+    assert grouped(QueryDetector(), **rules) == {
+        "weights": (["level_embed", "model.backbone_projection.weight"], 8.0, 1.0),
+        "rate x 0.25": (["model.backbone.0.weight"], 2.0, 1.0),
+        "rate x 0.25, no decay": (undecayed, 2.0, 0.0),
+        "rate x 0.5": (["model.layer.sampling_offsets.weight"], 4.0, 1.0),
+        "rate x 0.5, no decay": (["model.layer.sampling_offsets.bias"], 4.0, 0.0),
+        "no decay": (["model.layer.norm.weight", "model.layer.norm.bias", "model.backbone_projection.bias"], 8.0, 0.0),
+    }
+
+
+def test_norms_without_decay():
+    norms = [f"model.{name}.{kind}" for name in ("backbone.1", "layer.norm") for kind in ("weight", "bias")]
+    groups = grouped(QueryDetector(), no_decay="norms")
+    assert list(groups) == ["weights", "no decay"] and groups["no decay"] == (norms, 8.0, 0.0)
+    assert list(grouped(QueryDetector(), no_decay="none")) == ["weights"]
+    attention = nn.MultiheadAttention(4, 1)
+    assert list(grouped(attention, no_decay="norms")) == ["weights"]
+    assert grouped(attention, no_decay="norms_and_biases")["no decay"][0] == ["in_proj_bias", "out_proj.bias"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        *[(layer, True) for layer in (nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.BatchNorm1d(4), nn.RMSNorm(4))],
+        *[(layer, True) for layer in (nn.SyncBatchNorm(4), timm.layers.BatchNormAct2d(4), timm.layers.LayerNorm2d(4))],
+        (type("FrozenBatchNorm2dOfX", (nn.Module,), {})(), True),
+        (type("ConvNormLayer", (nn.Module,), {})(), False),
+        (nn.Conv2d(4, 4, 1), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_norm_layers(layer, expected):
+    assert is_norm(layer) == expected
+
+
+def test_factors_multiply():
+    factors = {"sampling_offsets": 0.5, "layer": 0.5, "backbone": 0.5, "level_embed": 0.0}
+    rules = {"bias_lr_factor": 2.0, "backbone_lr_factor": 0.25, "lr_factors": factors}
+    found = grouped(QueryDetector(), **rules)
+    assert {name: rate for names, rate, _ in found.values() for name in names} == {
+        "level_embed": 0.0,
+        "model.backbone.0.weight": 1.0,
+        "model.backbone.0.bias": 2.0,  # a convolution's
+        "model.backbone.1.weight": 1.0,
+        "model.backbone.1.bias": 1.0,
+        "model.layer.sampling_offsets.weight": 2.0,
+        "model.layer.sampling_offsets.bias": 2.0,
+        "model.layer.norm.weight": 4.0,
+        "model.layer.norm.bias": 4.0,
+        "model.backbone_projection.weight": 8.0,
+        "model.backbone_projection.bias": 8.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"lr_factors": {"layer": 1, "sampling_ofsets": 0.1}}, "lr_factors: 'sampling_ofsets'.*mean sampling_offsets"),
+        ({"lr_factors": {"offsets": 0.1}}, "lr_factors: 'offsets' is in no parameter's name"),  # of no whole component
+        ({"lr_factors": {"layer.bias": 0.1}}, "'layer.bias' is in no"),
+        ({"lr_factors": {"": 0.1}}, "'' is in no"),
+        ({"lr_factors": {"methods": 0.1}}, "'methods' is in no"),
+    ],
+)
+def test_a_factor_of_no_parameter_is_named(rules, message):
+    with pytest.raises(ValueError, match=message):
+        grouped(QueryDetector(), **rules)
+
+
+def test_a_model_without_backbone_needs_no_factor_of_it():
+    assert list(grouped(Block(), backbone_lr_factor=1.0)) == ["weights"]
+    with pytest.raises(ValueError, match="backbone_lr_factor: 'backbone' is in no parameter's name"):
+        grouped(Block(), backbone_lr_factor=0.1)
+    frozen = QueryDetector()
+    frozen.model["backbone"].requires_grad_(False)
+    assert list(grouped(frozen, backbone_lr_factor=0.1)) == ["weights"]
+
+
+def test_methods_have_no_backbone():
+    pair = nn.ModuleDict({"student": QueryDetector(), "methods": nn.ModuleDict({"backbone": nn.Linear(1, 1)})})
+    groups = grouped(pair, backbone_lr_factor=0.5, lr_factors={"layer.norm": 0.5})
+    halved = [*(f"backbone.{i}" for i in range(2)), "layer.norm"]
+    assert groups["rate x 0.5"][0] == [f"student.model.{n}.{kind}" for n in halved for kind in ("weight", "bias")]
+    assert {"methods.backbone.weight", "methods.backbone.bias"} < set(groups["weights"][0])
+
+
+def tiny_deformable_detr() -> nn.Module:
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, layer_type="basic")
+    layers = {"encoder_layers": 1, "decoder_layers": 2, "d_model": 64}
+    return DeformableDetrForObjectDetection(DeformableDetrConfig(backbone_config=backbone, **layers))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: RTDetrForObjectDetection(RTDetrConfig()),
+        lambda: DFineForObjectDetection(DFineConfig()),
+        tiny_deformable_detr,
+    ],
+    ids=["rt_detr", "d_fine", "deformable_detr"],
+)
+def test_detectors_of_transformers(build):
+    with torch.device("meta"):
+        model = build()
+    groups = grouped(model, backbone_lr_factor=0.5, lr_factors={"sampling_offsets": 0.25}, no_decay="norms")
+    backbone = [name for name, p in model.model.backbone.named_parameters(prefix="model.backbone") if p.requires_grad]
+    assert sorted(backbone) == sorted(
+        name for group, (names, *_) in groups.items() if group.startswith("rate x 0.5") for name in names
+    )
+    assert groups["rate x 0.25"][0] and all("sampling_offsets" in name for name in groups["rate x 0.25"][0])
+    norms = {
+        f"{prefix}.{kind}"
+        for prefix, module in model.named_modules()
+        for kind, _ in module.named_parameters(recurse=False)
+        if isinstance(module, (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm))
+    }
+    assert norms == {name for names, _, decay in groups.values() if decay == 0 for name in names}
 
 
 def test_optimizer_has_the_scaled_rate_momentum_and_decay(tmp_path):
@@ -127,6 +277,10 @@ def test_optimizer_has_the_scaled_rate_momentum_and_decay(tmp_path):
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.01 * 4 / 16, 0.9, 1e-4)
     assert group["fused"]
     assert not build_optimizer(nn.Linear(2, 2, device="meta"), args).param_groups[0]["fused"]
+    rules = {"no_decay": "norms", "lr_factors": {"predict": 0.5}}
+    groups = build_optimizer(Block(), arguments(tmp_path, **rules)).param_groups
+    found = [(group["name"], group["lr"], group["weight_decay"]) for group in groups]
+    assert found == [("weights", 0.01, 1e-4), ("no decay", 0.01, 0.0), ("rate x 0.5", 0.005, 1e-4)]
     with pytest.raises(ValueError, match="nothing to train"):
         build_optimizer(nn.Linear(2, 2).requires_grad_(False), args)
 

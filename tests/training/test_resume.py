@@ -23,6 +23,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from crosskd_hf.data.coco import load_coco
 from crosskd_hf.data.dataset import DetectionDataset
 from crosskd_hf.training import checkpoints
+from crosskd_hf.training.averaging import AVERAGE_FILE
 from crosskd_hf.training.checkpoints import last_complete_checkpoint
 from crosskd_hf.training.distillation_trainer import DistillationTrainer
 from crosskd_hf.training.trainer import DetectionTrainer
@@ -125,6 +126,22 @@ def resumed(root: Path, expected: str, **options) -> dict:
     torch.manual_seed(999)
     trainer.train(resume_from_checkpoint=checkpoint)
     return final_state(trainer)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant_with_warmup", "warmup_stable_decay"])
+def test_groups_schedules_and_the_average_are_resumed(tmp_path: Path, schedule: str) -> None:
+    options = {"lr_milestones": None, "lr_scheduler_type": schedule, "warmup_steps": 4, "eval_strategy": "no"}
+    if schedule == "warmup_stable_decay":
+        options["lr_scheduler_kwargs"] = {"num_decay_steps": 2, "min_lr_ratio": 0.5}
+    options |= {"backbone_lr_factor": 0.5, "lr_factors": {"cls_predictor": 0.25}, "no_decay": "norms_and_biases"}
+    options |= {"ema_decay": 0.9, "ema_warmup_steps": 3, "max_grad_norm": 0.1}
+    whole = undisturbed(tmp_path, **options)
+    assert len(whole["rates"]) == 6, "backbone, class predictor and the rest, decayed or not"
+    interrupted(tmp_path, 5, **options)
+    assert_same(whole, resumed(tmp_path, "checkpoint-3", **options))
+    averages = [load_file(tmp_path / run / "checkpoint-6" / AVERAGE_FILE) for run in ("undisturbed", "cut")]
+    assert_same(*averages)
+    assert averages[0]["n_averaged"] == 1 + 6, "the initial weights and six updates"
 
 
 @pytest.mark.parametrize(("workers", "accumulation", "teacher"), [(0, 1, False), (2, 2, True)])

@@ -40,7 +40,7 @@ def test_learning_rate_and_decay(name: str) -> None:
     # name -> (learning rate, weight decay) over those of ordinary weights
     expected = {"weights": (1, 1e-4)}
     if fcos:
-        expected |= {"convolution biases": (2, 0.0), "other biases": (1, 0.0)}
+        expected |= {"rate x 2, no decay": (2, 0.0), "no decay": (1, 0.0)}
     assert set(groups) == set(expected)
     for step, rate in {**(CONSTANT if fcos else LINEAR), **(TWO_X if two_x else ONE_X)}.items():
         for group, (multiple, decay) in expected.items():

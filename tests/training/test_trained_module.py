@@ -105,6 +105,33 @@ def test_it_is_resumed_bit_for_bit(tmp_path: Path) -> None:
         again.load_methods(checkpoint)
 
 
+@pytest.mark.parametrize("most", [0.1, 0.0])
+def test_gradients_are_clipped_with_those_of_the_methods(tmp_path: Path, most: float) -> None:
+    trainer, norms = build(tmp_path, max_grad_norm=most, max_steps=2, save_strategy="no"), []
+
+    def measure(args, state, control, **kwargs) -> None:
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in trainer.pair.parameters() if p.grad is not None]))
+
+    callback = TrainerCallback()
+    callback.on_pre_optimizer_step = measure
+    trainer.add_callback(callback)
+    trainer.train()
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert len(logged) == 2 and min(logged) > 0.1, "before they are clipped"
+    assert [norm.item() for norm in norms] == pytest.approx([0.1, 0.1] if most else logged, rel=1e-4)
+
+
+def test_groups_of_a_pair(tmp_path: Path) -> None:
+    """The student's backbone is slower; the methods' adapters are not. What is of no parameter is named at once."""
+    trainer = build(tmp_path, backbone_lr_factor=0.5)
+    slow = {id(p) for p in trainer.model.backbone.parameters() if p.requires_grad}
+    weights, backbone = trainer.create_optimizer().param_groups  # the first one's rate is logged
+    assert (weights["lr"], backbone["lr"], {id(p) for p in backbone["params"]}) == (0.01, 0.005, slow)
+    assert {id(p) for p in trainer.pair.methods.parameters()} <= {id(p) for p in weights["params"]}
+    with pytest.raises(ValueError, match="lr_factors: 'sampling_offsets' is in no parameter's name"):
+        build(tmp_path, lr_factors={"sampling_offsets": 0.1})
+
+
 def test_the_best_checkpoint_is_loaded_with_its_methods_and_average(tmp_path: Path) -> None:
     options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "max_steps": 4}
     trainer = build(tmp_path, ema_decay=0.5, **options)

@@ -240,6 +240,35 @@ def test_accumulated_losses_are_means_of_batches(tmp_path: Path) -> None:
         torch.testing.assert_close(weights - before[name], steps.mean(0), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "options", "factors"),
+    [
+        ("cosine", {}, {0: 0, 1: 0.5, 2: 1, 4: 0.8535534, 6: 0.5, 10: 0}),  # (1 + cos(pi (t - 2) / 8)) / 2
+        ("constant_with_warmup", {}, {0: 0, 1: 0.5, 2: 1, 10: 1}),
+        # Flat for four steps, then in four to a half by a cosine; the warm-up begins at the half, too.
+        (
+            "warmup_stable_decay",
+            {"num_decay_steps": 4, "min_lr_ratio": 0.5},
+            {0: 0.5, 1: 0.75, 2: 1, 6: 1, 7: 0.9267767, 8: 0.75, 10: 0.5},
+        ),
+    ],
+)
+def test_transformers_schedules_keep_the_ratio_of_the_groups(
+    tmp_path: Path, schedule: str, options: dict, factors: dict
+) -> None:
+    values = {"lr_milestones": None, "lr_scheduler_type": schedule, "warmup_steps": 2, "lr_scheduler_kwargs": options}
+    args = tiny_args(tmp_path / "run", learning_rate=1.0, max_steps=10, backbone_lr_factor=0.25, **values)
+    trainer = DetectionTrainer(tiny_model(), args)
+    optimizer = trainer.create_optimizer()
+    scheduler = trainer.create_scheduler(10, optimizer)
+    for step in range(11):
+        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        if step in factors:
+            assert rates == pytest.approx({"rate x 0.25": factors[step] / 4, "weights": factors[step]}, abs=1e-6)
+        optimizer.step()
+        scheduler.step()
+
+
 def test_models_can_be_named_by_folder_and_bring_their_processor(tmp_path: Path) -> None:
     tiny_model("fcos", backbone="resnet26", backbone_style="caffe").save_pretrained(tmp_path / "model")
     tiny_model(seed=2).save_pretrained(tmp_path / "teacher")

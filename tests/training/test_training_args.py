@@ -31,6 +31,8 @@ def test_defaults_are_the_published_schedule(tmp_path):
     assert (args.warmup_steps, args.warmup_start_factor, args.warmup_style) == (500, 0.001, "linear")
     assert (args.per_device_train_batch_size, args.base_batch_size, args.max_grad_norm) == (2, 16, 0.0)
     assert (args.bias_lr_factor, args.bias_weight_decay) == (1.0, True)
+    assert (args.backbone_lr_factor, args.lr_factors, args.no_decay) == (1.0, None, "none")
+    assert (args.ema_decay, args.ema_warmup_steps) == (None, 0)
     assert (args.metric_for_best_model, args.greater_is_better, args.report_to) == ("AP", True, [])
     assert args.label_names == ["labels"]
 
@@ -44,8 +46,10 @@ def test_known_names_and_help_texts(tmp_path):
 
 def test_command_line_parser_takes_them(tmp_path):
     (args,) = HfArgumentParser(DetectionTrainingArguments).parse_args_into_dataclasses(
-        f"--output_dir {tmp_path} --use_cpu true --lr_milestones 2 3.5 --warmup_style constant".split()
+        f"--output_dir {tmp_path} --use_cpu true --lr_milestones 2 3.5 --warmup_style constant --no_decay norms "
+        '--lr_factors {"sampling_offsets":0.1} --ema_decay 0.9 --ema_warmup_steps 20'.split()
     )
+    assert (args.lr_factors, args.no_decay, args.ema_warmup_steps) == ({"sampling_offsets": 0.1}, "norms", 20)
     assert args.lr_milestones == [2, 3.5]
     assert args.warmup_style == "constant"
 
@@ -101,6 +105,22 @@ def test_global_batch_counts_the_processes(tmp_path, monkeypatch):
         ({"lr_gamma": 2}, "lr_gamma is 2"),
         ({"warmup_start_factor": -0.1}, "warmup_start_factor is -0.1"),
         ({"bias_lr_factor": -2.0}, "bias_lr_factor is -2.0"),
+        ({"backbone_lr_factor": -0.1}, "backbone_lr_factor is -0.1; it must be from 0.0 to 1000.0"),
+        (
+            {"lr_factors": {"a": -0.1}},
+            "lr_factors is {'a': -0.1}; it must map parts .* from 0 to 1000, such",
+        ),
+        ({"lr_factors": {"a": 1000.1}}, "lr_factors is {'a': 1000.1}"),
+        ({"lr_factors": {"a": float("nan")}}, "lr_factors is {'a': nan}"),
+        ({"lr_factors": {"a": "0.1"}}, "lr_factors is {'a': '0.1'}"),
+        ({"lr_factors": {1: 0.1}}, "lr_factors is {1: 0.1}"),
+        ({"lr_factors": ["a"]}, r"lr_factors is \['a'\]"),
+        ({"lr_factors": "a: 0.1"}, "lr_factors is 'a: 0.1'"),
+        ({"no_decay": "biases"}, "no_decay is 'biases'; it must be one of none, norms, norms_and_biases"),
+        ({"no_decay": "norms", "bias_weight_decay": False}, "no_decay norms and bias_weight_decay false both say"),
+        ({"no_decay": "norms_and_biases", "bias_weight_decay": False}, "norms_and_biases and bias_weight_decay false"),
+        ({"ema_warmup_steps": -1, "ema_decay": 0.9}, "ema_warmup_steps is -1; it must be from 0"),
+        ({"ema_warmup_steps": 1}, "ema_warmup_steps is 1, but ema_decay is null"),
         ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0"),
         ({"base_batch_size": 0}, "base_batch_size is 0; it must be from 1"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0"),
@@ -144,6 +164,11 @@ def test_refused_with_field_and_value(tmp_path, values, message):
         {"max_steps": 1000, "num_train_epochs": 1},
         {"optim": "adamw_torch", "optim_args": "eps=1e-6"},
         {"base_batch_size": None},
+        {"backbone_lr_factor": 0.0, "lr_factors": {"a": 0, "b.c": 1000.0}},
+        {"lr_factors": {}},
+        {"no_decay": "norms", "bias_lr_factor": 2.0},
+        {"no_decay": "none", "bias_weight_decay": False},
+        {"ema_decay": 0.9, "ema_warmup_steps": 1},
         {"num_train_epochs": 24, "lr_milestones": [16, 22]},
     ],
 )
