@@ -27,7 +27,8 @@ def detect_images(
     Args:
         model: in evaluation mode.
         processor: the model's.
-        inputs: a dict per image with `pixel_values` (1, 3, H, W) and, if the processor makes it, `pixel_mask` (1, H, W).
+        inputs: a dict per image with `pixel_values` (1, 3, H, W) and, if the processor makes one, `pixel_mask`
+            (1, H, W).
         target_sizes: original (height, width) of each image.
         threshold: detections with a score up to this are left out.
 
