@@ -6,8 +6,11 @@ Initial box heads are nearly constant and would hide errors.
 import torch
 from transformers import (
     AutoModelForObjectDetection,
+    ConditionalDetrConfig,
+    DabDetrConfig,
     DeformableDetrConfig,
     Deimv2Config,
+    DetrConfig,
     DFineConfig,
     HGNetV2Config,
     LwDetrConfig,
@@ -17,6 +20,7 @@ from transformers import (
     RTDetrConfig,
     RTDetrResNetConfig,
     RTDetrV2Config,
+    YolosConfig,
 )
 
 LABELS = {0: "cat", 1: "dog", 2: "emu"}
@@ -108,6 +112,18 @@ def deformable_options(**options) -> dict:
     } | options
 
 
+def detr_options(**options) -> dict:
+    """Of DETR, Conditional DETR and DAB-DETR."""
+    names = ("encoder_ffn_dim", "decoder_ffn_dim", "num_queries")
+    common = {name: value for name, value in deformable_options(**options).items() if name in (*names, *options)}
+    backbone = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic", out_features=["stage4"]
+    )
+    sizes = {"d_model": 16, "hidden_size": 16, "encoder_layers": 1, "decoder_layers": 2}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return {"backbone_config": backbone, "use_timm_backbone": False, "dropout": 0.0, **sizes, **heads, **common}
+
+
 def lw_detr_options(**options) -> dict:
     """Of LW-DETR."""
     return {
@@ -170,10 +186,28 @@ CONFIGS = {
 }
 
 
+# Families without a decoder that can be distilled.
+DECODERLESS = {
+    "detr": lambda **o: DetrConfig(**detr_options(**o)),
+    "conditional_detr": lambda **o: ConditionalDetrConfig(**detr_options(**o)),
+    "dab_detr": lambda **o: DabDetrConfig(**detr_options(**o)),
+    "yolos": lambda **o: YolosConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=[64, 96],
+        patch_size=16,
+        num_detection_tokens=QUERIES,
+        **o,
+    ),
+}
+
+
 def query_model(family: str, seed: int = 0, labels: dict[int, str] = LABELS, **options) -> PreTrainedModel:
     """A detector of a family, in training mode."""
     torch.manual_seed(seed)
-    model = AutoModelForObjectDetection.from_config(CONFIGS[family](id2label=labels, **options))
+    model = AutoModelForObjectDetection.from_config((CONFIGS | DECODERLESS)[family](id2label=labels, **options))
     generator = torch.Generator().manual_seed(seed)
     if family.startswith("deformable"):
         model.model.backbone.requires_grad_(True)  # transformers freezes all of a ResNet of its own, not of timm's

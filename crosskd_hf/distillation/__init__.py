@@ -7,6 +7,7 @@ from .methods.mimic import Mimic
 from .methods.pkd import PKD
 from .methods.query_crosskd import QueryCrossKD
 from .methods.query_mimic import QueryMimic
+from .methods.soft_boxes import SoftBoxes
 from .observation import Observation, Observer, PairError, Predictions, Targets
 from .pair import DistillationPair, PairOutput
 
@@ -23,6 +24,7 @@ __all__ = [
     "Predictions",
     "QueryCrossKD",
     "QueryMimic",
+    "SoftBoxes",
     "Targets",
     "method_class",
     "method_names",

@@ -56,6 +56,16 @@ class KDMethod(nn.Module):
         """
         raise NotImplementedError
 
+    def labels(self, labels: Any, teacher: Observation, student_observer: Observer, teacher_observer: Observer) -> Any:
+        """What the student learns from its own losses; here, what it is given.
+
+        Args:
+            labels: as the student takes them; None of an unlabelled batch.
+            teacher: of the same images.
+            student_observer, teacher_observer: those that `connect` was given.
+        """
+        return labels
+
     def terms(
         self, student: Observation, teacher: Observation, student_observer: Observer, teacher_observer: Observer
     ) -> dict[str, Tensor]:

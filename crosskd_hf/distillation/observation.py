@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..models.box_coding import distances_to_boxes
+from ..models.outputs import GroundTruth
+from ..models.transformers_detectors import processor_of
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class Observation:
         taps: state of the half-run head, if a method asked for it.
         predictions: if a method asked for them.
         targets: with labels only.
+        outputs: the model's output as its image processor reads it, if a method asked for detections.
+        image_sizes: (N, 2) height and width of each image without padding, beside `outputs`.
         context: the family's own: priors; a decoder's memory and queries.
     """
 
@@ -93,6 +98,8 @@ class Observation:
     taps: Taps | None = None
     predictions: Predictions | None = None
     targets: Targets | None = None
+    outputs: Any = None
+    image_sizes: Tensor | None = None
     context: Any = None
 
 
@@ -104,22 +111,27 @@ class Observer(nn.Module):
 
     Args:
         model: the detector.
+        processor: its image processor; None: the one that goes with it.
 
     Attributes:
         model_type: of its configuration, by which methods know published weights.
         strides: pixels per cell of the levels that both models have; none if there are no such.
         feature_channels: of the maps after the neck.
+        classes: (S,) its labels that the other model knows, in the student's order; None: all, in this order.
     """
 
     model_type: str
     strides: tuple[int, ...]
     feature_channels: int
+    classes: Tensor | None
     model: PreTrainedModel
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None):
         super().__init__()
         self.__dict__["model"] = model  # not registered
         self.model_type = model.config.model_type
+        self.processor: Any = processor
+        self.keeps_outputs = False
 
     def ask_for_taps(self, index: int, raw: bool = False) -> None:
         """Have observations show the head's state after `index` blocks; raw: before the ReLU.
@@ -132,6 +144,54 @@ class Observer(nn.Module):
     def ask_for_predictions(self) -> None:
         """Have observations keep the model's own predictions."""
         raise self._is_not("compared prior by prior")
+
+    def ask_for_detections(self) -> None:
+        """Have observations keep what `detections` reads."""
+        self.keeps_outputs = True
+        self.processor = self.processor or processor_of(self.model.config)
+
+    @torch.compiler.disable
+    def detections(self, observation: Observation, score_threshold: float, count: int) -> GroundTruth:
+        """What the model finds, after its image processor's post-processing. The host waits for the device.
+
+        Args:
+            observation: of this model, which was asked for detections.
+            score_threshold: a detection's score must be above. (What the processor itself leaves out stays out.)
+            count: the best detections of an image that are kept.
+
+        Returns:
+            the boxes, clipped to the image and padded to `count`; labels are this model's.
+        """
+        sizes = observation.image_sizes
+        assert sizes is not None  # see `ask_for_detections`
+        detected = self.processor.post_process_object_detection(observation.outputs, score_threshold, sizes)
+        shape = (len(sizes), count)
+        boxes, scores, labels = sizes.new_zeros(*shape, 4), sizes.new_zeros(shape), sizes.new_zeros(shape).long()
+        for i, (one, (height, width)) in enumerate(zip(detected, sizes.tolist(), strict=True)):
+            best = one["scores"].argsort(descending=True, stable=True)[:count]
+            scores[i, : len(best)], labels[i, : len(best)] = one["scores"][best], one["labels"][best]
+            corners = one["boxes"][best].float().unflatten(1, (2, 2))
+            boxes[i, : len(best)] = corners.clamp(min=0).minimum(sizes.new_tensor([width, height])).flatten(1)
+        return GroundTruth(boxes, labels, (scores > 0) & (boxes[..., 2:] > boxes[..., :2]).all(-1), scores)
+
+    def ground_truth(self, labels: Any, image_sizes: Tensor) -> GroundTruth:
+        """Labels as this model takes them -> padded boxes.
+
+        Args:
+            labels: of a batch.
+            image_sizes: (N, 2) height and width of each image without padding.
+        """
+        raise NotImplementedError
+
+    def labels_with(self, labels: Any, more: GroundTruth, image_sizes: Tensor) -> Any:
+        """Labels as this model takes them, with further boxes.
+
+        Args:
+            labels: of a batch; None: there are no other boxes.
+            more: the further boxes, padded; labels are this model's.
+            image_sizes: (N, 2) height and width of each image without padding.
+        """
+        raise NotImplementedError
 
     def tap_channels(self) -> dict[str, int]:
         """Part of the taps -> its channels."""

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -81,7 +82,7 @@ class DistillationPair(nn.Module):
         self.methods = nn.ModuleDict(by_name)
         self.pixels = pairing.pixels
         self.student_observer = observe(student, pairing.levels[0], pairing.classes[0])
-        self.teacher_observer = observe(teacher, pairing.levels[1], pairing.classes[1])
+        self.teacher_observer = observe(teacher, pairing.levels[1], pairing.classes[1], teacher_processor)
         self.notes = list(pairing.notes)
         problems = list(pairing.problems)
         if len(self.methods) < len(methods):
@@ -127,6 +128,8 @@ class DistillationPair(nn.Module):
         with torch.no_grad():
             pixels = pixel_values if self.pixels is None else self.pixels(pixel_values, pixel_mask)
             teacher = self.teacher_observer(pixels, pixel_mask)
+            for method in self.methods.values():
+                labels = cast(KDMethod, method).labels(labels, teacher, self.student_observer, self.teacher_observer)
         student = self.student_observer(pixel_values, pixel_mask, labels)
         terms = dict(student.loss_dict)
         for method in self.methods.values():

@@ -55,7 +55,10 @@ class GFLForObjectDetection(DenseDetector):
         box_normalizer = mean_over_ranks(confidence.sum()).clamp(min=1)
         weights = confidence / box_normalizer
 
-        quality = class_targets(truth, assignment, predictions.logits, iou.detach())
+        quality = iou.detach()
+        if truth.scores is not None:
+            quality = quality * truth.scores.gather(1, assignment.box_index)
+        quality = class_targets(truth, assignment, predictions.logits, quality)
         cls_loss = quality_focal_loss(predictions.logits, quality, config.quality_focal_beta)
         bins = (targets / priors.strides).clamp(min=0, max=config.reg_max - 0.1)
         dfl_loss = distribution_focal_loss(self.bins(predictions.boxes), bins).mean(dim=-1)

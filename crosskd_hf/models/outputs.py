@@ -66,11 +66,19 @@ class HeadPredictions:
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Padded ground truth of a batch: boxes (N, G, 4) xyxy pixels, labels (N, G), mask (N, G) True for real boxes."""
+    """Padded boxes of a batch.
+
+    Attributes:
+        boxes: (N, G, 4) xyxy pixels.
+        labels: (N, G).
+        mask: (N, G) bool, True for real boxes.
+        scores: (N, G) 0..1, how sure each box is; None: all are.
+    """
 
     boxes: Tensor
     labels: Tensor
     mask: Tensor
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,16 @@ def pad_ground_truth(labels: list[dict[str, Tensor]] | dict[str, Tensor], batch:
         if missing := {"boxes", "class_labels", "mask"} - set(labels):
             raise ValueError(f"padded labels need boxes, class_labels and mask; {', '.join(sorted(missing))} missing")
         boxes, classes, mask = labels["boxes"].float(), labels["class_labels"], labels["mask"]
+        scores = labels.get("scores")
     else:
         boxes, classes, mask = _padded(labels)
+        scores = None
     if len(mask) != batch:
         raise ValueError(f"{len(mask)} labels were given for {batch} images; labels is a list with a dict per image.")
     if mask.shape[1] == 0:
         boxes, classes, mask = boxes.new_zeros(batch, 1, 4), classes.new_zeros(batch, 1), mask.new_zeros(batch, 1)
-    return GroundTruth(boxes, classes, mask)
+        scores = None
+    return GroundTruth(boxes, classes, mask, scores)
 
 
 def _padded(labels: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -68,8 +68,8 @@ class QueryCrossKD(KDMethod):
         """Adapt queries or memory, both with `memory_queries: student`, where the widths differ."""
         if not (isinstance(student, QueryObserver) and isinstance(teacher, QueryObserver)):
             raise PairError("query_crosskd is for two query-based detectors; between dense ones it is crosskd")
-        self.resolved = settings = _resolved(self.settings, student, teacher)
         widths = student.decoder.width, teacher.decoder.width
+        self.resolved = settings = _resolved(self.settings, student, teacher)
         self.adapter = nn.Identity() if widths[0] == widths[1] else nn.Linear(*widths)
         if settings.memory_queries == "student":
             self.query_adapter = nn.Identity() if widths[0] == widths[1] else nn.Linear(*widths)

@@ -38,6 +38,7 @@ class QueryMimic(KDMethod):
         """Refuse other families."""
         if not (isinstance(student, QueryObserver) and isinstance(teacher, QueryObserver)):
             raise PairError("query_mimic is for two query-based detectors; between dense ones it is mimic")
+        _ = student.decoder, teacher.decoder  # a detector without one is refused
 
     def terms(
         self, student: Observation, teacher: Observation, student_observer: Observer, teacher_observer: Observer

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from transformers import BaseImageProcessor
 
 from ...models.base import DenseDetector, Labels
-from ...models.outputs import DetectionLosses, GroundTruth, HeadPredictions, Priors
-from ...models.targets import unpadded_sizes
+from ...models.outputs import DenseDetectorOutput, DetectionLosses, GroundTruth, HeadPredictions, Priors
+from ...models.targets import pad_ground_truth, unpadded_sizes
 from ..alignment import align
 from ..observation import Observation, Observer, PairError, Predictions, Targets
 
@@ -63,13 +64,20 @@ class DenseObserver(Observer):
         model: the detector.
         levels: which of its levels the other model has, too; None: all.
         classes: (S,) its labels that the other model knows, in the student's order; None: all, in this order.
+        processor: its image processor; None: the one that goes with it.
     """
 
     model: DenseDetector
     classes: Tensor | None
 
-    def __init__(self, model: DenseDetector, levels: Sequence[int] | None = None, classes: Tensor | None = None):
-        super().__init__(model)
+    def __init__(
+        self,
+        model: DenseDetector,
+        levels: Sequence[int] | None = None,
+        classes: Tensor | None = None,
+        processor: BaseImageProcessor | None = None,
+    ):
+        super().__init__(model, processor)
         strides = model.config.strides
         self.levels = None if levels is None else tuple(levels)
         self.strides = tuple(strides if levels is None else (strides[i] for i in levels))
@@ -118,7 +126,7 @@ class DenseObserver(Observer):
         model = self.model
         features = model.fpn(model.backbone(pixel_values.to(model.dtype)))
         observation = Observation(features=self._at_levels(features), strides=self.strides, context=DenseContext())
-        if labels is None and self.tap_index is None and not self.keeps_predictions:
+        if labels is None and self.tap_index is None and not (self.keeps_predictions or self.keeps_outputs):
             return observation
         head = model.head(features, tap_index=self.tap_index, raw_taps=self.raw_taps)
         if self.tap_index is not None:
@@ -139,6 +147,9 @@ class DenseObserver(Observer):
                     targets=_targets(losses, truth, sizes),
                     context=replace(observation.context, losses=losses),
                 )
+            if self.keeps_outputs:
+                outputs = self._outputs(predictions, priors, sizes)
+                observation = replace(observation, outputs=outputs, image_sizes=sizes)
             if self.keeps_predictions:
                 mask = model.class_weights(model.valid_priors(priors, sizes))
                 predictions, mask = self._rows(predictions, mask, priors.level_sizes)
@@ -149,6 +160,30 @@ class DenseObserver(Observer):
                     context=replace(observation.context, priors=priors, predictions=predictions),
                 )
         return observation
+
+    def ground_truth(self, labels: Labels, image_sizes: Tensor) -> GroundTruth:
+        """See `Observer.ground_truth`."""
+        return pad_ground_truth(labels, len(image_sizes))
+
+    def labels_with(self, labels: Labels | None, more: GroundTruth, image_sizes: Tensor) -> dict[str, Tensor]:
+        """Padded labels: rows are added, so that their number doesn't depend on what was detected."""
+        parts = [more] if labels is None else [self.ground_truth(labels, image_sizes), more]
+        scores = [part.mask.float() if part.scores is None else part.scores for part in parts]
+        return {
+            "boxes": torch.cat([part.boxes for part in parts], 1),
+            "class_labels": torch.cat([part.labels for part in parts], 1),
+            "mask": torch.cat([part.mask for part in parts], 1),
+            "scores": torch.cat(scores, 1),
+        }
+
+    def _outputs(self, predictions: HeadPredictions, priors: Priors, image_sizes: Tensor) -> DenseDetectorOutput:
+        return DenseDetectorOutput(
+            logits=predictions.logits,
+            pred_boxes=self.model.decode(predictions.boxes, priors),
+            centerness=predictions.centerness,
+            image_sizes=image_sizes,
+            level_sizes=torch.tensor(priors.level_sizes).expand(len(image_sizes), -1),
+        )
 
     def finish(self, taps: DenseTaps, guide: Observation) -> Predictions:
         """The towers from the tapped block on, and the prediction convolutions."""

@@ -2,50 +2,68 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from torchvision.ops import box_convert
+from transformers import BaseImageProcessor, PreTrainedModel
 
+from ...models.outputs import GroundTruth
+from ...models.targets import pad_ground_truth, unpadded_sizes
 from ...models.transformers_detectors import TransformersLabels, detection_losses, strides_of
 from ..observation import Observation, Observer, PairError
 from .decoders import DECODERS, decoder_of
-from .decoders.decoder import LayerPredictions
+from .decoders.decoder import LayerPredictions, QueryDecoder
 
 
 class QueryObserver(Observer):
-    """Observes a detector of one of the families in `DECODERS`. Observations have its `Run` as their context.
+    """Observes a detector. Of the families in `DECODERS`, observations have its `Run` as their context.
 
     Args:
         model: the detector.
         levels: which of its levels the other model has, too; None: all.
         classes: (S,) its labels that the other model knows, in the student's order; None: all, in this order.
+        processor: its image processor; None: the one that goes with it.
 
     Attributes:
-        decoder: its decoder, layer by layer.
         picks: whether its queries start at tokens or boxes that the encoder picks.
 
     Raises:
-        PairError: the family isn't among them, or has a setting that transformers can't run.
+        PairError: it has a setting that transformers can't run.
     """
 
     classes: Tensor | None
 
-    def __init__(self, model: PreTrainedModel, levels: Sequence[int] | None = None, classes: Tensor | None = None):
-        super().__init__(model)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        levels: Sequence[int] | None = None,
+        classes: Tensor | None = None,
+        processor: BaseImageProcessor | None = None,
+    ):
+        super().__init__(model, processor)
         config, strides = model.config, strides_of(model.config)
-        if config.model_type not in DECODERS:
-            raise PairError(
-                f"{config.model_type} has no decoder that can be distilled; those of {', '.join(DECODERS)} can"
-            )
         if getattr(config, "learn_initial_query", False) or getattr(config, "eval_idx", -1) != -1:
             raise PairError(
                 f"{config.model_type}: learn_initial_query and eval_idx can't be set: transformers can't run them"
             )
-        self.decoder = decoder_of(model)
+        self._decoder = decoder_of(model) if config.model_type in DECODERS else None
         self.picks = getattr(config, "two_stage", True)
         self.levels = tuple(range(len(strides)) if levels is None else levels)
         self.strides = tuple(strides[level] for level in self.levels)
-        self.feature_channels = self.decoder.width
+        self.feature_channels = self._decoder.width if self._decoder else 0
         self.register_buffer("classes", classes, persistent=False)
+
+    @property
+    def decoder(self) -> QueryDecoder:
+        """The detector's decoder, layer by layer.
+
+        Raises:
+            PairError: the family isn't in `DECODERS`.
+        """
+        if self._decoder is None:
+            known = ", ".join(DECODERS)
+            raise PairError(f"{self.model_type} has no decoder that can be distilled; those of {known} can")
+        return self._decoder
 
     def forward(
         self, pixel_values: Tensor, pixel_mask: Tensor | None = None, labels: TransformersLabels | None = None
@@ -56,14 +74,39 @@ class QueryObserver(Observer):
             pixel_values, pixel_mask, labels: as the detector takes them.
         """
         given = {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "labels": labels}
-        run = self.decoder.run(**{name: value for name, value in given.items() if value is not None})
-        maps = run.memory.maps()
+        given = {name: value for name, value in given.items() if value is not None}
+        run = None if self._decoder is None else self._decoder.run(**given)
+        outputs = self.model(**given) if run is None else run.outputs
+        maps = [] if run is None else run.memory.maps()
         return Observation(
-            loss_dict={} if labels is None else detection_losses(self.model, run.outputs, labels),
+            loss_dict={} if labels is None else detection_losses(self.model, outputs, labels),
             features=[maps[level] for level in self.levels],
             strides=self.strides,
+            outputs=outputs if self.keeps_outputs else None,
+            image_sizes=unpadded_sizes(pixel_values, pixel_mask) if self.keeps_outputs else None,
             context=run,
         )
+
+    def ground_truth(self, labels: TransformersLabels, image_sizes: Tensor) -> GroundTruth:
+        """See `Observer.ground_truth`."""
+        scales = image_sizes.flip(1).repeat(1, 2)
+        boxes = [box_convert(label["boxes"], "cxcywh", "xyxy") * s for label, s in zip(labels, scales, strict=True)]
+        relabelled = [{**label, "boxes": xyxy} for label, xyxy in zip(labels, boxes, strict=True)]
+        return pad_ground_truth(relabelled, len(image_sizes))
+
+    def labels_with(
+        self, labels: TransformersLabels | None, more: GroundTruth, image_sizes: Tensor
+    ) -> list[dict[str, Tensor]]:
+        """A dict per image: `class_labels` and `boxes`. The given boxes stay as they are; scores aren't passed on."""
+        boxes = box_convert(more.boxes, "xyxy", "cxcywh") / image_sizes.flip(1).repeat(1, 2)[:, None]
+        rows = zip(more.labels, boxes, more.mask, strict=True)
+        added = [{"class_labels": classes[mask], "boxes": cxcywh[mask]} for classes, cxcywh, mask in rows]
+        if labels is None:
+            return added
+        return [
+            {name: torch.cat([label[name], values]) for name, values in new.items()}
+            for label, new in zip(labels, added, strict=True)
+        ]
 
     def final(self, observation: Observation) -> LayerPredictions:
         """Predictions after the last layer, of the classes that both models know."""
