@@ -21,7 +21,7 @@ PROCESSORS = {
     "deformable_detr": "DeformableDetrImageProcessor",
     "lw_detr": "DeformableDetrImageProcessor",
     "rf_detr": "RfDetrImageProcessor",
-    "dab_detr": "ConditionalDetrImageProcessor",
+    "dab-detr": "ConditionalDetrImageProcessor",
     "conditional_detr": "ConditionalDetrImageProcessor",
     "detr": "DetrImageProcessor",
     "yolos": "YolosImageProcessor",
