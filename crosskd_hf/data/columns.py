@@ -59,12 +59,12 @@ def load_columns(
         CacheError: see `open_cache`.
     """
     where = f"{path}, split {split!r}"
-    source = _open(path, split, config, cache_dir)
-    _refuse_foreign_paths(source, where, [path, cache_dir or datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE])
+    source = open_split(path, split, config, cache_dir)
+    refuse_foreign_paths(source, where, path, cache_dir)
     splits = {where: source}
     if not (label_names or isinstance(category_feature(source, where), datasets.ClassLabel)):
         for other in sorted({*other_splits} - {split}):
-            splits[f"{path}, split {other!r}"] = _open(path, other, config, cache_dir)
+            splits[f"{path}, split {other!r}"] = open_split(path, other, config, cache_dir)
     vocabulary = build_vocabulary(splits, label_names, category_ids, where)
     fingerprint, folder = source._fingerprint, Path(path).expanduser() / split_and_part(split)[0]
     if on_error == "skip" and (folder / METADATA).is_file():  # images that were left out may be put right later
@@ -74,7 +74,7 @@ def load_columns(
         """The checked annotations, without the images, which stay where they are."""
         problems = Problems()
         records = _records(source, vocabulary, where, problems)
-        checked = check_records(records, _sources(source), problems, where, on_error, box_format, box_unit)
+        checked = check_records(records, sources_of(source), problems, where, on_error, box_format, box_unit)
         columns = {**annotation_features(vocabulary.names), "row": datasets.Value("int64")}
         rows = ({**arrow_row(record), "row": position} for position, record in checked)
         return datasets.Features(columns), cache_note(vocabulary.category_ids, problems), rows
@@ -89,8 +89,14 @@ def load_columns(
     return DetectionSplit(dataset, vocabulary.names, *read_cache_note(rows.info, where), split, path)
 
 
-def _open(path: str, split: str, config: str | None, cache_dir: CacheDir) -> datasets.Dataset:
-    """A split with undecoded images in the column `image`."""
+def open_split(
+    path: str,
+    split: str,
+    config: str | None,
+    cache_dir: CacheDir,
+    needed: Sequence[str] = ("image", "objects"),
+) -> datasets.Dataset:
+    """A split with undecoded images in the column `image`, that has all columns that are needed."""
     where, folder = f"{path}, split {split!r}", Path(path).expanduser()
     try:
         source = _open_anything(path, split, config, cache_dir)
@@ -107,7 +113,7 @@ def _open(path: str, split: str, config: str | None, cache_dir: CacheDir) -> dat
             "must be a Hub id, or a folder of Parquet files, of save_to_disk, or of images with metadata.jsonl; for a "
             "folder with annotations/ set data.layout=coco."
         ) from error
-    return _with_image_column(source, where)
+    return _with_image_column(source, where, needed)
 
 
 def _open_anything(path: str, split: str, config: str | None, cache_dir: CacheDir) -> datasets.Dataset:
@@ -137,8 +143,8 @@ def _from_disk(folder: Path, split: str) -> datasets.Dataset:
     return saved[split]
 
 
-def _with_image_column(source: datasets.Dataset, where: str) -> datasets.Dataset:
-    for name in ("image", "objects"):
+def _with_image_column(source: datasets.Dataset, where: str, needed: Sequence[str]) -> datasets.Dataset:
+    for name in needed:
         if name not in source.column_names:
             raise DataError(
                 f"{where} has no column {name!r}, but {', '.join(source.column_names)}. A detection data set has "
@@ -152,13 +158,14 @@ def _with_image_column(source: datasets.Dataset, where: str) -> datasets.Dataset
     return source.with_format(None).cast_column("image", datasets.Image(decode=False))
 
 
-def _refuse_foreign_paths(source: datasets.Dataset, where: str, roots: Sequence[str | os.PathLike[str]]) -> None:
+def refuse_foreign_paths(source: datasets.Dataset, where: str, path: str, cache_dir: CacheDir) -> None:
     """A row may name an image instead of holding it; only files of the data set itself are opened."""
+    roots = [path, cache_dir or datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
     allowed = [Path(root).expanduser().resolve() for root in roots]
-    for path, is_embedded in _paths(source):
-        if path and not (is_embedded or any(Path(path).resolve().is_relative_to(root) for root in allowed)):
+    for file, is_embedded in _paths(source):
+        if file and not (is_embedded or any(Path(file).resolve().is_relative_to(root) for root in allowed)):
             raise DataError(
-                f"{where}: the image {printable(path)} lies outside the data set: put it there, or embed its bytes"
+                f"{where}: the image {printable(file)} lies outside the data set: put it there, or embed its bytes"
             )
 
 
@@ -209,7 +216,7 @@ def _records(source: datasets.Dataset, vocabulary: Vocabulary, where: str, probl
     return records
 
 
-def _sources(source: datasets.Dataset) -> Iterable[ImageSource]:
+def sources_of(source: datasets.Dataset) -> Iterable[ImageSource]:
     for row in source.select_columns(["image"]):
         image = row["image"] or {"bytes": b"", "path": None}  # a missing image is an empty file
         yield image["path"] if image["bytes"] is None else image["bytes"]

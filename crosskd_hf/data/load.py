@@ -13,6 +13,7 @@ from .errors import DataError
 from .settings import DataSection
 from .shapes import load_shapes
 from .split import DetectionSplit, keep_for_training, split_and_part
+from .unlabeled import load_unlabeled
 
 
 def load_split(data: DataSection, name: str, limit: int | None = None) -> DetectionSplit:
@@ -80,21 +81,43 @@ def load_datasets(data: DataSection, seed: int) -> tuple[DetectionDataset, Detec
     check_same_classes(whole, evaluated, (data.train_split, data.val_split))
     # The limit counts images that are trained on.
     train = keep_for_training(whole, filter_empty=data.filter_empty, min_image_side=data.min_image_side)
-    size: dict[str, Any] = {"short_side": data.short_side, "long_side": data.long_side}
     return (
         DetectionDataset(
             train if generated else train.first(data.max_train_images),
             train=True,
-            multiscale=data.multiscale,
-            multiscale_short_sides=data.multiscale_short_sides,
-            flip_probability=data.flip_probability,
-            augment=data.augment,
-            plain_epochs=data.plain_epochs,
             seed=seed,
-            **size,
+            **_training_options(data),
         ),
-        DetectionDataset(evaluated, train=False, **size),
+        DetectionDataset(evaluated, train=False, short_side=data.short_side, long_side=data.long_side),
     )
+
+
+def load_unlabeled_dataset(data: DataSection, seed: int) -> DetectionDataset | None:
+    """The unlabelled images of a recipe, augmented as the labelled ones; None if there are none.
+
+    Args:
+        data: the recipe's section.
+        seed: of the augmentation.
+
+    Raises:
+        FileNotFoundError, ValueError: the data can't be used.
+    """
+    if data.unlabeled is None:
+        return None
+    split = load_unlabeled(
+        data.unlabeled,
+        data.unlabeled_split,
+        data.unlabeled_images,
+        on_error=data.on_error,
+        cache_dir=data.cache_dir,
+    )
+    split = keep_for_training(split, filter_empty=False, min_image_side=data.min_image_side)
+    return DetectionDataset(split, train=True, seed=seed, **_training_options(data))
+
+
+def _training_options(data: DataSection) -> dict[str, Any]:
+    names = ("short_side", "long_side", "multiscale", "multiscale_short_sides", "flip_probability", "augment")
+    return {name: getattr(data, name) for name in (*names, "plain_epochs")}
 
 
 def check_same_classes(train: DetectionSplit, evaluated: DetectionSplit, names: tuple[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import chain, count, cycle, islice
 from typing import NamedTuple
 
 import torch
@@ -120,3 +121,67 @@ class OrientationBatchSampler(Sampler[list[SampleKey]]):
             batch = left[start : start + self.batch_size]
             if len(batch) == self.batch_size or not self.drop_last:
                 yield batch
+
+
+class MixedBatchSampler(Sampler[list[SampleKey]]):
+    """Labelled batches in their order, and between them unlabelled ones, which come from behind the labelled images.
+
+    Both come in rounds of a batch per process, so that all processes have the same kind of batch in a step. The last
+    labelled round is filled up with the first labelled images. An epoch is one of the labelled images; unlabelled ones
+    go on where the epoch before has ended. All of it is a function of (seed, epoch).
+
+    Args:
+        labeled: batches of the labelled images.
+        unlabeled: batches of the unlabelled ones, with `drop_last`.
+        ratio: unlabelled batches per labelled batch.
+        processes: that batches are dealt to.
+    """
+
+    def __init__(
+        self, labeled: OrientationBatchSampler, unlabeled: OrientationBatchSampler, ratio: float, processes: int = 1
+    ) -> None:
+        self.labeled = labeled
+        self.unlabeled = unlabeled
+        self.ratio = ratio
+        self.processes = processes
+        # accelerate reads the next three
+        self.sampler = labeled.sampler
+        self.batch_size = labeled.batch_size
+        self.drop_last = labeled.drop_last
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration gives."""
+        self.labeled.set_epoch(epoch)
+
+    @property
+    def rounds(self) -> int:
+        """Labelled rounds of an epoch."""
+        return -(-len(self.labeled) // self.processes)
+
+    def __len__(self) -> int:
+        return self.processes * (self.rounds + int(self.rounds * self.ratio))
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        epoch = self.sampler.epoch
+        keys = list(chain.from_iterable(self.labeled))
+        rounds, size = self.rounds, self.batch_size
+        labeled = iter([*keys, *islice(cycle(keys), rounds * self.processes * size - len(keys))])
+        unlabeled = self._unlabeled(epoch, epoch * self.processes * int(rounds * self.ratio))
+        number = 0
+        for i in range(rounds):
+            batches = [list(islice(labeled, size)) for _ in range(self.processes)]
+            new_rounds = int((i + 1) * self.ratio) - int(i * self.ratio)
+            for batch in (*batches, *islice(unlabeled, self.processes * new_rounds)):
+                yield [key._replace(batch=number) for key in batch]
+                number += 1
+
+    def _unlabeled(self, epoch: int, start: int) -> Iterator[list[SampleKey]]:
+        """Without end, from batch `start` of all on."""
+        first, skipped = divmod(start, len(self.unlabeled))
+        behind = len(self.sampler)
+        for turn in count(first):
+            self.unlabeled.set_epoch(turn)
+            for batch in islice(self.unlabeled, skipped, None):
+                # Augmentation knows the training's epochs.
+                yield [SampleKey(epoch, behind + key.index) for key in batch]
+            skipped = 0

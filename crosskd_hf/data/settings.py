@@ -70,6 +70,14 @@ class DataSection:
     min_image_side: int = setting(32, "pixels; training images with a shorter side are left out", minimum=0)
     max_train_images: int | None = setting(None, "train on the first images only", minimum=1)
     max_val_images: int | None = setting(None, "evaluate on the first images only", minimum=1)
+    unlabeled: str | None = setting(
+        None, "unlabelled images that are distilled on, too: folder of images, or a data set's folder or Hub id"
+    )
+    unlabeled_ratio: float = setting(1.0, "unlabelled batches per labelled batch", minimum=0, maximum=1000)
+    unlabeled_split: str = setting("train", "split of such a data set")
+    unlabeled_images: str | None = setting(
+        None, "COCO file inside the folder, whose boxes are ignored: only the images that it lists; null: all"
+    )
     cache_dir: str | None = setting(None, "folder of the Arrow cache; null: that of datasets")
 
 

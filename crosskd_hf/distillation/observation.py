@@ -86,7 +86,7 @@ class Observation:
         strides: pixels per cell of each.
         taps: state of the half-run head, if a method asked for it.
         predictions: if a method asked for them.
-        targets: with labels only.
+        targets: with labels only; None of an unlabelled batch.
         outputs: the model's output as its image processor reads it, if a method asked for detections.
         image_sizes: (N, 2) height and width of each image without padding, beside `outputs`.
         context: the family's own: priors; a decoder's memory and queries.

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -123,8 +123,11 @@ class DistillationPair(nn.Module):
         """All losses of a batch.
 
         Args:
-            pixel_values, pixel_mask, labels: as the student takes them.
+            pixel_values, pixel_mask: as the student takes them.
+            labels: as the student takes them; None of an unlabelled batch. Its own losses then count only if a method
+                gave it boxes, and methods see no targets.
         """
+        unlabelled = labels is None
         with torch.no_grad():
             pixels = pixel_values if self.pixels is None else self.pixels(pixel_values, pixel_mask)
             teacher = self.teacher_observer(pixels, pixel_mask)
@@ -132,11 +135,19 @@ class DistillationPair(nn.Module):
                 labels = cast(KDMethod, method).labels(labels, teacher, self.student_observer, self.teacher_observer)
         student = self.student_observer(pixel_values, pixel_mask, labels)
         terms = dict(student.loss_dict)
+        if unlabelled:
+            student = replace(student, targets=None)  # what a method gave is no measure of the images' objects
+            if labels is not None:
+                truth = self.student_observer.ground_truth(labels, teacher.image_sizes)
+                terms = {name: term * truth.mask.any() for name, term in terms.items()}
         for method in self.methods.values():
             new = method(student, teacher, self.student_observer, self.teacher_observer)
             if both := terms.keys() & new.keys():
                 raise PairError(f"{method.name}: another loss has the name {', '.join(sorted(both))}: choose another")
             terms |= new
+        if unlabelled:  # DDP waits for a gradient of every parameter, also of those that only labels train
+            name = next(iter(terms))
+            terms[name] = terms[name] + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
         return PairOutput(loss=torch.stack(list(terms.values())).sum(), loss_dict=terms)
 
     def prepare_teacher(self, fold_batchnorm: bool = True, dtype: torch.dtype | None = None) -> None:

@@ -65,7 +65,7 @@ class KDTargets:
     Attributes:
         mask: (N, P) 1 or 0.
         normalizer: scalar, of kd_cls and kd_box.
-        positive: (N, P) the student's positives, of kd_centerness; None where the student labels other priors.
+        positive: (N, P) the student's positives, of kd_centerness; None where it labels others or none.
         class_normalizer: scalar, of kd_centerness.
     """
 
@@ -78,12 +78,17 @@ class KDTargets:
     def of(cls, student: Observation, teacher: Observation, same_rule: bool, box_normalizer: bool) -> "KDTargets":
         """A student that labels the same priors by the same rule as the teacher lends its mask (which also leaves out
         RetinaNet's ignored band), its positives and the teacher's kind of normaliser. Any other student only lends its
-        class normaliser, and the mask is the validity of the teacher's priors.
+        class normaliser, and the mask is the validity of the teacher's priors. A student without targets (of an
+        unlabelled batch) lends nothing: the normaliser is the sum of the teacher's highest probabilities, which stands
+        for the number of positives.
 
         Normalisers are at least 1: a deliberate difference. Without a positive, the reference's FCOS loss explodes.
         """
         if student.targets is None:
-            raise ValueError("the student's targets are needed for the losses' normalisers: give the pair labels")
+            assert teacher.predictions is not None
+            mask = teacher.predictions.mask
+            sure = (teacher.predictions.logits.amax(dim=-1).sigmoid() * mask).sum().clamp(min=1)
+            return cls(mask, sure, None, sure)
         targets = student.targets
         class_normalizer = targets.class_normalizer.clamp(min=1)
         if not same_rule:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoModelForObjectDetection, BaseImageProcessor, PretrainedConfig, PreTrainedModel, set_seed
 from transformers.image_utils import SizeDict
 
-from ..data.load import load_datasets
+from ..data.load import load_datasets, load_unlabeled_dataset
 from ..data.settings import DataSection
 from ..distillation.methods import method_class
 from ..distillation.weight_inheritance import inherit_weights
@@ -60,6 +60,8 @@ def build_trainer(recipe: Recipe, arguments: DetectionTrainingArguments | None =
         teacher_processor = None
         if not is_dense(teacher.config) and recipe.teacher.checkpoint != "random":
             teacher_processor = load_processor(recipe.teacher.checkpoint)
+        parts["unlabeled_dataset"] = load_unlabeled_dataset(recipe.data, args.seed)
+        parts["unlabeled_ratio"] = recipe.data.unlabeled_ratio
         trainer = DistillationTrainer(
             model, teacher, args, methods=methods, teacher_processor=teacher_processor, **parts
         )

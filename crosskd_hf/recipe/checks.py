@@ -73,6 +73,11 @@ def _model_problems(recipe: Recipe) -> list[Problem]:
 def _distillation_problems(recipe: Recipe) -> list[Problem]:
     teacher, distillation = recipe.teacher, recipe.distillation
     problems: list[Problem] = []
+    if recipe.data.unlabeled and not (teacher and distillation):
+        text = (
+            "data.unlabeled needs a teacher to learn from: add the sections teacher and distillation, or set it null."
+        )
+        problems.append((("data.unlabeled", "teacher", "distillation"), text))
     if distillation and not teacher:
         text = "distillation needs a teacher: add the section teacher, or set distillation=null."
         problems.append((("teacher",), text))

@@ -29,6 +29,10 @@ def describe(trainer: DetectionTrainer) -> str:
         lines.append(f"teacher            {name}: {total / 1e6:.2f} M parameters, frozen")
         lines.append(f"distillation       {trainer.methods_text()}")
         lines += [f"                   {note}" for note in trainer.pair.notes]
+        if unlabeled := trainer.unlabeled_dataset:
+            lines.append(
+                f"unlabelled images  {len(unlabeled)} ({trainer.unlabeled_ratio:g} batches per labelled batch)"
+            )
     lines += [
         f"training images    {len(trainer.train_dataset)}",
         f"validation images  {len(trainer.eval_dataset)}",

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback
 
 from ..data.dataset import DetectionDataset
+from ..data.sampler import MixedBatchSampler, OrientationBatchSampler
 from ..data.split import DetectionSplit
+from ..data.unlabeled import MixedDataset
 from ..distillation import CrossKD, DistillationPair, KDMethod, PairError, QueryCrossKD
 from ..distillation.compatibility import PARTLY
 from ..models.transformers_detectors import is_dense
@@ -21,7 +23,7 @@ from ..weights.loading import weights_digest
 from ..weights.mmdet import CheckpointError
 from .arguments import DetectionTrainingArguments
 from .trainer import DetectionTrainer
-from .trainer_inputs import as_detector
+from .trainer_inputs import as_dataset, as_detector
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,9 @@ class DistillationTrainer(DetectionTrainer):
         teacher: a detector, or a folder or Hub id of one. It is frozen, kept outside of DDP and never saved.
         methods: what the student learns by; None is CrossKD of the teacher's kind, as published where it is.
         teacher_processor: makes the teacher's input; None: the one that goes with it.
+        unlabeled_dataset: further images, without boxes. Their batches are dealt in between: the student learns from
+            the teacher alone there. Their terms are logged as `unlabeled_...`.
+        unlabeled_ratio: unlabelled batches per labelled batch.
         args, train_dataset, eval_dataset, processing_class, callbacks, optimizers: see `DetectionTrainer`.
 
     Raises:
@@ -56,6 +61,8 @@ class DistillationTrainer(DetectionTrainer):
         processing_class: BaseImageProcessor | None = None,
         methods: Sequence[KDMethod] | None = None,
         teacher_processor: BaseImageProcessor | None = None,
+        unlabeled_dataset: DetectionDataset | DetectionSplit | None = None,
+        unlabeled_ratio: float = 1.0,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
@@ -72,6 +79,16 @@ class DistillationTrainer(DetectionTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.unlabeled_ratio = unlabeled_ratio
+        self.unlabeled_dataset = None
+        if unlabeled_dataset is not None:
+            self.unlabeled_dataset = as_dataset(unlabeled_dataset, self.processing_class, True, args.seed)
+            check_same("the images of unlabeled_dataset", len(self.unlabeled_dataset))
+            if len(self.unlabeled_dataset) < args.per_device_train_batch_size:
+                raise ValueError(
+                    f"{len(self.unlabeled_dataset)} unlabelled images make no batch of "
+                    f"{args.per_device_train_batch_size}: lower training.per_device_train_batch_size"
+                )
         if self.optimizer is not None and self.pair.methods.state_dict():
             raise ValueError(
                 "the distillation methods train parameters of their own, such as adapters where student and teacher "
@@ -92,6 +109,31 @@ class DistillationTrainer(DetectionTrainer):
     def trained_module(self) -> nn.Module:
         """The pair."""
         return self.pair
+
+    def mixed(
+        self, dataset: DetectionDataset, sampler: OrientationBatchSampler
+    ) -> tuple[DetectionDataset | MixedDataset, OrientationBatchSampler | MixedBatchSampler]:
+        """The labelled batches, and unlabelled ones between them."""
+        if self.unlabeled_dataset is None:
+            return dataset, sampler
+        args = self.args
+        unlabeled = OrientationBatchSampler(
+            self.unlabeled_dataset.orientations(),
+            args.per_device_train_batch_size,
+            seed=args.seed,
+            group=args.group_by_orientation,
+            drop_last=True,
+        )
+        batches = MixedBatchSampler(sampler, unlabeled, self.unlabeled_ratio, args.world_size)
+        return MixedDataset(dataset, self.unlabeled_dataset), batches
+
+    def loss_terms(self, model: nn.Module, inputs: dict) -> tuple[dict[str, Tensor], object]:
+        """See `DetectionTrainer.loss_terms`; those of an unlabelled batch have names of their own."""
+        if "labels" in inputs:
+            return super().loss_terms(model, inputs)
+        images = {name: value for name, value in inputs.items() if name.startswith("pixel_")}
+        terms, outputs = super().loss_terms(model, {**images, "labels": None})
+        return {f"unlabeled_{name}": term for name, term in terms.items()}, outputs
 
     def distilled_by(self) -> dict[str, str]:
         """The methods and their settings."""

@@ -58,13 +58,40 @@ class NonFiniteLossError(RuntimeError):
     """A loss term, or a tensor of the model, became infinite or NaN."""
 
 
+class TermSums:
+    """Sums of the loss terms of one kind of batch, and the first step at which each was not finite.
+
+    Args:
+        names: of the terms.
+        device: where they are.
+
+    Attributes:
+        count: number of batches.
+    """
+
+    def __init__(self, names: list[str], device: torch.device):
+        self.names = names
+        self.sums = torch.zeros(len(names), device=device)
+        self.first_bad = torch.full((len(names),), -1, dtype=torch.long, device=device)
+        self.count = 0
+
+    def add(self, values: Tensor, step: int) -> None:
+        """Add the terms (names,) of a batch of a step."""
+        self.sums = self.sums + values
+        self.first_bad = torch.where(~values.isfinite() & (self.first_bad < 0), step, self.first_bad)
+        self.count += 1
+
+
 class StepMonitor:
-    """Sums of loss terms since the last log, and the first step at which each was not finite.
+    """Loss terms since the last log.
+
+    Batches of several kinds, such as unlabelled ones, have terms of other names. All ranks record the same kinds.
 
     Args:
         device: where the losses are.
 
     Attributes:
+        kinds: names of the terms -> their sums.
         overflows: how many of the last steps GradScaler has skipped in a row, as a tensor on the device.
     """
 
@@ -72,23 +99,17 @@ class StepMonitor:
         self.device = device
         self.clock = StepClock(device)
         self.overflows = torch.zeros((), dtype=torch.long, device=device)
-        self._start([])
+        self._start()
 
-    def _start(self, names: list[str]) -> None:
-        self.names = names
-        self.sums = torch.zeros(len(names), device=self.device)
-        self.first_bad = torch.full((len(names),), -1, dtype=torch.long, device=self.device)
-        self.count = self.steps = 0  # batches and optimizer steps since the last log
+    def _start(self) -> None:
+        self.kinds: dict[tuple[str, ...], TermSums] = {}
+        self.steps = 0  # optimizer steps since the last log
         self._last_step = -1
 
     def record(self, terms: dict[str, Tensor], step: int) -> None:
         """Add the terms (scalars) of a batch of a step. Doesn't wait for the device."""
-        if [*terms] != self.names:
-            self._start([*terms])
-        values = torch.stack([term.detach().float() for term in terms.values()])
-        self.sums = self.sums + values
-        self.first_bad = torch.where(~values.isfinite() & (self.first_bad < 0), step, self.first_bad)
-        self.count += 1
+        sums = self.kinds.setdefault((*terms,), TermSums([*terms], self.device))
+        sums.add(torch.stack([term.detach().float() for term in terms.values()]), step)
         self.steps += step != self._last_step
         self._last_step = step
 
@@ -112,17 +133,19 @@ class StepMonitor:
         floating = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point()}
         # The largest magnitude: NaN and infinity get through, and no sum overflows.
         largest = torch.nn.utils.get_total_norm([*floating.values()], math.inf).to(self.device, torch.float32)
-        row = torch.cat([self.sums / max(self.count, 1), self.first_bad.float(), largest[None]])
-        rows = gather(row[None]).cpu()
-        means, first_bad, largest = rows.split([len(self.names), len(self.names), 1], 1)
+        kinds = self.kinds.values()
+        names = [name for kind in kinds for name in kind.names]
+        columns = [kind.sums / kind.count for kind in kinds] + [kind.first_bad.float() for kind in kinds]
+        rows = gather(torch.cat([*columns, largest[None]])[None]).cpu()
+        means, first_bad, largest = rows.split([len(names), len(names), 1], 1)
         steps = torch.where(first_bad < 0, math.inf, first_bad).amin(0).tolist()
         if steps and (first := min(steps)) < math.inf:
-            names = ", ".join(name for name, step in zip(self.names, steps, strict=True) if step == first)
-            raise NonFiniteLossError(f"{names} was not finite at step {first:.0f}")
+            bad_terms = ", ".join(name for name, step in zip(names, steps, strict=True) if step == first)
+            raise NonFiniteLossError(f"{bad_terms} was not finite at step {first:.0f}")
         if not largest.isfinite().all():
             bad = [name for name, tensor in floating.items() if not tensor.isfinite().all()]
             raise NonFiniteLossError(f"{bad[0] if bad else 'the model of another process'} is not finite")
-        return dict(zip(self.names, means.mean(dim=0).tolist(), strict=True))
+        return dict(zip(names, means.mean(dim=0).tolist(), strict=True))
 
     def averages(self, tensors: Mapping[str, Tensor], gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """What `check` returns, the seconds per step, and the memory; none without a step since the last call.
@@ -135,7 +158,7 @@ class StepMonitor:
             return {}
         logs |= {clock: seconds / self.steps for clock, seconds in self.clock.take().items()}
         logs["memory_gb"] = memory_gb(self.device)
-        self._start(self.names)
+        self._start()
         return logs
 
 

@@ -17,8 +17,9 @@ from transformers.training_args import OptimizerNames
 from ..data.collator import DetectionCollator
 from ..data.dataset import DetectionDataset
 from ..data.processor_size import ProcessorCollator
-from ..data.sampler import OrientationBatchSampler
+from ..data.sampler import MixedBatchSampler, OrientationBatchSampler
 from ..data.split import DetectionSplit
+from ..data.unlabeled import MixedDataset
 from ..models.image_processing import DenseDetectorImageProcessor
 from ..models.transformers_detectors import detection_losses, is_dense, processor_of
 from ..utils.distributed import check_same
@@ -90,7 +91,7 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
         )
         groups_of(self.trained_module(), args)  # a factor that is of no parameter ends here, and not in `train`
         self.monitor = StepMonitor(self.args.device)
-        self.train_sampler: OrientationBatchSampler | None = None
+        self.train_sampler: OrientationBatchSampler | MixedBatchSampler | None = None
         self.termination = TerminationSignal()
         self.add_callback(_TrainingHooks(self))
         # Before all others, such as a tracker's that uploads the model at the end.
@@ -103,24 +104,31 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
         """Batches of one orientation, dealt out to the processes."""
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset")
-        self.train_sampler = OrientationBatchSampler(
+        sampler = OrientationBatchSampler(
             self.train_dataset.orientations(),
             self.args.per_device_train_batch_size,
             seed=self.args.seed,
             group=self.args.group_by_orientation,
             drop_last=self.args.dataloader_drop_last,
         )
+        dataset, self.train_sampler = self.mixed(self.train_dataset, sampler)
         # `to_device` copies what the model reads; this would copy all of it, and wait.
         loader = self.accelerator.prepare_data_loader(
-            DataLoader(self.train_dataset, batch_sampler=self.train_sampler, **self._loader_options()),
+            DataLoader(dataset, batch_sampler=self.train_sampler, **self._loader_options()),
             device_placement=False,
         )
         self._batches_per_epoch = len(loader)
         # Before the loader starts workers, which get copies. max_steps overrides num_train_epochs.
         steps = self.args.max_steps
         epochs = -(-steps // self.steps_per_epoch) if steps > 0 else math.ceil(self.args.num_train_epochs)
-        self.train_dataset.set_epochs(epochs)
+        dataset.set_epochs(epochs)
         return loader
+
+    def mixed(
+        self, dataset: DetectionDataset, sampler: OrientationBatchSampler
+    ) -> tuple[DetectionDataset | MixedDataset, OrientationBatchSampler | MixedBatchSampler]:
+        """What is trained on besides the labelled images: here, nothing."""
+        return dataset, sampler
 
     def get_test_dataloader(self, test_dataset: Dataset | DetectionSplit) -> DataLoader:
         """The same as for evaluation."""

@@ -35,6 +35,17 @@ def test_averages_since_the_last_call():
     assert (logs["loss_cls"], logs["loss_box"], logs["step_time"]) == (7.0, 70.0, 0.0)
 
 
+def test_batches_of_another_kind_are_averaged_apart():
+    """Two labelled batches and an unlabelled one in two steps; then the other kind alone."""
+    monitor = StepMonitor(CPU)
+    for step, values in ((1, {"loss_cls": 1.0}), (1, {"unlabeled_kd_cls": 8.0}), (2, {"loss_cls": 3.0})):
+        monitor.record(terms(**values), step)
+    assert {"loss_cls": 2.0, "unlabeled_kd_cls": 8.0}.items() <= averages(monitor).items()
+    monitor.record(terms(unlabeled_kd_cls=NAN), 3)
+    with pytest.raises(NonFiniteLossError, match=r"^unlabeled_kd_cls was not finite at step 3$"):
+        averages(monitor)
+
+
 def test_averages_are_the_mean_over_ranks():
     monitor = StepMonitor(CPU)
     monitor.record(terms(loss_cls=1.0), 1)
@@ -46,8 +57,9 @@ def test_terms_keep_no_graph_and_any_dtype():
     monitor = StepMonitor(CPU)
     loss = torch.tensor(2.0, requires_grad=True)
     monitor.record({"loss_cls": loss * 3, "loss_box": torch.tensor(1.0, dtype=torch.bfloat16)}, 1)
-    assert not monitor.sums.requires_grad
-    assert monitor.sums.dtype == torch.float32
+    (kind,) = monitor.kinds.values()
+    assert not kind.sums.requires_grad
+    assert kind.sums.dtype == torch.float32
     assert averages(monitor)["loss_cls"] == 6.0
 
 
