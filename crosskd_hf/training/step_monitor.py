@@ -108,8 +108,9 @@ class StepMonitor:
 
     def record(self, terms: dict[str, Tensor], step: int) -> None:
         """Add the terms (scalars) of a batch of a step. Doesn't wait for the device."""
-        sums = self.kinds.setdefault((*terms,), TermSums([*terms], self.device))
-        sums.add(torch.stack([term.detach().float() for term in terms.values()]), step)
+        if (kind := (*terms,)) not in self.kinds:
+            self.kinds[kind] = TermSums([*terms], self.device)
+        self.kinds[kind].add(torch.stack([term.detach().float() for term in terms.values()]), step)
         self.steps += step != self._last_step
         self._last_step = step
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from tiny import tiny_batch, tiny_model
 
-from crosskd_hf.distillation import PKD, CrossKD, DistillationPair, KDMethod, Mimic, PairError
+from crosskd_hf.distillation import PKD, CrossKD, DistillationPair, KDMethod, Mimic, PairError, SoftBoxes
 from crosskd_hf.distillation.pair import METHODS_FILE
+from crosskd_hf.distillation.prediction_losses import KDTargets
 from crosskd_hf.models.backbone import batchnorms
+from crosskd_hf.models.outputs import GroundTruth
 
 DETECTORS = ("gfl", "retinanet", "fcos", "atss")
 NARROW = {"head_channels": 16, "fpn_channels": 16}
@@ -179,9 +181,36 @@ def test_methods_are_objects():
         type("Nameless", (KDMethod,), {})
 
 
-def test_a_batch_without_labels_is_refused_by_name():
-    with pytest.raises(ValueError, match="give the pair labels"):
-        pair_of([CrossKD()])(tiny_batch()["pixel_values"])
+def test_an_unlabelled_batch_is_learnt_from_the_teacher_alone():
+    """Divided by the sum of the teacher's highest probabilities; every parameter gets a gradient, as DDP needs it."""
+    pair = pair_of([CrossKD()])
+    pixels = tiny_batch()["pixel_values"]
+    output = pair(pixels)
+    assert set(output.loss_dict) == {"kd_cls", "kd_box"} and output.loss > 0
+    output.loss.backward()
+    assert all(p.grad is not None for p in pair.parameters() if p.requires_grad)
+    with torch.no_grad():
+        student, teacher = pair.student_observer(pixels), pair.teacher_observer(pixels)
+        targets = KDTargets.of(student, teacher, same_rule=True, box_normalizer=True)
+    sure = teacher.predictions.logits.amax(-1).sigmoid().sum()
+    assert sure > 1 and targets.positive is None
+    torch.testing.assert_close(targets.normalizer, sure)
+    assert torch.equal(targets.mask, teacher.predictions.mask)
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_own_losses_of_an_unlabelled_batch_count_if_soft_boxes_gave_it_boxes(found, monkeypatch):
+    pair = pair_of([CrossKD(), SoftBoxes()])
+    boxes = GroundTruth(
+        torch.tensor([[[8.0, 8, 40, 40]]] * 2), torch.ones(2, 1).long(), torch.tensor([[found], [False]])
+    )
+    monkeypatch.setattr(pair.teacher_observer, "detections", lambda *given: boxes)
+    pixels = tiny_batch()["pixel_values"]
+    terms = pair(pixels).loss_dict
+    assert all((terms[name] > 0) == found for name in ("loss_cls", "loss_box", "loss_dfl")), terms
+    assert terms["kd_cls"] > 0
+    # Distillation doesn't depend on what was found.
+    torch.testing.assert_close(terms["kd_cls"], pair_of([CrossKD()])(pixels).loss_dict["kd_cls"])
 
 
 def test_a_teacher_in_half_precision_crosses_without_autocast():

@@ -22,6 +22,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from crosskd_hf.data.coco import load_coco
 from crosskd_hf.data.dataset import DetectionDataset
+from crosskd_hf.distillation import CrossKD, SoftBoxes
 from crosskd_hf.training import checkpoints
 from crosskd_hf.training.averaging import AVERAGE_FILE
 from crosskd_hf.training.checkpoints import last_complete_checkpoint
@@ -59,7 +60,9 @@ class InterruptAt(TrainerCallback):
             raise Interrupted
 
 
-def build(root: Path, name: str, teacher: bool = False, model_seed: int = 1, **options) -> DetectionTrainer:
+def build(
+    root: Path, name: str, teacher: bool = False, model_seed: int = 1, unlabeled: bool = False, **options
+) -> DetectionTrainer:
     """A trainer with drop path, flips and several scales; the run's folder is `root/name`."""
     model = tiny_model(seed=model_seed, backbone="test_resnet", drop_path_rate=0.5, frozen_stages=0)
     split = tiny_split(root / "data", images=7)
@@ -67,6 +70,9 @@ def build(root: Path, name: str, teacher: bool = False, model_seed: int = 1, **o
     train = DetectionDataset(split, train=True, multiscale="choice", multiscale_short_sides=(48, 64), **size)
     args = tiny_args(root / name, **{**OPTIONS, **options})
     common = {"train_dataset": train, "eval_dataset": split, "processing_class": tiny_processor(model)}
+    if unlabeled:
+        common |= {"unlabeled_dataset": DetectionDataset(split.first(5), train=True, **size)}
+        common |= {"methods": [CrossKD(), SoftBoxes(SoftBoxes.Settings(score_threshold=0.1, max_boxes=5))]}
     if teacher:
         return DistillationTrainer(model, tiny_model(seed=2, backbone="test_resnet"), args, **common)
     return DetectionTrainer(model, args, **common)
@@ -152,6 +158,18 @@ def test_a_run_resumed_in_mid_epoch_ends_as_an_undisturbed_one(
     whole = undisturbed(tmp_path, **options)
     interrupted(tmp_path, 5, **options)
     assert_same(whole, resumed(tmp_path, "checkpoint-3", **options))
+
+
+def test_a_run_with_unlabelled_images_is_resumed(tmp_path: Path) -> None:
+    """An epoch has 4 labelled and 4 unlabelled batches: it is resumed in mid-epoch, and ends in the next."""
+    options = {"teacher": True, "unlabeled": True, "max_steps": 10, "eval_strategy": "no", "lr_milestones": []}
+    whole = undisturbed(tmp_path, **options)
+    interrupted(tmp_path, 5, **options)
+    assert_same(whole, resumed(tmp_path, "checkpoint-3", **options))
+    state = json.loads((tmp_path / "cut" / "checkpoint-9" / "trainer_state.json").read_text())
+    kinds = ["unlabeled_loss_cls" in entry for entry in state["log_history"] if "loss" in entry]
+    assert kinds == [False, True] * 4 + [False], "each step has its own kind of terms"
+    assert any(entry.get("unlabeled_kd_cls", 0) > 0 for entry in state["log_history"])
 
 
 @pytest.mark.parametrize(
