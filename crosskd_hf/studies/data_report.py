@@ -11,7 +11,7 @@ from PIL import Image
 from ..data.duplicates import Entry, find_duplicates, find_shared, read_entries
 from ..data.errors import DataError, Kind
 from ..data.image_folder import images_without_row
-from ..data.load import alike, check_same_classes, load_split
+from ..data.load import alike, check_same_classes, load_split, load_unlabeled_dataset
 from ..data.settings import DataSection
 from ..data.split import DetectionSplit, keep_for_training
 from ..utils.escaping import file_name, printable, printable_lines
@@ -65,7 +65,10 @@ def check_data(data: DataSection, output: Path) -> str | None:
     """
     reports = [report(data, data.train_split, training=True), report(data, data.val_split, training=False)]
     refused, between = compare(*reports)
-    text = printable_lines("\n\n".join("\n".join(lines) for lines in (*(r.lines for r in reports), between)))
+    parts = [*(r.lines for r in reports), between]
+    if unlabeled := load_unlabeled_dataset(data, seed=0):
+        parts.append([f"unlabelled, {printable(data.unlabeled)}: {len(unlabeled)} images"])
+    text = printable_lines("\n\n".join("\n".join(lines) for lines in parts))
     output.mkdir(parents=True, exist_ok=True)
     (output / "report.txt").write_text(text + "\n", encoding="utf-8")
     print(text)

@@ -198,6 +198,7 @@ def test_a_section_must_be_a_mapping():
     ("content", "message"),
     [
         ({"distillation": {}}, "distillation needs a teacher"),
+        ({"data": {"unlabeled": "photos"}}, "data.unlabeled needs a teacher"),
         ({"teacher": {"checkpoint": "random"}}, "there is a teacher but no distillation"),
         (distilled(teacher={}), "teacher.checkpoint is missing"),
         ({"model": {"backbone": "swin_tiny_patch4_window7_224", "backbone_style": "caffe"}}, "caffe is for ResNets"),
@@ -235,6 +236,8 @@ def test_impossible_combinations(content, message):
     [
         {},
         distilled(),
+        distilled() | {"data": {"unlabeled": "photos"}},
+        {"data": {"unlabeled_ratio": 0.5}},
         {"model": {"backbone": "resnet101", "backbone_style": "caffe"}},
         {"data": {"multiscale": "range", "multiscale_short_sides": [480, 800]}},
         {"data": {"multiscale": "choice", "multiscale_short_sides": [640]}},
@@ -477,6 +480,7 @@ def test_published_rows_write_every_setting_out(name):
             assert set(section) == {f.name for f in dataclasses.fields(settings_class(method))} - unset
     unset = {"augment", "plain_epochs", "max_train_images", "max_val_images", "cache_dir"}
     unset |= {f.name for f in dataclasses.fields(DataSection) if f.metadata["help"].startswith("layout ")}
+    unset |= {f.name for f in dataclasses.fields(DataSection) if f.name.startswith("unlabeled")}
     assert set(content["data"]) == {f.name for f in dataclasses.fields(DataSection)} - unset
 
 

@@ -10,10 +10,12 @@ from unittest import mock
 import equality
 import torch
 from processes import run_processes
-from tiny import tiny_args, tiny_model, tiny_split
+from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
 
 from crosskd_hf.commands import evaluate
 from crosskd_hf.commands.errors import USER_ERRORS
+from crosskd_hf.data.coco import load_coco
+from crosskd_hf.distillation import CrossKD
 from crosskd_hf.hub.upload import RECIPE_FILE
 from crosskd_hf.recipe import run_folder
 from crosskd_hf.recipe.load import load_recipe
@@ -54,6 +56,37 @@ def test_two_processes_give_the_evaluation_files_of_one(tmp_path: Path) -> None:
         written.append({name: (folder / f"eval_{name}.json").read_bytes() for name in ("metrics", "predictions")})
     assert written[0] == written[1]
     assert {entry["image_id"] for entry in json.loads(written[0]["predictions"])} == {1, 2, 3, 4, 5}
+
+
+def steps_with_unlabelled_images(rank: int, port: int, folder: str) -> None:
+    """Two epochs of a pair. DDP, which looks for no unused parameters, waits for all of them in every step."""
+    equality.join(rank, 2, port)
+    split = load_coco(Path(folder) / "data", "mini", cache_dir=str(Path(folder) / "data" / "cache"))
+    args = tiny_args(Path(folder) / "run", max_steps=8, per_device_train_batch_size=1)
+    student = tiny_model()
+    trainer = DistillationTrainer(
+        student,
+        tiny_model(seed=2),
+        args,
+        train_dataset=split,
+        processing_class=tiny_processor(student),
+        methods=[CrossKD()],
+        unlabeled_dataset=split.first(3),
+    )
+    trainer.train()
+    kinds = ["unlabeled_kd_cls" in entry for entry in trainer.state.log_history if "loss" in entry]
+    weights = torch.cat([p.detach().flatten() for p in student.parameters()])
+    torch.save((kinds, len(trainer.get_train_dataloader()), weights), Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_batches_of_one_kind(tmp_path: Path) -> None:
+    """Five images, one a process: three rounds of an epoch, and as many unlabelled ones."""
+    tiny_split(tmp_path / "data")
+    run_processes(steps_with_unlabelled_images, (equality.free_port(), str(tmp_path)), 2)
+    (kinds, length, weights), other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert kinds == [False, True] * 4 and length == 6
+    assert torch.equal(weights, other[2])
 
 
 # Several machines ----------------------------------------------------------------------------------------------------
