@@ -31,7 +31,7 @@ def describe(trainer: DetectionTrainer) -> str:
         lines += [f"                   {note}" for note in trainer.pair.notes]
         if unlabeled := trainer.unlabeled_dataset:
             lines.append(
-                f"unlabelled images  {len(unlabeled)} ({trainer.unlabeled_ratio:g} batches per labelled batch)"
+                f"unlabelled images  {len(unlabeled)} (batches per labelled batch: {trainer.unlabeled_ratio:g})"
             )
     lines += [
         f"training images    {len(trainer.train_dataset)}",
