@@ -81,7 +81,10 @@ def test_refused_values(method: str, key: str, value: object, message: str) -> N
         ({"crosskd": 1.0}, "distillation.crosskd: 1.0 is no section"),
         ({"crosskd": None}, "to turn crosskd off, leave it out of the methods"),
         ({"tap_index": 3}, "distillation.tap_index is a key of crosskd: write distillation.crosskd: {tap_index: 3}"),
-        ({"cls_weight": 0.5}, "is a key of crosskd, mimic, query_crosskd, query_mimic: write distillation.crosskd: {cls_weight: 0.5}"),
+        (
+            {"cls_weight": 0.5},
+            "is a key of crosskd, mimic, query_crosskd, query_mimic: write distillation.crosskd: {cls_weight: 0.5}",
+        ),
         # Nothing would be distilled.
         ({"crosskd": {"weight": 0}}, "distillation.crosskd.weight: all are 0"),
         ({"methods": ["crosskd", "pkd"], "crosskd": {"weight": 0}, "pkd": {"weight": 0}}, "distillation.pkd.weight"),
