@@ -95,7 +95,8 @@ class ProcessorCollator:
             raise ValueError("a batch needs at least one item, and training items only or evaluation items only")
         images, first = [item["image"] for item in items], items[0]["processor_size"]
         size: dict[str, Any] = {"size": first}
-        if any(item["processor_size"] != first for item in items):
+        # Fixed sizes differ only where an epoch's last batch is filled up with another's images: the first one counts.
+        if "height" not in first and any(item["processor_size"] != first for item in items):
             size = {"do_resize": False}
             sized = zip(images, items, strict=True)
             images = [self.processor.resize(image, SizeDict(**item["processor_size"])) for image, item in sized]
