@@ -20,7 +20,7 @@ from ..data.processor_size import ProcessorCollator
 from ..data.sampler import OrientationBatchSampler
 from ..data.split import DetectionSplit
 from ..models.image_processing import DenseDetectorImageProcessor
-from ..models.transformers_detectors import detection_losses, is_dense, processor_of
+from ..models.transformers_detectors import detection_losses, is_dense, processor_of, use_fp32_losses
 from ..utils.distributed import check_same
 from ..utils.memory import out_of_memory_explained
 from .arguments import DetectionTrainingArguments
@@ -76,6 +76,8 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
             if dataset is not None:
                 check_classes(detector, dataset, name, "give the model id2label=split.id2label")
                 check_same(f"the images and classes of {name}", (len(dataset), dataset.split.label_names))
+        if not is_dense(detector.config):
+            use_fp32_losses(detector)
         if args.channels_last:
             detector.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
         super().__init__(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...models.transformers_detectors import TransformersLabels, detection_losses, strides_of
+from ...models.transformers_detectors import TransformersLabels, detection_losses, strides_of, use_fp32_losses
 from ..observation import Observation, Observer, PairError
 from .decoders import DECODERS, decoder_of
 from .decoders.decoder import LayerPredictions
@@ -40,6 +40,7 @@ class QueryObserver(Observer):
             raise PairError(
                 f"{config.model_type}: learn_initial_query and eval_idx can't be set: transformers can't run them"
             )
+        use_fp32_losses(model)
         self.decoder = decoder_of(model)
         self.picks = getattr(config, "two_stage", True)
         self.levels = tuple(range(len(strides)) if levels is None else levels)
