@@ -20,7 +20,7 @@ from ..data.processor_size import ProcessorCollator
 from ..data.sampler import OrientationBatchSampler
 from ..data.split import DetectionSplit
 from ..models.image_processing import DenseDetectorImageProcessor
-from ..models.transformers_detectors import detection_losses, is_dense, processor_of, use_fp32_losses
+from ..models.transformers_detectors import detection_losses, is_dense, use_fp32_losses
 from ..utils.distributed import check_same
 from ..utils.memory import out_of_memory_explained
 from .arguments import DetectionTrainingArguments
@@ -31,7 +31,7 @@ from .saving import SafeSaving
 from .step_monitor import NonFiniteLossError, StepMonitor
 from .termination import TerminationSignal, obey_parent_only
 from .tracking import TrackingCallback
-from .trainer_inputs import as_dataset, as_detector, check_classes, refuse_unsupported
+from .trainer_inputs import as_dataset, as_detector, check_classes, processor_for, refuse_unsupported
 
 logger = logging.getLogger(__name__)
 MAX_OVERFLOWS = 20  # steps in a row: GradScaler halves its scale in each, from 65536 to below 0.1
@@ -69,7 +69,7 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
     ):
         detector = as_detector(model)
         refuse_unsupported(args)
-        processor = processing_class or processor_of(detector.config)
+        processor = processing_class or processor_for(model, detector.config)
         datasets: dict[str, DetectionDataset | None] = {}
         for name, data, train in (("train_dataset", train_dataset, True), ("eval_dataset", eval_dataset, False)):
             datasets[name] = dataset = None if data is None else as_dataset(data, processor, train, args.seed)
