@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from ..data.augment import augmentation
 from ..data.box_formats import MIN_SIDE
 from ..data.errors import DataError
-from ..data.processor_size import SizeForProcessor
+from ..data.processor_size import SizeForProcessor, plain_size
 from ..data.sampler import SampleKey, stable_seed
 from ..data.split import DetectionSplit
 from ..data.transforms import Multiscale, RandomFlip, Sample, SizeToFit
@@ -120,7 +120,7 @@ class DetectionDataset(Dataset[dict[str, Any]]):
     def use_processor(self, processor: Any) -> None:
         """Resize images as a processor of transformers does it, instead of to `short_side` and `long_side`."""
         self.fit = SizeForProcessor(processor, self.multiscale, self.multiscale_short_sides)
-        self.size = {name: side for name, side in dict(processor.size).items() if side}
+        self.size = plain_size(processor)
 
     def set_epochs(self, epochs: int) -> None:
         """Say how many epochs the training has, before it begins: `plain_epochs` are the last ones.

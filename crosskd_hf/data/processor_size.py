@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert
+from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import SizeDict
 
 from ..utils.label_checks import check_labels
@@ -14,7 +15,9 @@ from .transforms import Multiscale, Sample
 
 
 class SizeForProcessor:
-    """Resize an image, and its boxes with it, as its detector's image processor does it.
+    """Choose the size that a detector's own image processor gives an image, and give the boxes at that size.
+
+    The image itself is resized by the processor, in the collator.
 
     Args:
         processor: of the detector; its `size` counts where nothing is drawn.
@@ -29,33 +32,41 @@ class SizeForProcessor:
         self.sides = tuple(multiscale_short_sides)
 
     def __call__(self, sample: Sample) -> Sample:
-        """The resized sample with `size`, (height, width) in pixels, and its boxes in those pixels.
+        """The sample with `size`, (height, width) in pixels, its boxes in those pixels, and `processor_size`, in the
+        processor's terms.
 
         Args:
             sample: `batch_draw` is an integer that all images of a batch have in common.
         """
-        image = sample["image"]
-        resized = self.processor.resize(image, self._size(sample), self.processor.resample)
-        (height, width), size = image.shape[-2:], tuple(resized.shape[-2:])
-        sized = {**sample, "image": resized, "size": size}
+        height, width = sample["image"].shape[-2:]
+        wanted = self._size(sample)
+        if "height" in wanted:
+            size = (wanted["height"], wanted["width"])
+        else:
+            size = get_size_with_aspect_ratio((height, width), wanted["shortest_edge"], wanted["longest_edge"])
+        sized = {**sample, "size": size, "processor_size": wanted}
         if "boxes" in sample:
             factors = torch.tensor([size[1] / width, size[0] / height]).repeat(2)
             sized["boxes"] = (sample["boxes"] * factors).clamp(min=torch.zeros(4), max=torch.tensor(size[::-1] * 2))
         return sized
 
-    def _size(self, sample: Sample) -> SizeDict:
-        given: SizeDict = self.processor.size
+    def _size(self, sample: Sample) -> dict[str, int]:
+        given = plain_size(self.processor)
+        if self.multiscale == "none":
+            return given
         if self.multiscale == "batch":
             side = self.sides[sample["batch_draw"] % len(self.sides)]
-            return SizeDict(height=side, width=side)
+            return {"height": side, "width": side}
         if self.multiscale == "range":
-            return SizeDict(
-                shortest_edge=int(torch.randint(self.sides[0], self.sides[1] + 1, ())), longest_edge=given.longest_edge
-            )
-        if self.multiscale == "choice":
+            side = int(torch.randint(self.sides[0], self.sides[1] + 1, ()))
+        else:
             side = self.sides[int(torch.randint(len(self.sides), ()))]
-            return SizeDict(shortest_edge=side, longest_edge=given.longest_edge)
-        return given
+        return {"shortest_edge": side, "longest_edge": given["longest_edge"]}
+
+
+def plain_size(processor: Any) -> dict[str, int]:
+    """A processor's `size` without what isn't set."""
+    return {name: side for name, side in dict(processor.size).items() if side}
 
 
 @dataclass(frozen=True)
@@ -64,11 +75,12 @@ class ProcessorCollator:
 
     Gives `pixel_values` (N, 3, H, W) and, if the processor pads, `pixel_mask` (N, H, W), and
     - for training items `labels`, a list of a dict per image: `class_labels` (G,) int64 and `boxes` (G, 4) float32,
-      cxcywh relative to the image without padding;
+      cxcywh relative to the image without padding, as predictions are (transformers' processors have them relative
+      to the padded batch);
     - for evaluation items `image_ids` (N,) int64 and `original_sizes` (N, 2) int64, (height, width).
 
     Args:
-        processor: of the detector. The items are resized by it already.
+        processor: of the detector.
     """
 
     processor: Any
@@ -81,9 +93,14 @@ class ProcessorCollator:
         """
         if len({"boxes" in item for item in items}) != 1:
             raise ValueError("a batch needs at least one item, and training items only or evaluation items only")
-        batch = self.processor(
-            [item["image"] for item in items], do_resize=False, input_data_format="channels_first", return_tensors="pt"
-        )
+        images, first = [item["image"] for item in items], items[0]["processor_size"]
+        size: dict[str, Any] = {"size": first}
+        # Fixed sizes differ only where an epoch's last batch is filled up with another's images: the first one counts.
+        if "height" not in first and any(item["processor_size"] != first for item in items):
+            size = {"do_resize": False}
+            sized = zip(images, items, strict=True)
+            images = [self.processor.resize(image, SizeDict(**item["processor_size"])) for image, item in sized]
+        batch = self.processor(images, **size, input_data_format="channels_first", return_tensors="pt")
         made = {name: batch[name] for name in ("pixel_values", "pixel_mask") if name in batch}
         if "boxes" in items[0]:
             return {**made, "labels": [_labels(item) for item in items]}

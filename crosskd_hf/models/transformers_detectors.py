@@ -123,6 +123,33 @@ def detection_losses(model: PreTrainedModel, outputs: Any, labels: TransformersL
     return terms
 
 
+def use_fp32_losses(model: PreTrainedModel) -> None:
+    """Have a detector of transformers compute its losses in fp32, also under autocast.
+
+    Matching doesn't work in bfloat16, and a pixel of a large box is more than it resolves.
+    """
+    of_family = model.loss_function
+    if hasattr(of_family, "of_family"):  # it does already
+        return
+
+    def loss_function(*args: Any, **kwargs: Any) -> Any:
+        device = args[0].device.type
+        with torch.autocast(device, enabled=False):
+            return of_family(*map(_in_fp32, args), **{name: _in_fp32(value) for name, value in kwargs.items()})
+
+    loss_function.of_family = of_family  # type: ignore[attr-defined]
+    model.loss_function = loss_function
+
+
+def _in_fp32(value: Any) -> Any:
+    """Half-precision tensors, also in lists and dicts, as fp32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+    if isinstance(value, list | tuple):
+        return type(value)(map(_in_fp32, value))
+    return {name: _in_fp32(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
 def _without_auxiliary_losses(config: PretrainedConfig) -> PretrainedConfig:
     values = {**config.to_dict(), "auxiliary_loss": False}
     return type(config).from_dict(values)

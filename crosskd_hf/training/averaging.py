@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import cast
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_model
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel
@@ -52,8 +52,7 @@ class WeightAverage:
 
     def save(self, folder: str | Path) -> None:
         """Write the average into a checkpoint."""
-        tensors = {key: value.contiguous() for key, value in self._averaged.state_dict().items()}
-        save_file(tensors, Path(folder, AVERAGE_FILE))
+        save_model(self._averaged, str(Path(folder, AVERAGE_FILE)))  # knows of weights that are tied
 
     def load(self, folder: str | Path) -> None:
         """Read the average of a checkpoint.
@@ -67,4 +66,4 @@ class WeightAverage:
                 f"{folder} has no {AVERAGE_FILE}: its run was begun without training.ema_decay. Set ema_decay null, "
                 "or start again in another training.output_dir."
             )
-        self._averaged.load_state_dict(load_file(path))
+        load_model(self._averaged, path)

@@ -23,7 +23,7 @@ from ..weights.loading import weights_digest
 from ..weights.mmdet import CheckpointError
 from .arguments import DetectionTrainingArguments
 from .trainer import DetectionTrainer
-from .trainer_inputs import as_dataset, as_detector
+from .trainer_inputs import as_dataset, as_detector, processor_for
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +66,14 @@ class DistillationTrainer(DetectionTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
-        model, self.teacher = as_detector(model), as_detector(teacher)
+        student, self.teacher = as_detector(model), as_detector(teacher)
+        processing_class = processing_class or processor_for(model, student.config)
+        teacher_processor = teacher_processor or processor_for(teacher, self.teacher.config)
         if methods is None:
             methods = [CrossKD() if is_dense(self.teacher.config) else QueryCrossKD()]
-        self.pair = DistillationPair(model, self.teacher, methods, processing_class, args.seed, teacher_processor)
+        self.pair = DistillationPair(student, self.teacher, methods, processing_class, args.seed, teacher_processor)
         super().__init__(
-            model,
+            student,
             args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,

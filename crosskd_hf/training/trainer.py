@@ -21,7 +21,7 @@ from ..data.sampler import MixedBatchSampler, OrientationBatchSampler
 from ..data.split import DetectionSplit
 from ..data.unlabeled import MixedDataset
 from ..models.image_processing import DenseDetectorImageProcessor
-from ..models.transformers_detectors import detection_losses, is_dense, processor_of
+from ..models.transformers_detectors import detection_losses, is_dense, use_fp32_losses
 from ..utils.distributed import check_same
 from ..utils.memory import out_of_memory_explained
 from .arguments import DetectionTrainingArguments
@@ -32,7 +32,7 @@ from .saving import SafeSaving
 from .step_monitor import NonFiniteLossError, StepMonitor
 from .termination import TerminationSignal, obey_parent_only
 from .tracking import TrackingCallback
-from .trainer_inputs import as_dataset, as_detector, check_classes, refuse_unsupported
+from .trainer_inputs import as_dataset, as_detector, check_classes, processor_for, refuse_unsupported
 
 logger = logging.getLogger(__name__)
 MAX_OVERFLOWS = 20  # steps in a row: GradScaler halves its scale in each, from 65536 to below 0.1
@@ -70,13 +70,15 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
     ):
         detector = as_detector(model)
         refuse_unsupported(args)
-        processor = processing_class or processor_of(detector.config)
+        processor = processing_class or processor_for(model, detector.config)
         datasets: dict[str, DetectionDataset | None] = {}
         for name, data, train in (("train_dataset", train_dataset, True), ("eval_dataset", eval_dataset, False)):
             datasets[name] = dataset = None if data is None else as_dataset(data, processor, train, args.seed)
             if dataset is not None:
                 check_classes(detector, dataset, name, "give the model id2label=split.id2label")
                 check_same(f"the images and classes of {name}", (len(dataset), dataset.split.label_names))
+        if not is_dense(detector.config):
+            use_fp32_losses(detector)
         if args.channels_last:
             detector.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
         super().__init__(

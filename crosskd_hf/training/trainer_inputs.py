@@ -3,16 +3,16 @@
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_tensorboard_available, is_trackio_available, is_wandb_available
 
 from ..data.dataset import DetectionDataset
 from ..data.split import DetectionSplit
 from ..models.image_processing import DenseDetectorImageProcessor
-from ..models.transformers_detectors import label_names_of
+from ..models.transformers_detectors import FAMILIES, is_dense, label_names_of, processor_of
 from ..utils.label_names import coco_spelling, near_matches, spelling_problem
 from ..utils.messages import listed
-from ..weights.loading import load_detector
+from ..weights.loading import load_detector, load_processor
 from .arguments import DetectionTrainingArguments
 
 # Tracker, which is also the name of its package -> whether it is installed.
@@ -24,8 +24,30 @@ TRACKER_PACKAGES = {
 
 
 def as_detector(model: PreTrainedModel | str) -> PreTrainedModel:
-    """A detector, loaded if a folder or Hub id names it."""
-    return model if isinstance(model, PreTrainedModel) else load_detector(str(model))
+    """A detector, loaded if a folder or Hub id names it.
+
+    Raises:
+        ValueError: it is a model of another kind.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return load_detector(str(model))
+    if not is_dense(model.config) and model.config.model_type not in FAMILIES:
+        raise ValueError(
+            f"{type(model).__name__} ({model.config.model_type}) is no detector that can be trained here; of "
+            f"transformers' those of {', '.join(FAMILIES)} are."
+        )
+    return model
+
+
+def processor_for(model: PreTrainedModel | str, config: PreTrainedConfig) -> BaseImageProcessor:
+    """The image processor of a detector: of transformers' own the one saved beside it, if a folder or Hub id names it.
+
+    Args:
+        model: as it was given.
+        config: of the detector.
+    """
+    saved = isinstance(model, str) and not is_dense(config)
+    return load_processor(str(model)) if saved else processor_of(config)
 
 
 def refuse_unsupported(args: DetectionTrainingArguments) -> None:

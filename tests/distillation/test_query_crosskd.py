@@ -73,6 +73,16 @@ def test_every_parameter_of_a_detector_gets_a_gradient(family: str) -> None:
     assert missing == (["model.backbone.backbone.embeddings.mask_token"] if family == "rf_detr" else [])
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_losses_under_autocast_are_finite_and_in_fp32(family: str) -> None:
+    pair = pair_of(family, family, crosskd(), QueryMimic(), PKD())
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = pair(**query_batch()).loss_dict
+    assert all(term.dtype == torch.float32 and term.isfinite() for term in terms.values())
+    expected = pair(**query_batch()).loss_dict["loss_detection"]
+    torch.testing.assert_close(terms["loss_detection"], expected, atol=0, rtol=0.1)
+
+
 # Pairs --------------------------------------------------------------------------------------------------------------
 
 

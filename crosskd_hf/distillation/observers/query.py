@@ -9,7 +9,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from ...models.outputs import GroundTruth
 from ...models.targets import pad_ground_truth, unpadded_sizes
-from ...models.transformers_detectors import TransformersLabels, detection_losses, strides_of
+from ...models.transformers_detectors import TransformersLabels, detection_losses, strides_of, use_fp32_losses
 from ..observation import Observation, Observer, PairError
 from .decoders import DECODERS, decoder_of
 from .decoders.decoder import LayerPredictions, QueryDecoder
@@ -46,6 +46,7 @@ class QueryObserver(Observer):
             raise PairError(
                 f"{config.model_type}: learn_initial_query and eval_idx can't be set: transformers can't run them"
             )
+        use_fp32_losses(model)
         self._decoder = decoder_of(model) if config.model_type in DECODERS else None
         self.picks = getattr(config, "two_stage", True)
         self.levels = tuple(range(len(strides)) if levels is None else levels)
