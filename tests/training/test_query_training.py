@@ -8,12 +8,12 @@ import torch
 from processes import run_processes
 from query_models import query_model
 from safetensors.torch import load_file
-from tiny import tiny_args, tiny_split
+from tiny import tiny_args, tiny_model, tiny_split
 from transformers import AutoModelForObjectDetection, RTDetrImageProcessor, pipeline
 from transformers.models.rt_detr_v2.modeling_rt_detr_v2 import RTDetrV2ForObjectDetection
 
 from crosskd_hf.data.dataset import DetectionDataset
-from crosskd_hf.distillation import PKD, QueryCrossKD
+from crosskd_hf.distillation import PKD, QueryCrossKD, SoftBoxes
 from crosskd_hf.distillation.pair import METHODS_FILE
 from crosskd_hf.inference.predict import predict
 from crosskd_hf.training.distillation_trainer import DistillationTrainer
@@ -136,6 +136,27 @@ def test_two_stage_deformable_detr_alone_learns_its_encoders_heads(tmp_path: Pat
     trainer.train()
     assert trainer.state.log_history[0]["loss_encoder"] > 0
     assert not torch.equal(model.class_embed[-1].weight, head)
+
+
+@pytest.mark.parametrize("threshold", [0.05, 1.0])
+def test_a_query_student_learns_unlabelled_images_from_a_dense_teacher(tmp_path: Path, threshold: float) -> None:
+    """No score is above 1: without boxes, its own loss counts 0, and every parameter has a gradient all the same."""
+    student, split = query_model("rt_detr", labels=LABELS), tiny_split(tmp_path / "data")
+    trainer = DistillationTrainer(
+        student,
+        tiny_model("gfl", seed=2),
+        tiny_args(tmp_path / "run", max_steps=2),
+        train_dataset=split,
+        processing_class=processor(),
+        methods=[SoftBoxes(SoftBoxes.Settings(score_threshold=threshold, max_boxes=5))],
+        unlabeled_dataset=split,
+    )
+    trainer.train()
+    first, second, *_ = trainer.state.log_history
+    assert first["loss_detection"] > 0 and (second["unlabeled_loss_detection"] > 0) == (threshold < 1)
+    trainer.optimizer.zero_grad()
+    trainer.pair(torch.zeros(1, 3, 64, 64)).loss.backward()
+    assert all(p.grad is not None for p in trainer.pair.parameters() if p.requires_grad)
 
 
 # Other classes ------------------------------------------------------------------------------------------------------
