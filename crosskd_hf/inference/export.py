@@ -21,11 +21,11 @@ the candidates that suppression would see; it is then the user's to do, class by
 factors for pixels of the original image. Which of several candidates with equal scores (of areas where an image has
 one colour) come first is chance, in PyTorch as here; then other ones of them may be kept.
 
-Of transformers' detectors, those of `QUERY_FAMILIES` can be exported. Their file takes `pixel_values` alone, for any N,
-but of the one height and width that their image processor resizes to. It gives the same three outputs, where K is the
-number of queries and every row is a detection: the best of all pairs of a query and a class, without suppression, as
-`processor.post_process_object_detection(outputs, threshold=0, target_sizes=[(H, W)] * N)` has them. Their boxes, too,
-are in pixels of `pixel_values`, and may reach over the image's edge.
+Of transformers' detectors, those of `QUERY_FAMILIES` can be exported. Their file takes `pixel_values` alone, for any
+N, but of the one height and width that their image processor resizes to. It gives the same three outputs, where K is
+the number of queries and every row is a detection: the best of all pairs of a query and a class, without suppression,
+as `processor.post_process_object_detection(outputs, threshold=0, target_sizes=[(H, W)] * N)` has them. Their boxes,
+too, are in pixels of `pixel_values`, and may reach over the image's edge.
 
 Suppression in ONNX is the operator NonMaxSuppression. PyTorch has none for a batch that torch.export could trace, so
 that the program holds this module's operator `crosskd_hf::batched_nms_mask`: `import crosskd_hf.inference.export`
@@ -85,7 +85,7 @@ def export_detector(
         format: "onnx", or "torch" for a torch.export program.
         nms: do non-maximum suppression in the file; transformers' detectors need none.
         opset: of ONNX, 18 to 23.
-        check: before the file appears, compare it with PyTorch on random images of several sizes, in batches of 1 and 3.
+        check: before the file appears, compare it with PyTorch on random images, in batches of 1 and 3.
 
     Returns:
         what the check gives, or None.
