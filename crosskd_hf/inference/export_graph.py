@@ -82,9 +82,13 @@ class ExportableDetector(nn.Module):
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, 3, H, W) and (N, H, W) -> scores (N, K), labels (N, K), boxes (N, K, 4), as the module describes."""
-        model, most = self.model, self.processor.max_detections
+        model, most, divisor = self.model, self.processor.max_detections, self.processor.size_divisor
+        image_sizes = unpadded_sizes(pixel_values, pixel_mask)
+        if model.backbone.is_swin:  # sides are multiples already: written so, PyTorch proves that windows fit them
+            for axis in (2, 3):
+                pixel_values = pixel_values.narrow(axis, 0, pixel_values.shape[axis] // divisor * divisor)
         head = model.head(model.fpn(model.backbone(pixel_values)))
-        score, label, boxes = self._candidates(head, unpadded_sizes(pixel_values, pixel_mask))
+        score, label, boxes = self._candidates(head, image_sizes)
         count = score.shape[1]
         if self.nms:
             score = score * suppress(self.processor, boxes, score, label, model.config.num_labels)

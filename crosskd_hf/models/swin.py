@@ -15,7 +15,7 @@ class PadFirstSwinBlock(SwinTransformerBlock):
 
     def _attn(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
-        # As a number of windows, and narrowed instead of sliced: so torch.export sees that sides of any size fit.
+        # In numbers of windows, and narrowed instead of sliced: so torch.export sees that sides of any size fit.
         rows, columns = (-(-side // window) for side, window in zip((height, width), self.window_size, strict=True))
         bottom, right = rows * self.window_size[0] - height, columns * self.window_size[1] - width
         attended = super()._attn(F.pad(x, (0, 0, 0, right, 0, bottom)))
