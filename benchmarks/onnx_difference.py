@@ -1,9 +1,11 @@
-"""How far ONNX files are from PyTorch: the four detectors, at full size, on the images of a folder.
+"""How far exported files are from PyTorch: detectors on the images of a folder.
 
     python benchmarks/onnx_difference.py FOLDER --images 20 --output onnx_difference.json
+    python benchmarks/onnx_difference.py FOLDER --detectors rt_detr rt_detr_v2 d_fine --formats onnx torch --batch 1 4
 
-The detectors have a ResNet-18 and random weights, scaled so that they find up to 100 things in every image. Each is
-exported to ONNX with non-maximum suppression, and both run on each image alone, resized as for COCO (800 x 1333).
+The dense detectors have a ResNet-18 and random weights, scaled so that they find up to 100 things in every image. Each
+is exported with non-maximum suppression, for images resized as for COCO (800 x 1333). The ones of transformers are the
+tests' tiny ones, with random weights, for images of 96 x 96.
 Compared are their matched detections, in pixels of the network's input; unmatched are those that only one of the two
 has: where scores are equal, as in areas of one colour, rounding says which candidate suppresses the other.
 Needs `pip install -e ".[onnx]"`.
@@ -11,6 +13,7 @@ Needs `pip install -e ".[onnx]"`.
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -19,15 +22,20 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from transformers import BaseImageProcessor, PreTrainedModel
 
-from crosskd_hf.inference.export import export_detector
-from crosskd_hf.inference.export_check import Runner, compare, detections, load_exported
+from crosskd_hf.inference.export import QUERY_FAMILIES, SUFFIXES, export_detector
+from crosskd_hf.inference.export_check import Runner, compare, detections, detections_of_model, load_exported
 from crosskd_hf.inference.image_files import find_images
 from crosskd_hf.models import CONFIGS, MODELS, DenseDetector
-from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
+from crosskd_hf.models.transformers_detectors import processor_of
 from crosskd_hf.utils.images import load_rgb
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from query_models import query_model
+
 LABELS = 80
+QUERY_SIDE = 96  # pixels
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class Row:
     """A detector's differences over all images; times are means an image, in seconds, post-processing included."""
 
     detector: str
+    format: str
+    batch: int
     images: int
     sizes: int
     detections: int
@@ -42,7 +52,7 @@ class Row:
     score: float
     unmatched: int
     pytorch_seconds: float
-    onnx_seconds: float
+    file_seconds: float
 
 
 def random_detector(detector: str, seed: int) -> DenseDetector:
@@ -61,34 +71,49 @@ def random_detector(detector: str, seed: int) -> DenseDetector:
     return model.eval()
 
 
-def measure(detector: str, images: Sequence[Image.Image], seed: int) -> Row:
-    """Export a detector and compare it with itself."""
-    model = random_detector(detector, seed)
-    processor = DenseDetectorImageProcessor.for_model(model.config)
+def detector_and_processor(name: str, seed: int) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """A random detector in evaluation mode, and its image processor."""
+    model = query_model(name, seed).eval() if name in QUERY_FAMILIES else random_detector(name, seed)
+    processor = processor_of(model.config)
+    if name in QUERY_FAMILIES:
+        processor.size = {"height": QUERY_SIDE, "width": QUERY_SIDE}
+    return model, processor
+
+
+def measure(detector: str, format: str, batches: Sequence[int], images: Sequence[Image.Image], seed: int) -> list[Row]:
+    """Export a detector and compare it with itself, in batches of each size."""
+    model, processor = detector_and_processor(detector, seed)
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        export_detector(model, processor, path)
-        runner = load_exported(path)
-        expected, found, sizes, times = [], [], set(), []
-        for one, other, size, seconds in run_both(model, processor, runner, images):
-            expected += one
-            found += other
-            sizes.add(size)
-            times.append(seconds)
-    difference = compare(expected, found)
-    pytorch, onnx = (sum(column) / len(images) for column in zip(*times, strict=True))
-    return Row(detector, len(images), len(sizes), **asdict(difference), pytorch_seconds=pytorch, onnx_seconds=onnx)
+        path = Path(folder) / f"model{SUFFIXES[format]}"
+        export_detector(model, processor, path, format=format)
+        runner = load_exported(path, format)
+        for batch in batches:
+            expected, found, sizes, times = [], [], set(), []
+            for one, other, size, seconds in run_both(model, processor, runner, images, batch):
+                expected += one
+                found += other
+                sizes.add(size[-2:])
+                times.append(seconds)
+            pytorch, file = (sum(column) / len(images) for column in zip(*times, strict=True))
+            counts = {"images": len(images), "sizes": len(sizes), **asdict(compare(expected, found))}
+            rows.append(Row(detector, format, batch, **counts, pytorch_seconds=pytorch, file_seconds=file))
+    return rows
 
 
 @torch.inference_mode()
 def run_both(
-    model: DenseDetector, processor: DenseDetectorImageProcessor, runner: Runner, images: Sequence[Image.Image]
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    runner: Runner,
+    images: Sequence[Image.Image],
+    batch: int,
 ) -> Iterator[tuple[list, list, torch.Size, tuple[float, float]]]:
-    """Detections of PyTorch and of the file, the input's size, and the seconds that each took, image by image."""
-    for image in images:
-        inputs = processor(image, return_tensors="pt")
+    """Detections of PyTorch and of the file, the input's size, and the seconds that each took, batch by batch."""
+    for i in range(0, len(images), batch):
+        inputs = processor(list(images[i : i + batch]), return_tensors="pt")
         start = time.perf_counter()
-        expected = processor.post_process_object_detection(model(**inputs), threshold=0.0)
+        expected = detections_of_model(model, processor, inputs)
         middle = time.perf_counter()
         found = detections(runner(**inputs))
         times = middle - start, time.perf_counter() - middle
@@ -98,13 +123,13 @@ def run_both(
 def table(rows: Sequence[Row]) -> str:
     """Markdown."""
     lines = [
-        "| detector | images (input sizes) | detections | box difference, px | score difference | unmatched "
-        "| s PyTorch | s ONNX |",
-        "|---|---|---|---|---|---|---|---|",
+        "| detector | format | batch | images (input sizes) | detections | box difference, px | score difference "
+        "| unmatched | s PyTorch | s file |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row.detector} | {row.images} ({row.sizes}) | {row.detections} | {row.box:.1e} | {row.score:.1e} | "
-        f"{row.unmatched} | {row.pytorch_seconds:.2f} | {row.onnx_seconds:.2f} |"
+        f"| {row.detector} | {row.format} | {row.batch} | {row.images} ({row.sizes}) | {row.detections} "
+        f"| {row.box:.1e} | {row.score:.1e} | {row.unmatched} | {row.pytorch_seconds:.2f} | {row.file_seconds:.2f} |"
         for row in rows
     ]
     return "\n".join(lines)
@@ -114,15 +139,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="images")
     parser.add_argument("--images", type=int, default=20, help="the first so many (default: 20)")
-    parser.add_argument("--detectors", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
+    parser.add_argument("--detectors", nargs="+", choices=(*MODELS, *QUERY_FAMILIES), default=tuple(MODELS))
+    parser.add_argument("--formats", nargs="+", choices=tuple(SUFFIXES), default=("onnx",))
+    parser.add_argument("--batch", nargs="+", type=int, default=(1,), metavar="N", help="images a batch (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
     parser.add_argument("--output", help="JSON file for the results")
     arguments = parser.parse_args()
     images = [load_rgb(path) for path in find_images([arguments.folder])[: arguments.images]]
     rows = []
     for detector in arguments.detectors:
-        rows.append(measure(detector, images, arguments.seed))
-        print(table(rows[-1:]), flush=True)
+        for format in arguments.formats:
+            rows += measure(detector, format, arguments.batch, images, arguments.seed)
+            print(table(rows), flush=True)
     print(f"\n{table(rows)}")
     if arguments.output:
         Path(arguments.output).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

@@ -11,7 +11,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "A detector as one file for ONNX runtimes or torch.export. It takes pixel_values (N, 3, H, W) float32 and "
         "pixel_mask (N, H, W) bool as the image processor gives them, of any sizes, and gives scores (N, K), labels "
         "(N, K) and boxes (N, K, 4), xyxy in pixels of pixel_values, best first; rows without a detection have score "
-        "0 and label -1. Thresholds and numbers of detections are those of the model's image processor."
+        "0 and label -1. Thresholds and numbers of detections are those of the model's image processor. Of "
+        "transformers' rt_detr, rt_detr_v2 and d_fine, it takes pixel_values alone, of the processor's height and "
+        "width."
     )
     parser.add_argument("model", help="folder or Hub id of a saved detector")
     parser.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="(default: onnx)")

@@ -21,6 +21,12 @@ the candidates that suppression would see; it is then the user's to do, class by
 factors for pixels of the original image. Which of several candidates with equal scores (of areas where an image has
 one colour) come first is chance, in PyTorch as here; then other ones of them may be kept.
 
+Of transformers' detectors, those of `QUERY_FAMILIES` can be exported. Their file takes `pixel_values` alone, for any
+N, but of the one height and width that their image processor resizes to. It gives the same three outputs, where K is
+the number of queries and every row is a detection: the best of all pairs of a query and a class, without suppression,
+as `processor.post_process_object_detection(outputs, threshold=0, target_sizes=[(H, W)] * N)` has them. Their boxes,
+too, are in pixels of `pixel_values`, and may reach over the image's edge.
+
 Suppression in ONNX is the operator NonMaxSuppression. PyTorch has none for a batch that torch.export could trace, so
 that the program holds this module's operator `crosskd_hf::batched_nms_mask`: `import crosskd_hf.inference.export`
 before `torch.export.load`. A program without suppression needs only PyTorch.
@@ -40,16 +46,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
+from ..models.transformers_detectors import backbone_name, pixel_style, side_divisor
 from ..utils.files import is_disk_full, replacing
 from ..utils.messages import first_line
 from .export_check import Difference, check_export, need
-from .export_graph import AXES, OUTPUTS, ExportError, trace
+from .export_graph import AXES, OUTPUTS, QUERY_AXES, ExportError, trace
 from .image_files import words
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+QUERY_FAMILIES = ("rt_detr", "rt_detr_v2", "d_fine")
 METADATA_FILE = "crosskd.json"
 OPSET = 18
 NEWEST_OPSET = 23
@@ -58,8 +67,8 @@ MOST_UNMATCHED = 0.05  # of the detections: rounding swaps some that lie at the 
 
 
 def export_detector(
-    model: DenseDetector,
-    processor: DenseDetectorImageProcessor,
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
     path: str | os.PathLike[str],
     *,
     format: str = "onnx",
@@ -74,9 +83,9 @@ def export_detector(
         processor: the model's; its thresholds and numbers of candidates and detections go into the file.
         path: ends with .onnx or .pt2; its folder is made.
         format: "onnx", or "torch" for a torch.export program.
-        nms: do non-maximum suppression in the file.
+        nms: do non-maximum suppression in the file; transformers' detectors need none.
         opset: of ONNX, 18 to 23.
-        check: before the file appears, compare it with PyTorch on random images of several sizes.
+        check: before the file appears, compare it with PyTorch on random images, in batches of 1 and 3.
 
     Returns:
         what the check gives, or None.
@@ -86,7 +95,10 @@ def export_detector(
             or a file that gives other detections than PyTorch.
     """
     path = Path(path)
-    _check_arguments(model, processor, path, format, opset, check)
+    _check_path(path, format)
+    _check_model(model, processor, nms)
+    if format == "onnx":
+        _check_onnx(model, opset, check)
     difference = None
     try:
         with replacing(path) as unfinished, _quiet():
@@ -107,30 +119,43 @@ def export_detector(
             raise ExportError(text) from error
         reason = first_line(error)
         raise ExportError(
-            f"a {type(model).__name__} with backbone {model.config.backbone!r} can't be exported "
+            f"a {type(model).__name__} with backbone {backbone_name(model.config)!r} can't be exported "
             f"({reason.rstrip('.')}). Convolutional backbones such as ResNets can."
         ) from error
     return difference
 
 
-def metadata(model: DenseDetector, processor: DenseDetectorImageProcessor, nms: bool) -> dict[str, str]:
+def metadata(model: PreTrainedModel, processor: BaseImageProcessor, nms: bool) -> dict[str, str]:
     """What is stored in the file to prepare images and to read its output; what isn't text is JSON."""
     config = model.config
     values: dict[str, Any] = {
         "model_type": config.model_type,
-        "backbone": config.backbone,
+        "backbone": backbone_name(config),
         "id2label": {str(label): name for label, name in config.id2label.items()},
-        "size_divisor": processor.size_divisor,
-        "short_side": processor.size["shortest_edge"],
-        "long_side": processor.size["longest_edge"],
-        "image_mean": list(map(float, processor.image_mean)),
-        "image_std": list(map(float, processor.image_std)),
-        "rescale_factor": processor.rescale_factor if processor.do_rescale else 1.0,
-        "channel_order": "BGR" if processor.do_flip_channel_order else "RGB",
-        "nms": nms,
     }
-    for name in ("score_threshold", "nms_threshold", "max_candidates", "max_detections"):
-        values[name] = getattr(processor, name)
+    if isinstance(processor, DenseDetectorImageProcessor):
+        values |= {
+            "size_divisor": processor.size_divisor,
+            "short_side": processor.size["shortest_edge"],
+            "long_side": processor.size["longest_edge"],
+            "image_mean": list(map(float, processor.image_mean)),
+            "image_std": list(map(float, processor.image_std)),
+            "rescale_factor": processor.rescale_factor if processor.do_rescale else 1.0,
+            "channel_order": "BGR" if processor.do_flip_channel_order else "RGB",
+            "nms": nms,
+        }
+        for name in ("score_threshold", "nms_threshold", "max_candidates", "max_detections"):
+            values[name] = getattr(processor, name)
+    else:
+        style = pixel_style(processor)  # of grey levels 0..255
+        values |= {
+            "height": processor.size["height"],
+            "width": processor.size["width"],
+            "image_mean": style["image_mean"],
+            "image_std": style["image_std"],
+            "channel_order": "RGB",
+            "resample": int(processor.resample),  # Pillow's number
+        }
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
 
 
@@ -165,12 +190,13 @@ def _save(
         torch.export.save(program, content, extra_files={METADATA_FILE: json.dumps(properties)})
         path.write_bytes(content.getbuffer())
         return
+    axes = AXES if "pixel_mask" in program.graph_signature.user_inputs else QUERY_AXES
     converted = torch.onnx.export(
         program,
         dynamo=True,
-        input_names=list(AXES),
+        input_names=list(axes),
         output_names=list(OUTPUTS),
-        dynamic_shapes=AXES,
+        dynamic_shapes=axes,
         opset_version=opset,
         custom_translation_table=_onnx_translations(),
         verbose=False,
@@ -191,7 +217,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _check_arguments(model: Any, processor: Any, path: Path, format: str, opset: int, check: bool) -> None:
+def _check_path(path: Path, format: str) -> None:
     if format not in SUFFIXES:
         raise ExportError(f"unknown format {format!r}; it must be one of {', '.join(SUFFIXES)}")
     if path.suffix != SUFFIXES[format]:
@@ -200,20 +226,38 @@ def _check_arguments(model: Any, processor: Any, path: Path, format: str, opset:
         )
     if path.is_dir():
         raise ExportError(f"{path} is a folder; name a file in it, such as {path / ('model' + SUFFIXES[format])}")
-    if not isinstance(model, DenseDetector):
-        raise ExportError(f"only the dense detectors of this package can be exported, got a {type(model).__name__}")
-    if model.backbone.is_swin:  # PyTorch would try for hours to prove that windows of any size fit together
-        raise ExportError(
-            f"backbone {model.config.backbone!r} can't be exported: PyTorch can't trace Swin's windows for images of "
-            "any size. Convolutional backbones can."
-        )
-    if not isinstance(processor, DenseDetectorImageProcessor):
-        raise ExportError(
-            f"the image processor must be a DenseDetectorImageProcessor, got a {type(processor).__name__}; make one "
-            "with DenseDetectorImageProcessor.for_model(model.config)"
-        )
-    if format != "onnx":
+
+
+def _check_model(model: Any, processor: Any, nms: bool) -> None:
+    if isinstance(model, DenseDetector):
+        if not isinstance(processor, DenseDetectorImageProcessor):
+            raise ExportError(
+                f"the image processor must be a DenseDetectorImageProcessor, got a {type(processor).__name__}; make "
+                "one with DenseDetectorImageProcessor.for_model(model.config)"
+            )
         return
+    family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if family not in QUERY_FAMILIES:
+        raise ExportError(
+            f"a detector of the family {family} can't be exported; the dense detectors of this package can, and of "
+            f"transformers' {', '.join(QUERY_FAMILIES)}"
+        )
+    if not nms:
+        raise ExportError(f"{family} has no non-maximum suppression to leave out; export it without --no-nms")
+    size, divisor = getattr(processor, "size", None) or {}, side_divisor(model.config)
+    sides = size.get("height"), size.get("width")
+    if not all(sides) or not processor.do_resize or processor.do_pad:
+        raise ExportError(
+            f"the image processor of a {family} must resize every image to one height and width without padding, got "
+            f"{type(processor).__name__} with size {dict(size)}"
+        )
+    if sides[0] % divisor or sides[1] % divisor:
+        raise ExportError(
+            f"the image processor resizes to {sides[0]} x {sides[1]}; a {family} needs multiples of {divisor}"
+        )
+
+
+def _check_onnx(model: PreTrainedModel, opset: int, check: bool) -> None:
     if not OPSET <= opset <= NEWEST_OPSET:
         raise ExportError(f"the opset must be from {OPSET} to {NEWEST_OPSET}, got {opset}")
     weights = 4 * sum(tensor.numel() for tensor in model.state_dict().values())

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import BaseImageProcessor, BatchFeature, PreTrainedModel
 
-from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
 from .export_graph import OUTPUTS, ExportError, portable, suppress
 
@@ -17,7 +17,7 @@ from .export_graph import OUTPUTS, ExportError, portable, suppress
 SAME_BOX, SAME_SCORE = 1.0, 0.01
 
 Detections = dict[str, Tensor]
-Runner = Callable[[Tensor, Tensor], Sequence[Tensor]]
+Runner = Callable[..., Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Difference:
 
 
 def load_exported(path: str | os.PathLike[str], format: str = "onnx") -> Runner:
-    """An exported file as a function of `pixel_values` and `pixel_mask`, that gives scores, labels and boxes.
+    """An exported file as a function of `pixel_values` and, if it takes one, `pixel_mask`: scores, labels and boxes.
 
     Raises:
         ExportError: onnxruntime isn't installed.
     """
     if format == "torch":
         module = torch.export.load(path).module()
-        return lambda pixel_values, pixel_mask: module(pixel_values=pixel_values, pixel_mask=pixel_mask)
+        return lambda *inputs, **named: module(**_by_name(*inputs, **named))
     need("onnxruntime")
     import onnxruntime
 
@@ -61,16 +61,20 @@ def load_exported(path: str | os.PathLike[str], format: str = "onnx") -> Runner:
     options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
 
-    def run_session(pixel_values: Tensor, pixel_mask: Tensor) -> list[Tensor]:
-        inputs = {"pixel_values": pixel_values.numpy(), "pixel_mask": pixel_mask.numpy()}
-        return [torch.from_numpy(output) for output in session.run(list(OUTPUTS), inputs)]
+    def run_session(*inputs: Tensor, **named: Tensor) -> list[Tensor]:
+        arrays = {name: value.numpy() for name, value in _by_name(*inputs, **named).items()}
+        return [torch.from_numpy(output) for output in session.run(list(OUTPUTS), arrays)]
 
     return run_session
 
 
+def _by_name(pixel_values: Tensor, pixel_mask: Tensor | None = None) -> dict[str, Tensor]:
+    return {"pixel_values": pixel_values} | ({} if pixel_mask is None else {"pixel_mask": pixel_mask})
+
+
 def check_export(
-    model: DenseDetector,
-    processor: DenseDetectorImageProcessor,
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
     path: str | os.PathLike[str],
     *,
     format: str = "onnx",
@@ -88,10 +92,19 @@ def check_export(
     exported: list[Detections] = []
     for sizes in ([(480, 320)], [(240, 400), (300, 400), (200, 330)]):
         inputs = processor([_random_image(height, width) for height, width in sizes], return_tensors="pt")
-        with torch.no_grad():
-            expected += processor.post_process_object_detection(model(**inputs), threshold=0.0)
+        expected += detections_of_model(model, processor, inputs)
         exported += detections(runner(**inputs), None if nms else processor)
     return compare(expected, exported)
+
+
+@torch.no_grad()
+def detections_of_model(
+    model: PreTrainedModel, processor: BaseImageProcessor, inputs: BatchFeature
+) -> list[Detections]:
+    """What PyTorch finds in a batch: one dict per image, with boxes in pixels of `pixel_values`."""
+    pixels = inputs["pixel_values"]
+    sizes = None if isinstance(processor, DenseDetectorImageProcessor) else [tuple(pixels.shape[-2:])] * len(pixels)
+    return processor.post_process_object_detection(model(**inputs), threshold=0.0, target_sizes=sizes)
 
 
 def detections(outputs: Sequence[Tensor], processor: DenseDetectorImageProcessor | None = None) -> list[Detections]:

@@ -6,7 +6,9 @@ import torch
 import torch.fx.experimental._config as symbolic_config
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import box_convert
 from torchvision.ops import nms as nms_of_one_class
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..models.assigners import gather_boxes
 from ..models.base import DenseDetector, unpadded_sizes
@@ -15,6 +17,7 @@ from ..models.image_processing import DenseDetectorImageProcessor
 
 OUTPUTS = ("scores", "labels", "boxes")
 AXES = {"pixel_values": {0: "batch", 2: "height", 3: "width"}, "pixel_mask": {0: "batch", 1: "height", 2: "width"}}
+QUERY_AXES = {"pixel_values": {0: "batch"}}
 
 
 class ExportError(ValueError):
@@ -79,9 +82,13 @@ class ExportableDetector(nn.Module):
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, 3, H, W) and (N, H, W) -> scores (N, K), labels (N, K), boxes (N, K, 4), as the module describes."""
-        model, most = self.model, self.processor.max_detections
+        model, most, divisor = self.model, self.processor.max_detections, self.processor.size_divisor
+        image_sizes = unpadded_sizes(pixel_values, pixel_mask)
+        if model.backbone.is_swin:  # sides are multiples already: written so, PyTorch proves that windows fit them
+            for axis in (2, 3):
+                pixel_values = pixel_values.narrow(axis, 0, pixel_values.shape[axis] // divisor * divisor)
         head = model.head(model.fpn(model.backbone(pixel_values)))
-        score, label, boxes = self._candidates(head, unpadded_sizes(pixel_values, pixel_mask))
+        score, label, boxes = self._candidates(head, image_sizes)
         count = score.shape[1]
         if self.nms:
             score = score * suppress(self.processor, boxes, score, label, model.config.num_labels)
@@ -122,8 +129,49 @@ class ExportableDetector(nn.Module):
         return torch.cat(scores, dim=1), torch.cat(pairs, dim=1)
 
 
-def trace(model: DenseDetector, processor: DenseDetectorImageProcessor, nms: bool) -> torch.export.ExportedProgram:
-    """The graph, for any number and size of images."""
+class ExportableQueryDetector(nn.Module):
+    """A detector of transformers that scores each of its Q queries for every class, and the best Q of those pairs.
+
+    Args:
+        model: a detector in evaluation mode.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, 3, H, W) -> scores (N, Q), labels (N, Q), boxes (N, Q, 4) xyxy pixels, best first."""
+        outputs = self.model(pixel_values)
+        height, width = pixel_values.shape[-2:]
+        queries, num_labels = outputs.logits.shape[1:]
+        scores, pair = outputs.logits.sigmoid().flatten(1).topk(queries)
+        boxes = box_convert(outputs.pred_boxes, "cxcywh", "xyxy") * scores.new_tensor([width, height, width, height])
+        return scores, pair % num_labels, gather_boxes(boxes, pair // num_labels)
+
+
+def trace(model: PreTrainedModel, processor: BaseImageProcessor, nms: bool) -> torch.export.ExportedProgram:
+    """The graph, for any number of images, and for a dense detector of any size."""
+    program = (
+        _trace_dense(model, processor, nms) if isinstance(model, DenseDetector) else _trace_query(model, processor)
+    )
+    # With an example, a loaded program refuses sizes for which PyTorch would lay out memory otherwise than for it
+    # (1 x 1 maps, 16 images), although it computes them.
+    program.example_inputs = None
+    return program
+
+
+def _trace_query(model: PreTrainedModel, processor: BaseImageProcessor) -> torch.export.ExportedProgram:
+    pixel_values = torch.zeros(2, 3, processor.size["height"], processor.size["width"])
+    shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
+    exportable = ExportableQueryDetector(portable(model)).eval()
+    with torch.no_grad():  # strict, since transformers takes `len` of a batch, which is a constant otherwise
+        return torch.export.export(exportable, (), {"pixel_values": pixel_values}, dynamic_shapes=shapes, strict=True)
+
+
+def _trace_dense(
+    model: DenseDetector, processor: DenseDetectorImageProcessor, nms: bool
+) -> torch.export.ExportedProgram:
     exportable = ExportableDetector(portable(model), processor, nms).eval()
     # No map of this batch has a side of 1, and no two sizes are the same: both would be taken for rules.
     multiple, stride = processor.size_divisor, model.config.strides[-1]
@@ -139,13 +187,12 @@ def trace(model: DenseDetector, processor: DenseDetectorImageProcessor, nms: boo
     shapes = {name: {axis: sizes[size] for axis, size in axes.items()} for name, axes in AXES.items()}
     # The patch: maps may have sides of 1, as P7 of a small image has.
     with torch.no_grad(), symbolic_config.patch(backed_size_oblivious=True):
-        program = torch.export.export(exportable, (), inputs, dynamic_shapes=shapes, strict=False)
-    # With an example, a loaded program refuses sizes for which PyTorch would lay out memory otherwise than for it
-    # (1 x 1 maps, 16 images), although it computes them.
-    program.example_inputs = None
-    return program
+        return torch.export.export(exportable, (), inputs, dynamic_shapes=shapes, strict=False)
 
 
-def portable(model: DenseDetector) -> DenseDetector:
-    """A copy in evaluation mode, that doesn't touch the user's."""
-    return copy.deepcopy(model).to("cpu", torch.float32).eval()
+def portable(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy in evaluation mode, that doesn't touch the user's, and makes anchors for the images that it is given."""
+    model = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    if getattr(model.config, "anchor_image_size", None):
+        model.config.anchor_image_size = None  # of transformers' detectors: anchors of this size only
+    return model

@@ -15,9 +15,11 @@ class PadFirstSwinBlock(SwinTransformerBlock):
 
     def _attn(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
-        window_height, window_width = self.window_size
-        padded = F.pad(x, (0, 0, 0, -width % window_width, 0, -height % window_height))
-        return super()._attn(padded)[:, :height, :width].contiguous()
+        # In numbers of windows, and narrowed instead of sliced: so torch.export sees that sides of any size fit.
+        rows, columns = (-(-side // window) for side, window in zip((height, width), self.window_size, strict=True))
+        bottom, right = rows * self.window_size[0] - height, columns * self.window_size[1] - width
+        attended = super()._attn(F.pad(x, (0, 0, 0, right, 0, bottom)))
+        return attended.narrow(1, 0, height).narrow(2, 0, width).contiguous()
 
 
 def is_swin(name: str) -> bool:
