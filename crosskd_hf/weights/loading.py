@@ -234,6 +234,14 @@ def _load_saved(source: str, shown: str) -> tuple[PreTrainedModel, dict[str, Any
         ) from error
 
 
+def _model_type(source: str) -> str | None:
+    """Of the config.json beside a processor, if there is one."""
+    try:
+        return PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+    except (OSError, ValueError):
+        return None
+
+
 def load_processor(source: str) -> BaseImageProcessor:
     """The image processor beside a saved detector, by its folder or Hub id.
 
@@ -242,8 +250,12 @@ def load_processor(source: str) -> BaseImageProcessor:
     """
     try:
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
-        if not isinstance(processor, DenseDetectorImageProcessor) and type(processor).__name__ not in OF_DETECTORS:
-            raise ValueError(f"image_processor_type is {type(processor).__name__}, which is no detector's known here")
+        kind, dense = type(processor).__name__, isinstance(processor, DenseDetectorImageProcessor)
+        if not dense and kind not in OF_DETECTORS:
+            raise ValueError(f"image_processor_type is {kind}, which is no detector's known here")
+        model_type = _model_type(source)
+        if model_type and dense == (model_type in FAMILIES):
+            raise ValueError(f"image_processor_type is {kind}, which doesn't go with the model, {model_type}")
         return processor
     except Exception as error:  # whatever a file may hold
         text = getattr(error, "strerror", None) or without_credentials(first_line(error))

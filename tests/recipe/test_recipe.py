@@ -14,6 +14,7 @@ from crosskd_hf.data.settings import DataSection
 from crosskd_hf.distillation.methods import method_names
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.architecture import DETECTORS
+from crosskd_hf.models.transformers_detectors import FAMILIES
 from crosskd_hf.recipe.distillation import settings_class
 from crosskd_hf.recipe.load import load_recipe, parse_recipe
 from crosskd_hf.recipe.packaged import carried_recipes, find_recipe
@@ -415,7 +416,7 @@ def test_an_override_changes_one_of_two_aliased_sections(tmp_path):
 
 
 def test_detectors_are_those_of_the_models():
-    assert set(DETECTORS) == set(CONFIGS) == set(MODELS)
+    assert set(CONFIGS) == set(MODELS) and set(DETECTORS) == {*MODELS, *FAMILIES}
 
 
 def test_every_field_has_a_meaning():
@@ -457,7 +458,8 @@ def test_carried_recipes_are_complete_and_run_as_they_are(name, tmp_path):
     assert read.training["output_dir"] == f"runs/{name}"
     assert read.training["seed"] == 0
     args = load_recipe(name, [f"training.output_dir={tmp_path}", "training.use_cpu=true"]).training_arguments()
-    assert args.max_grad_norm == (35.0 if read.model.detector == "fcos" else 0.0)
+    query_based = read.model.detector in FAMILIES or read.model.pretrained
+    assert args.max_grad_norm == (0.1 if query_based else 35.0 if read.model.detector == "fcos" else 0.0)
     # What a run writes beside its model runs again.
     read.save(tmp_path / "recipe.yaml")
     assert load_recipe(tmp_path / "recipe.yaml") == read
@@ -468,17 +470,22 @@ def test_published_rows_write_every_setting_out(name):
     """`test_recipe_table.py` has their values."""
     text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
     content = yaml.safe_load(text)
-    architecture = {f.name for f in dataclasses.fields(ModelSection)} - {"checkpoint", "inherit"}
+    architecture = {f.name for f in dataclasses.fields(ModelSection)} - {
+        "checkpoint",
+        "inherit",
+        "pretrained",
+        "config",
+    }
     assert set(content["model"]) == architecture
     if "teacher" in content:
-        assert set(content["teacher"]) == {f.name for f in dataclasses.fields(TeacherSection)}
+        assert set(content["teacher"]) == {f.name for f in dataclasses.fields(TeacherSection)} - {"config"}
         methods = content["distillation"].pop("methods")
         assert list(content["distillation"]) == methods
         for method, section in content["distillation"].items():
             # kd_centerness is ATSS's; GFL has none.
             unset = {"centerness_weight", "student_tap_index"}
             assert set(section) == {f.name for f in dataclasses.fields(settings_class(method))} - unset
-    unset = {"augment", "plain_epochs", "max_train_images", "max_val_images", "cache_dir"}
+    unset = {"size", "augment", "plain_epochs", "max_train_images", "max_val_images", "cache_dir"}
     unset |= {f.name for f in dataclasses.fields(DataSection) if f.metadata["help"].startswith("layout ")}
     unset |= {f.name for f in dataclasses.fields(DataSection) if f.name.startswith("unlabeled")}
     assert set(content["data"]) == {f.name for f in dataclasses.fields(DataSection)} - unset

@@ -8,7 +8,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from tiny import assert_equal_weights, filled, reference_state
+from tiny import assert_equal_weights, filled, reference_state, tiny_model
+from transformers import DetrImageProcessor
 
 from crosskd_hf import GFLForObjectDetection
 from crosskd_hf.distillation.compatibility import pair_up
@@ -64,7 +65,9 @@ def test_every_architecture_field_reaches_the_configuration():
         "head_channels": 64,
         "head_blocks": 3,
     }
-    assert set(values) == {f.name for f in dataclasses.fields(ArchitectureSection)}
+    assert set(values) == {f.name for f in dataclasses.fields(ArchitectureSection)} - {
+        "config"
+    }  # of transformers' detectors
     default, config = ArchitectureSection(), build_config(ArchitectureSection(**values), LABELS)
     del values["detector"]
     assert not {name for name, value in values.items() if value == getattr(default, name)}
@@ -292,7 +295,7 @@ def test_a_saved_model_without_its_weights(tmp_path, saved):
         ("nms_threshold", float("nan")),
         ("max_candidates", "x"),
         ("size", 5),
-        ("image_processor_type", "DetrImageProcessor"),
+        ("image_processor_type", "CLIPImageProcessor"),
     ],
 )
 def test_an_image_processor_that_cannot_be_is_named_with_its_file(tmp_path, key, value):
@@ -302,6 +305,13 @@ def test_an_image_processor_that_cannot_be_is_named_with_its_file(tmp_path, key,
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(CheckpointError, match=rf"bad'.*preprocessor_config.json: .*{key}"):
         load_processor(str(path.parent))
+
+
+def test_an_image_processor_of_the_other_kind_of_detector_is_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "dense")
+    DetrImageProcessor().save_pretrained(tmp_path / "dense")
+    with pytest.raises(CheckpointError, match=r"DetrImageProcessor.*crosskd_gfl"):
+        load_processor(str(tmp_path / "dense"))
 
 
 def test_an_image_processor_that_cannot_be_fetched_is_not_called_damaged(saved, monkeypatch):
