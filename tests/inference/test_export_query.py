@@ -64,9 +64,8 @@ def test_boxes_are_corners_in_pixels_and_pairs_are_sorted() -> None:
     assert boxes.tolist() == [[[24.0, 16.0, 72.0, 48.0], [0.0, 16.0, 48.0, 48.0]]]
 
 
-@pytest.mark.parametrize(
-    "family", ["rt_detr", *(pytest.param(name, marks=pytest.mark.slow) for name in QUERY_FAMILIES[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", QUERY_FAMILIES)
 def test_files_give_the_detections_of_pytorch(monkeypatch, tmp_path: Path, family: str) -> None:
     """One test of all that a file must do, since tracing is what takes time. Anchors of another size are no trap."""
     model, processor = model_and_processor(family, anchor_image_size=[128, 128])
@@ -108,6 +107,23 @@ def test_a_check_finds_another_model(monkeypatch) -> None:
     monkeypatch.setattr("crosskd_hf.inference.export_check.load_exported", lambda *options: other)
     with torch.no_grad():
         assert check_export(model, processor, "m.onnx").unmatched > QUERIES
+
+
+def test_rounding_decides_what_is_cut_off() -> None:
+    """The lowest scores are 0.30 and 0.31: from 0.32 on, a detection that only one of both has counts."""
+
+    def detected(*scores: float) -> dict[str, torch.Tensor]:
+        values = torch.tensor(scores)
+        return {
+            "scores": values,
+            "labels": torch.zeros(len(scores)).long(),
+            "boxes": values[:, None].mul(1000).expand(-1, 4),
+        }
+
+    one, other = detected(0.9, 0.5, 0.3), detected(0.9, 0.5, 0.31)
+    assert compare([one], [other]).unmatched == 2 and compare([one], [other], cut=True).unmatched == 0
+    assert compare([detected(0.9, 0.31)], [detected(0.9, 0.33, 0.31)], cut=True).unmatched == 1
+    assert compare([detected(0.9, 0.31)], [detected(0.9, 0.315, 0.31)], cut=True).unmatched == 0
 
 
 @pytest.mark.parametrize("family", ["deimv2", "deformable_detr", "lw_detr", "rf_detr"])
