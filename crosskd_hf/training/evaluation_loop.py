@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.dataset import DetectionDataset
+from ..utils.distributed import share_buffers
 from ..utils.memory import out_of_memory_explained
 from ..utils.redact import public
 from .base import BaseTrainer
@@ -40,6 +41,7 @@ class CocoEvaluation(BaseTrainer):
         model = self.average.model if self.average else self.model
         was_training = model.training
         model.eval()
+        share_buffers(model)
         dataset = dataloader.dataset
         assert isinstance(dataset, DetectionDataset)  # see `get_eval_dataloader`
         evaluator = CocoEvaluator(dataset.split)

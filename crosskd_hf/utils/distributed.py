@@ -7,7 +7,7 @@ import time
 import uuid
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 APPEARS_WITHIN = 10.0  # seconds; a network drive may show another machine's new file late
@@ -26,6 +26,13 @@ def mean_over_ranks(value: Tensor) -> Tensor:
         dist.all_reduce(value)
         value /= num_processes()
     return value
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give a module the first process's buffers: statistics of BatchNorms differ, since each saw other images."""
+    if num_processes() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def processes_where(condition: bool) -> str:

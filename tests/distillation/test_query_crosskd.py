@@ -73,7 +73,7 @@ def test_every_parameter_of_a_detector_gets_a_gradient(family: str) -> None:
     assert missing == (["model.backbone.backbone.embeddings.mask_token"] if family == "rf_detr" else [])
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", ["rt_detr_v2", "d_fine", "deformable_detr two-stage", "lw_detr"])
 def test_losses_under_autocast_are_finite_and_in_fp32(family: str) -> None:
     pair = pair_of(family, family, crosskd(), QueryMimic(), PKD())
     with torch.autocast("cpu", torch.bfloat16):

@@ -103,29 +103,35 @@ def test_pipeline_and_predict_agree_with_each_other(undisturbed: tuple[Path, Det
     torch.testing.assert_close(own.scores.sort(descending=True).values, scores, atol=1e-5, rtol=0)
 
 
+ONE_STEP = {"max_steps": 1, "save_strategy": "no", "ema_decay": None, "ema_warmup_steps": 0}
+
+
 def train_share(rank: int, port: int, folder: str) -> None:
     equality.join(rank, 2, port)
-    trainer = build(Path(folder), "two", max_steps=2, save_strategy="no")
+    trainer = build(Path(folder), "two", **ONE_STEP)
     trainer.train()
     metrics = trainer.evaluate()
-    if rank == 0:
-        torch.save({"metrics": metrics}, Path(folder) / "metrics.pt")
-    torch.save(trainer.pair.state_dict(), Path(folder) / f"weights{rank}.pt")
+    torch.save((trainer.pair.state_dict(), metrics), Path(folder) / f"share{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_train_with_adapters_and_evaluate_as_one(tmp_path: Path) -> None:
+    """Also where BatchNorms have statistics of each process's own images."""
     tiny_split(tmp_path / "data", images=7)
     run_processes(train_share, (equality.free_port(), str(tmp_path)), 2)
-    one, other = (torch.load(tmp_path / f"weights{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert all(torch.equal(value, other[name]) for name, value in one.items() if "running" not in name)
-    start = build(tmp_path, "start").pair.state_dict()
+    shares = [torch.load(tmp_path / f"share{rank}.pt", weights_only=True) for rank in (0, 1)]
+    (one, metrics), (other, _) = shares
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    alone = build(tmp_path, "alone", **ONE_STEP)
+    start = alone.pair.state_dict()
     changed = {name for name, value in one.items() if not torch.equal(value, start[name])}
     assert {"methods.query_crosskd.adapter.weight", "methods.pkd.adapters.fpn.weight"} <= changed
-    of_two = torch.load(tmp_path / "metrics.pt", weights_only=True)["metrics"]
-    alone = build(tmp_path, "alone", ema_decay=None, ema_warmup_steps=0)
-    alone.model.load_state_dict({n.removeprefix("student."): v for n, v in one.items() if n.startswith("student.")})
-    assert {"eval_AP", "eval_AR100"} <= set(of_two) and set(alone.evaluate()) == set(of_two)
+    alone.pair.load_state_dict(one)
+    of_one = alone.evaluate()
+    assert metrics["eval_AR100"] > 0
+    assert {name: value for name, value in of_one.items() if "_A" in name} == {
+        name: value for name, value in metrics.items() if "_A" in name
+    }
 
 
 def test_two_stage_deformable_detr_alone_learns_its_encoders_heads(tmp_path: Path) -> None:

@@ -134,7 +134,10 @@ def resumed(root: Path, expected: str, **options) -> dict:
     return final_state(trainer)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "constant_with_warmup", "warmup_stable_decay"])
+@pytest.mark.parametrize(
+    "schedule",
+    ["cosine", *(pytest.param(s, marks=pytest.mark.slow) for s in ("constant_with_warmup", "warmup_stable_decay"))],
+)
 def test_groups_schedules_and_the_average_are_resumed(tmp_path: Path, schedule: str) -> None:
     options = {"lr_milestones": None, "lr_scheduler_type": schedule, "warmup_steps": 4, "eval_strategy": "no"}
     if schedule == "warmup_stable_decay":

@@ -77,6 +77,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert picture.width > 2 * TILE and picture.height > 3 * TILE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tracker", ["trackio", "wandb"])
 def test_others_offline(tmp_path: Path, tracker: str) -> None:
     """In a process of their own, since they keep state and threads. It ends without error, and the files are there."""
