@@ -39,9 +39,12 @@ class OnPixelsAndBoxes:
         self.transform = transform
 
     def __call__(self, sample: Sample) -> Sample:
-        """The sample with an image of another size; one less than `SMALLEST_SIDE` wide or high stays as it is."""
+        """The sample with an image of another size; one less than `SMALLEST_SIDE` wide or high stays as it is, and
+        one without boxes.
+        """
         height, width = sample["image"].shape[-2:]
-        if min(height, width) < SMALLEST_SIDE:
+        # Without boxes a crop is never accepted, but tried again and again.
+        if min(height, width) < SMALLEST_SIDE or not len(sample["boxes"]):
             return sample
         boxes = tv_tensors.BoundingBoxes(sample["boxes"], format="XYXY", canvas_size=(height, width))
         image, boxes = self.transform(tv_tensors.Image(sample["image"]), v2.functional.clamp_bounding_boxes(boxes))

@@ -105,10 +105,11 @@ class DetectionDataset(Dataset[dict[str, Any]]):
             sample["class_labels"], sample["boxes"] = training_boxes(row["objects"], row["height"], row["width"])
         plain = key.epoch >= self.plain_from
         steps = [step for step in self.augmentations if not plain or isinstance(step, RandomFlip)]
+        parts = (self.seed, key.epoch, key.index, *([key.turn] if key.turn else []))
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would also reseed the GPUs' generators, and those are not restored here.
-            torch.random.default_generator.manual_seed(stable_seed(self.seed, key.epoch, key.index))
-            if self.multiscale == "batch":
+            torch.random.default_generator.manual_seed(stable_seed(*parts))
+            if self.multiscale == "batch" and not plain:
                 sample["batch_draw"] = stable_seed(self.seed, key.epoch, key.batch)
             for step in (*steps, self.fit):
                 sample = step(sample)

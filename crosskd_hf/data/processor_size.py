@@ -36,7 +36,8 @@ class SizeForProcessor:
         processor's terms.
 
         Args:
-            sample: `batch_draw` is an integer that all images of a batch have in common.
+            sample: `batch_draw` is an integer that all images of a batch have in common; without one, a "batch" has
+                the processor's size.
         """
         height, width = sample["image"].shape[-2:]
         wanted = self._size(sample)
@@ -52,7 +53,7 @@ class SizeForProcessor:
 
     def _size(self, sample: Sample) -> dict[str, int]:
         given = plain_size(self.processor)
-        if self.multiscale == "none":
+        if self.multiscale == "none" or (self.multiscale == "batch" and "batch_draw" not in sample):
             return given
         if self.multiscale == "batch":
             side = self.sides[sample["batch_draw"] % len(self.sides)]

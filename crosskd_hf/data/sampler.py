@@ -20,11 +20,13 @@ class SampleKey(NamedTuple):
 
     Attributes:
         batch: the number of its batch in the epoch, over all processes.
+        turn: how often all unlabelled images were gone through before.
     """
 
     epoch: int
     index: int  # type: ignore[assignment] # hides tuple.index, which nobody needs of a key
     batch: int = 0
+    turn: int = 0
 
 
 class EpochSampler(Sampler[SampleKey]):
@@ -183,5 +185,5 @@ class MixedBatchSampler(Sampler[list[SampleKey]]):
             self.unlabeled.set_epoch(turn)
             for batch in islice(self.unlabeled, skipped, None):
                 # Augmentation knows the training's epochs.
-                yield [SampleKey(epoch, behind + key.index) for key in batch]
+                yield [SampleKey(epoch, behind + key.index, turn=turn) for key in batch]
             skipped = 0

@@ -12,6 +12,7 @@ from ..models.transformers_detectors import (
     label_names_of,
     pixel_style,
     processor_of,
+    side_divisor,
     size_divisor,
     strides_of,
 )
@@ -87,12 +88,16 @@ def pair_up(
     notes: list[str] = []
     classes = _shared_classes(student, teacher, problems, notes)
     levels = _shared_levels(student, teacher, problems, notes)
+    known = processor is not None
     processor, teacher_processor = processor or processor_of(student), teacher_processor or processor_of(teacher)
-    divisor, teacher_divisor = size_divisor(processor), teacher.size_divisor if is_dense(teacher) else 1
+    divisor, teacher_divisor = size_divisor(processor), side_divisor(teacher)
+    if not known and not is_dense(student):  # whoever makes the input knows
+        divisor = teacher_divisor
     if divisor % teacher_divisor:
         problems.append(
             f"size_divisor: student {divisor}, teacher {teacher_divisor}: the batch "
             "is padded for the student, whose divisor must be a multiple of the teacher's"
+            + ("" if is_dense(student) else ": set data.size to multiples of the teacher's")
         )
     student_style, teacher_style, pixels = pixel_style(processor), pixel_style(teacher_processor), None
     if student_style != teacher_style:
@@ -115,7 +120,7 @@ def _shared_classes(
     if not shared:
         problems.append(
             f"label names, none of which both know ({known}): train the teacher on the student's data first, with "
-            "model.checkpoint naming it, or give both the same names"
+            "model.checkpoint or model.pretrained naming it, or give both the same names"
         )
         return None, None
     note = f"classes: {len(shared)} of the student's {len(student_names)} are among the teacher's {len(teacher_names)}"

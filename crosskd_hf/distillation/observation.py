@@ -89,6 +89,7 @@ class Observation:
         targets: with labels only; None of an unlabelled batch.
         outputs: the model's output as its image processor reads it, if a method asked for detections.
         image_sizes: (N, 2) height and width of each image without padding, beside `outputs`.
+        box_frames: (N, 2) height and width of what the boxes of `outputs` are relative to; None: `image_sizes`.
         context: the family's own: priors; a decoder's memory and queries.
     """
 
@@ -100,6 +101,7 @@ class Observation:
     targets: Targets | None = None
     outputs: Any = None
     image_sizes: Tensor | None = None
+    box_frames: Tensor | None = None
     context: Any = None
 
 
@@ -164,7 +166,8 @@ class Observer(nn.Module):
         """
         sizes = observation.image_sizes
         assert sizes is not None  # see `ask_for_detections`
-        detected = self.processor.post_process_object_detection(observation.outputs, score_threshold, sizes)
+        frames = sizes if observation.box_frames is None else observation.box_frames
+        detected = self.processor.post_process_object_detection(observation.outputs, score_threshold, frames)
         shape = (len(sizes), count)
         boxes, scores, labels = sizes.new_zeros(*shape, 4), sizes.new_zeros(shape), sizes.new_zeros(shape).long()
         for i, (one, (height, width)) in enumerate(zip(detected, sizes.tolist(), strict=True)):

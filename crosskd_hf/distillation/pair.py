@@ -81,7 +81,7 @@ class DistillationPair(nn.Module):
         by_name = {method.name: method for method in sorted(methods, key=lambda method: method.name)}
         self.methods = nn.ModuleDict(by_name)
         self.pixels = pairing.pixels
-        self.student_observer = observe(student, pairing.levels[0], pairing.classes[0])
+        self.student_observer = observe(student, pairing.levels[0], pairing.classes[0], processor)
         self.teacher_observer = observe(teacher, pairing.levels[1], pairing.classes[1], teacher_processor)
         self.notes = list(pairing.notes)
         problems = list(pairing.problems)

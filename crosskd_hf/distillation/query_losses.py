@@ -28,9 +28,14 @@ def l1_giou_loss(boxes: Tensor, teacher_boxes: Tensor, l1: float, giou: float) -
     return l1 * (boxes - teacher_boxes).abs().sum(-1) + giou * (1 - paired_giou(boxes, teacher_boxes))
 
 
-def pixel_l1_loss(boxes: Tensor, teacher_boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """L1 distance of xyxy in pixels of an input of this (height, width): (..., 4) relative cxcywh -> (...)."""
-    scale = boxes.new_tensor([size[1], size[0]] * 2)
+def pixel_l1_loss(boxes: Tensor, teacher_boxes: Tensor, sizes: Tensor) -> Tensor:
+    """L1 distance of xyxy in pixels: (..., N, Q, 4) relative cxcywh -> (..., N, Q).
+
+    Args:
+        boxes, teacher_boxes: of N images.
+        sizes: (N, 2) height and width of each in pixels.
+    """
+    scale = sizes.flip(1).repeat(1, 2)[:, None]
     corners, teacher_corners = (box_convert(b, "cxcywh", "xyxy") * scale for b in (boxes, teacher_boxes))
     return (corners - teacher_corners).abs().sum(-1)
 
@@ -57,6 +62,11 @@ def confidence_weights(teacher: LayerPredictions) -> Tensor:
     """
     sure = teacher.logits.detach().amax(-1).sigmoid()
     return sure / mean_over_ranks(sure.sum((-2, -1), keepdim=True)).clamp(min=1)
+
+
+def first(predictions: LayerPredictions, count: int) -> LayerPredictions:
+    """Of the first queries."""
+    return LayerPredictions(predictions.logits[:, :count], predictions.boxes[:, :count])
 
 
 def stacked(predictions: list[LayerPredictions]) -> LayerPredictions:

@@ -66,11 +66,11 @@ def build_transformers_config(section: ArchitectureSection, label_names: Sequenc
     known = [field.name for field in dataclasses.fields(type(default))]
     for key in section.config:
         if key not in known:
-            raise ValueError(f"config: {section.detector} has no key {key!r}. {nearest(key, known)}")
+            raise ValueError(f"config has a key that {section.detector} doesn't have, {key!r}. {nearest(key, known)}")
     try:
         return AutoConfig.for_model(section.detector, **section.config, id2label=dict(enumerate(label_names)))
     except Exception as error:  # each family checks in its own way
-        raise ValueError(f"config: {section.detector} refuses {section.config}: {error}") from error
+        raise ValueError(f"config is refused by {section.detector}: {error}") from error
 
 
 def architecture_problems(section: ArchitectureSection, name: str) -> list[Problem]:

@@ -1,13 +1,17 @@
 """What this package has to know of transformers' own detectors. Their forwards, losses and processors are theirs."""
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
+from transformers.loss import loss_for_object_detection
 
 from .configuration import DenseDetectorConfig
 from .image_processing import DenseDetectorImageProcessor
@@ -27,6 +31,11 @@ PROCESSORS = {
     "yolos": "YolosImageProcessor",
 }
 FAMILIES = tuple(PROCESSORS)
+
+# Families whose ResNets' first stage isn't trained.
+FROZEN_STEM = ("deformable_detr", "detr", "conditional_detr", "dab-detr")
+# Families that know of no padding: their boxes are relative to the padded input.
+BLIND_TO_PADDING = ("rt_detr", "rt_detr_v2", "d_fine", "deimv2", "yolos")
 
 TransformersLabels = Sequence[Mapping[str, Tensor]]
 
@@ -94,6 +103,8 @@ def size_divisor(processor: Any) -> int:
 
 def side_divisor(config: PretrainedConfig) -> int:
     """What the sides of every image must be multiples of; 1 for detectors that pad for themselves."""
+    if isinstance(config, DenseDetectorConfig):
+        return config.size_divisor
     if config.model_type in ("rt_detr", "rt_detr_v2", "d_fine", "deimv2"):
         return max(config.feat_strides)  # maps of neighbouring levels are joined
     if config.model_type in ("lw_detr", "rf_detr"):
@@ -115,16 +126,43 @@ def detection_losses(model: PreTrainedModel, outputs: Any, labels: TransformersL
         labels: a dict per image: `class_labels` (G,) and `boxes` (G, 4), cxcywh, relative.
     """
     terms = {"loss_detection": outputs.loss}
+    if not any(len(label["boxes"]) for label in labels):
+        # Denoising trains some weights only where there are boxes, and DDP waits for a gradient of every one.
+        terms["loss_detection"] = outputs.loss + 0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
     if model.config.model_type == "deformable_detr" and model.config.two_stage:
         config, (logits, boxes) = model.config, (outputs.enc_outputs_class, outputs.enc_outputs_coord_logits.sigmoid())
         objects = [{**label, "class_labels": torch.zeros_like(label["class_labels"])} for label in labels]
-        losses = model.loss_function(logits, objects, logits.device, boxes, _without_auxiliary_losses(config))
-        terms["loss_encoder"] = losses[0]
+        alone = copy.copy(config)
+        alone.auxiliary_loss = False
+        terms["loss_encoder"] = model.loss_function(logits, objects, logits.device, boxes, alone)[0]
     return terms
 
 
+def prepare_new(model: PreTrainedModel, frozen_stem: bool = False) -> None:
+    """Set right what a new detector of transformers needs to be trained.
+
+    Masks that only a vision transformer's own pretraining uses are frozen: DDP would wait for their gradient. A new
+    class head of Deformable DETR begins at a probability of 0.01 (focal loss, arXiv 1708.02002, section 4.1), as in
+    the other families.
+
+    Args:
+        model: the detector.
+        frozen_stem: freeze stem and first stage of a ResNet of timm in Deformable DETR and DETR, whose weights are
+            pretrained: transformers does so with its own ResNets.
+    """
+    resnet = frozen_stem and model.config.model_type in FROZEN_STEM and "resnet" in backbone_name(model.config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("mask_token"):
+            parameter.requires_grad_(False)
+        first = any(f".{part}." in f".{name}" for part in ("conv1", "bn1", "layer1"))
+        if resnet and first and "backbone" in name and not any(f".layer{i}." in name for i in (2, 3, 4)):
+            parameter.requires_grad_(False)
+        if model.config.model_type == "deformable_detr" and "class_embed" in name and name.endswith("bias"):
+            nn.init.constant_(parameter, -math.log(99))
+
+
 def use_fp32_losses(model: PreTrainedModel) -> None:
-    """Have a detector of transformers compute its losses in fp32, also under autocast.
+    """Have a detector of transformers compute its losses in fp32, also under autocast, on any number of processes.
 
     Matching doesn't work in bfloat16, and a pixel of a large box is more than it resolves.
     """
@@ -135,10 +173,26 @@ def use_fp32_losses(model: PreTrainedModel) -> None:
     def loss_function(*args: Any, **kwargs: Any) -> Any:
         device = args[0].device.type
         with torch.autocast(device, enabled=False):
-            return of_family(*map(_in_fp32, args), **{name: _in_fp32(value) for name, value in kwargs.items()})
+            with _boxes_of_all_processes():
+                return of_family(*map(_in_fp32, args), **{name: _in_fp32(v) for name, v in kwargs.items()})
 
     loss_function.of_family = of_family  # type: ignore[attr-defined]
     model.loss_function = loss_function
+
+
+@contextmanager
+def _boxes_of_all_processes() -> Iterator[None]:
+    """Let the losses of DETR and its kin not grow with the number of processes.
+
+    They divide by the boxes of a process. transformers takes the mean over processes (accelerate's default), and
+    divides it by their number once more; of the sum, that is the mean.
+    """
+    mean = loss_for_object_detection.reduce
+    loss_for_object_detection.reduce = partial(mean, reduction="sum")
+    try:
+        yield
+    finally:
+        loss_for_object_detection.reduce = mean
 
 
 def _in_fp32(value: Any) -> Any:
@@ -148,8 +202,3 @@ def _in_fp32(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(map(_in_fp32, value))
     return {name: _in_fp32(item) for name, item in value.items()} if isinstance(value, dict) else value
-
-
-def _without_auxiliary_losses(config: PretrainedConfig) -> PretrainedConfig:
-    values = {**config.to_dict(), "auxiliary_loss": False}
-    return type(config).from_dict(values)

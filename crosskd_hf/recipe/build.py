@@ -17,14 +17,28 @@ from ..distillation.weight_inheritance import inherit_weights
 from ..models import MODELS
 from ..models.architecture import ArchitectureSection, build_config, build_transformers_config
 from ..models.image_processing import DenseDetectorImageProcessor
-from ..models.transformers_detectors import FAMILIES, is_dense, processor_of, side_divisor, strides_of
+from ..models.transformers_detectors import (
+    FAMILIES,
+    backbone_name,
+    is_dense,
+    prepare_new,
+    processor_of,
+    side_divisor,
+    strides_of,
+)
 from ..training.arguments import DetectionTrainingArguments
 from ..training.distillation_trainer import DistillationTrainer
 from ..training.run_log import use_run_log
 from ..training.trainer import DetectionTrainer
 from ..utils.messages import first_line
 from ..utils.progress import say
-from ..weights.loading import for_labels, load_backbone_weights, load_detector, load_processor
+from ..weights.loading import (
+    for_labels,
+    load_backbone_weights,
+    load_detector,
+    load_pretrained_backbone,
+    load_processor,
+)
 from .sections import ModelSection, Recipe, TeacherSection
 
 logger = logging.getLogger(__name__)
@@ -46,17 +60,19 @@ def build_trainer(recipe: Recipe, arguments: DetectionTrainingArguments | None =
     names = train_dataset.split.label_names
     model = build_model(recipe.model, names)
     processor = build_processor(model.config, recipe.model.saved, recipe.data)
-    check_queries(model.config, processor, "model")
+    check_queries(model.config, processor, recipe.data, "model")
     parts: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
     parts["processing_class"] = processor
     if recipe.teacher is None:
         trainer = DetectionTrainer(model, args, **parts)
     else:
         teacher = load_teacher(recipe.teacher, names)
+        if recipe.model.inherit and not (is_dense(model.config) and is_dense(teacher.config)):
+            raise ValueError("model.inherit is for two dense detectors: set model.inherit=[]")
         if recipe.model.inherit:
             say(inherit_weights(model, teacher, recipe.model.inherit))
         methods = [method_class(name)(settings) for name, settings in recipe.distillation.methods.items()]
-        check_queries(teacher.config, processor, "teacher")
+        check_queries(teacher.config, processor, recipe.data, "teacher")
         teacher_processor = None
         if not is_dense(teacher.config) and recipe.teacher.checkpoint != "random":
             teacher_processor = load_processor(recipe.teacher.checkpoint)
@@ -101,50 +117,74 @@ def build_model(section: ModelSection, label_names: Sequence[str]) -> PreTrained
         )
         config.frozen_stages = 0
     pretrained = section.backbone_weights == "pretrained"
-    try:
+    with _fetched(section.backbone) if pretrained else contextlib.nullcontext():
         model = MODELS[section.detector](config, pretrained_backbone=pretrained)
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
-        raise ValueError(
-            f"the ImageNet weights of {section.backbone} can't be fetched ({first_line(error)}). Without "
-            "network, give a file as model.backbone_weights, or model.backbone_weights=random to start from scratch."
-        ) from error
     if section.backbone_weights not in ("pretrained", "random"):
         load_backbone_weights(model, section.backbone_weights)
     return model
 
 
 def _new_transformers_detector(section: ModelSection, label_names: Sequence[str]) -> PreTrainedModel:
-    model = AutoModelForObjectDetection.from_config(build_transformers_config(section, label_names))
-    weights = section.backbone_weights
-    if weights == "pretrained" or (weights != "random" and weights is not None):
-        load_backbone_weights(model, weights)
+    model = new_from_config(section, label_names)
+    if section.backbone_weights == "pretrained":
+        with _fetched(backbone_name(model.config)):
+            load_pretrained_backbone(model)
+    elif section.backbone_weights not in ("random", None):
+        load_backbone_weights(model, section.backbone_weights)
+    prepare_new(model, frozen_stem=section.backbone_weights != "random")
     if not any(parameter.requires_grad for name, parameter in model.named_parameters() if "backbone" in name):
         logger.warning(
-            "transformers freezes the complete backbone of this %s: it stays as it is. With a backbone of timm "
-            "(backbone_config: {model_type: timm_backbone, backbone: resnet50, ...}) its later stages are trained",
+            "transformers freezes the complete backbone of this %s: it stays as it is. One of timm (model.config: "
+            "{backbone_config: {model_type: timm_backbone, backbone: resnet50, ...}}) is trained",
             section.detector,
         )
     return model
 
 
-def check_queries(config: PretrainedConfig, processor: Any, name: str) -> None:
+def new_from_config(section: ArchitectureSection, label_names: Sequence[str]) -> PreTrainedModel:
+    """A detector of transformers of random weights.
+
+    Raises:
+        ValueError: its configuration makes no model; the message begins with "config".
+    """
+    config = build_transformers_config(section, label_names)
+    try:
+        return AutoModelForObjectDetection.from_config(config)
+    except (ValueError, RuntimeError, KeyError, IndexError) as error:  # each family and timm check in their own way
+        raise ValueError(f"config makes no {section.detector} that can be built: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _fetched(backbone: str) -> Iterator[None]:
+    """Say what to do where ImageNet weights can't be fetched."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"the ImageNet weights of {backbone} can't be fetched ({first_line(error)}). Without "
+            "network, give a file as model.backbone_weights, or model.backbone_weights=random to start from scratch."
+        ) from error
+
+
+def check_queries(config: PretrainedConfig, processor: Any, data: DataSection, name: str) -> None:
     """Raise ValueError if a detector picks more queries than its encoder has tokens at the data's size.
 
     Args:
         config: of the detector, which is called `name`.
         processor: makes the images.
+        data: the recipe's section.
     """
     strides, size = strides_of(config), processor.size
     picks = not is_dense(config) and getattr(config, "two_stage", True)
     if not (picks and strides and size.height):
         return
     count = getattr(config, "two_stage_num_proposals", config.num_queries)
-    tokens = sum(math.ceil(size.height / stride) * math.ceil(size.width / stride) for stride in strides)
+    drawn = [(side, side) for side in data.multiscale_short_sides if data.multiscale == "batch"]
+    height, width = min([(size.height, size.width), *drawn])
+    tokens = sum(math.ceil(height / stride) * math.ceil(width / stride) for stride in strides)
     if tokens < count:
         raise ValueError(
-            f"the {name} picks {count} queries, but images of {size.height} x {size.width} give its encoder {tokens} "
+            f"the {name} picks {count} queries, but images of {height} x {width} give its encoder {tokens} "
             "places: raise data.size, or lower num_queries in its config"
         )
 
@@ -172,6 +212,11 @@ def build_processor(config: PretrainedConfig, saved: str | None, data: DataSecti
     elif processor.size.shortest_edge:
         processor.size = SizeDict(shortest_edge=data.short_side, longest_edge=data.long_side)
     fixed = bool(processor.size.height)
+    if fixed and (data.short_side, data.long_side) != (DataSection.short_side, DataSection.long_side):
+        raise ValueError(
+            f"data.short_side and data.long_side are for detectors that keep an image's ratio; {config.model_type} "
+            f"gets all images at {processor.size.height} x {processor.size.width}: set data.size"
+        )
     if data.multiscale != "none" and fixed != (data.multiscale == "batch"):
         raise ValueError(
             f"data.multiscale is {data.multiscale}, but {config.model_type}'s images have "
@@ -201,6 +246,6 @@ def load_teacher(section: TeacherSection, label_names: Sequence[str]) -> PreTrai
     if section.checkpoint == "random":
         logger.warning("the teacher has random weights: nothing can be learnt from it")
         if section.detector in FAMILIES:
-            return AutoModelForObjectDetection.from_config(build_transformers_config(section, label_names))
+            return new_from_config(section, label_names)
         return MODELS[section.detector](build_config(section, label_names))
     return load_detector(section.checkpoint, section, label_names)

@@ -8,7 +8,7 @@ from ..models.architecture import architecture_problems
 from ..training.arguments import training_problems
 from ..utils.recipe_fields import Problem
 from .distillation import distillation_problems
-from .sections import Recipe
+from .sections import ModelSection, Recipe
 
 
 def impossible_combinations(recipe: Recipe) -> list[Problem]:
@@ -43,8 +43,11 @@ def impossible_combinations(recipe: Recipe) -> list[Problem]:
 def _model_problems(recipe: Recipe) -> list[Problem]:
     problems: list[Problem] = []
     for name, section in (("model", recipe.model), ("teacher", recipe.teacher)):
-        if section:
+        if section and not (section is recipe.model and recipe.model.pretrained):
             problems += architecture_problems(section, name)
+    if recipe.model.pretrained and (recipe.model.config or recipe.model.detector != ModelSection.detector):
+        text = "model.pretrained has its own architecture: leave model.detector and model.config out."
+        problems.append((("model.pretrained", "model.detector", "model.config"), text))
     if recipe.model.pretrained and recipe.model.checkpoint:
         text = "model.pretrained and model.checkpoint say the same: leave one of them out."
         problems.append((("model.pretrained", "model.checkpoint"), text))

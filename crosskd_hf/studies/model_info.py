@@ -192,8 +192,14 @@ def _origin(model: PreTrainedModel, source: str) -> list[str]:
         return lines
     # Plain values, not a checked recipe: an earlier version may have written it.
     section, data, teacher = (recipe.get(name) or {} for name in ("model", "data", "teacher"))
-    weights = section.get("checkpoint") or f"{section.get('backbone_weights', 'pretrained')} backbone weights"
+    weights = (
+        section.get("checkpoint")
+        or section.get("pretrained")
+        or f"{section.get('backbone_weights', 'pretrained')} backbone weights"
+    )
     images = data.get("path") or data.get("layout", "data that it doesn't name")
+    if data.get("layout") == "shapes":
+        images = "generated images"
     lines.append(f"trained on {images} ({data.get('train_split')}), from {without_credentials(str(weights))}")
     if teacher.get("checkpoint"):
         methods = ", ".join(map(str, (recipe.get("distillation") or {}).get("methods", [])))

@@ -79,6 +79,17 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
                 check_same(f"the images and classes of {name}", (len(dataset), dataset.split.label_names))
         if not is_dense(detector.config):
             use_fp32_losses(detector)
+            if getattr(args, "activation_checkpointing", False) and not detector.supports_gradient_checkpointing:
+                kind = detector.config.model_type
+                raise ValueError(
+                    f"training.activation_checkpointing is true, but {kind} can't do it: set it to false."
+                )
+            if train_dataset is not None and args.optim == OptimizerNames.SGD:
+                logger.warning(
+                    "training.optim is sgd, with which dense detectors are trained; %s wants adamw_torch, a learning "
+                    "rate of about 1e-4, and max_grad_norm 0.1",
+                    detector.config.model_type,
+                )
         if args.channels_last:
             detector.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
         super().__init__(

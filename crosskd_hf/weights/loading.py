@@ -6,14 +6,16 @@ import logging
 import os
 import pickle
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoImageProcessor,
@@ -27,7 +29,7 @@ from ..models import CONFIGS, MODELS, DenseDetectorConfig
 from ..models.architecture import ArchitectureSection, build_config
 from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
-from ..models.transformers_detectors import FAMILIES, PROCESSORS, label_names_of
+from ..models.transformers_detectors import FAMILIES, PROCESSORS, backbone_name, is_dense, label_names_of, prepare_new
 from ..utils.checksums import MARKER, damage
 from ..utils.label_names import COCO_CLASSES, coco_spelling, loosely, near_matches, spelling_problem
 from ..utils.messages import first_line
@@ -70,7 +72,21 @@ def for_labels(model: PreTrainedModel, label_names: Sequence[str]) -> PreTrained
     kept = {name: value for name, value in model.state_dict().items() if name not in per_class}
     missing, unexpected = new.load_state_dict(kept, strict=False)
     assert not unexpected and set(missing) <= per_class, (missing, unexpected)
+    if not is_dense(config):
+        prepare_new(new)
+        _copy_known_classes(model, new, per_class)
     return new
+
+
+@torch.no_grad()
+def _copy_known_classes(model: PreTrainedModel, new: PreTrainedModel, names: set[str]) -> None:
+    """Copy the rows of classes that both know by name, such as COCO's 80 among the 91 ids of DETR."""
+    known, given = map(coco_spelling, map(label_names_of, (model.config, new.config)))
+    shared = [name for name in given if name in known and name != "N/A"]
+    rows, places = [known.index(name) for name in shared], [given.index(name) for name in shared]
+    before, after = model.state_dict(), new.state_dict()
+    for name in names:
+        after[name][places] = before[name][rows]
 
 
 def set_labels(config: PreTrainedConfig, names: Sequence[str]) -> None:
@@ -91,7 +107,37 @@ def class_weights(config: PreTrainedConfig) -> set[str]:
     return {name for name, shape in shapes[0].items() if shape != shapes[1][name]}
 
 
-def load_backbone_weights(model: DenseDetector, path: str) -> None:
+def timm_backbone(model: PreTrainedModel) -> nn.Module:
+    """The module of timm inside a detector.
+
+    Raises:
+        CheckpointError: there is none: the backbone is transformers' own.
+    """
+    if isinstance(model, DenseDetector):
+        return model.backbone.body
+    for module in model.modules():  # parents before their children
+        if type(module).__module__.startswith("timm."):
+            return module
+    raise CheckpointError(
+        f"model.backbone_weights: the backbone of this {model.config.model_type} is transformers' own, of which there "
+        "are no weights alone: name a backbone of timm in model.config (backbone_config: {model_type: "
+        "timm_backbone, backbone: ..., out_indices: [...]}), start from model.pretrained, or set "
+        "model.backbone_weights=random."
+    )
+
+
+def load_pretrained_backbone(model: PreTrainedModel) -> None:
+    """Fill a backbone of timm in a detector of transformers with timm's pretrained weights, which are downloaded.
+
+    Raises:
+        CheckpointError: the backbone is transformers' own.
+        OSError, RuntimeError: they can't be fetched, or there are none.
+    """
+    body, name = timm_backbone(model), backbone_name(model.config)
+    fill_backbone(body, timm.create_model(name, pretrained=True).state_dict(), f"timm's {name}")
+
+
+def load_backbone_weights(model: PreTrainedModel, path: str) -> None:
     """Fill the backbone from a file with timm's or torchvision's names (`.safetensors` or `.pth`), or from its URL.
 
     Raises:
@@ -109,7 +155,20 @@ def load_backbone_weights(model: DenseDetector, path: str) -> None:
             raise CheckpointError(f"the backbone weights {path} can't be read ({error}).") from error
     else:
         state, _ = read_checkpoint(path)
-    body = model.backbone.body
+    fill_backbone(timm_backbone(model), state, path)
+
+
+def fill_backbone(body: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
+    """Fill timm's module from weights of timm's or torchvision's names.
+
+    Args:
+        body: timm's module.
+        state: name -> weight.
+        path: where they come from, for messages.
+
+    Raises:
+        CheckpointError: a key of the module is missing or has another shape, or weights aren't finite.
+    """
     expected = body.state_dict()
     # timm's feature extractors say layers_0 for what its whole models call layers.0.
     given = {key.replace(".", "_"): value for key, value in state.items()}
@@ -119,8 +178,8 @@ def load_backbone_weights(model: DenseDetector, path: str) -> None:
     ]
     if wrong:
         raise CheckpointError(
-            f"{path} doesn't hold the weights of {model.config.backbone}: {len(wrong)} keys are missing or have "
-            f"another shape, such as {', '.join(wrong[:3])}."
+            f"{path} doesn't hold the weights of this backbone: {len(wrong)} keys are missing or have another shape, "
+            f"such as {', '.join(wrong[:3])}."
         )
     check_finite(state, path)
     body.load_state_dict(state, strict=False)

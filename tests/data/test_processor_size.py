@@ -31,7 +31,7 @@ PROCESSORS = [
 
 
 def dataset_for(processor, split, **options) -> DetectionDataset:
-    dataset = DetectionDataset(split, flip_probability=0.0, **{"train": True, **options})
+    dataset = DetectionDataset(split, **{"train": True, "flip_probability": 0.0, **options})
     dataset.use_processor(processor)
     return dataset
 
@@ -108,3 +108,10 @@ def test_the_short_side_of_each_image_is_drawn_where_the_ratio_is_kept(tmp_path,
     dataset = dataset_for(processor, tiny_split(tmp_path), multiscale=multiscale, multiscale_short_sides=sides)
     drawn = {min(dataset[SampleKey(epoch, 0)]["size"]) for epoch in range(12)}
     assert drawn == set(sides) if multiscale == "choice" else drawn <= set(range(32, 49)) and len(drawn) > 2
+
+
+def test_the_last_epochs_have_the_processors_size(tmp_path) -> None:
+    options = {"multiscale": "batch", "multiscale_short_sides": (32,), "augment": ["flip"], "plain_epochs": 1}
+    dataset = dataset_for(RTDetrImageProcessor(size=FIXED), tiny_split(tmp_path), **options)
+    dataset.set_epochs(3)
+    assert [dataset[SampleKey(epoch, 0)]["size"] for epoch in range(3)] == [(32, 32), (32, 32), (64, 96)]

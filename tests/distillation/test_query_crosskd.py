@@ -4,12 +4,22 @@ import pytest
 import torch
 from query_models import CONFIGS, query_batch, query_model, two_levels
 from tiny import tiny_model
+from transformers import RTDetrImageProcessor
 
-from crosskd_hf.distillation import PKD, CrossKD, DistillationPair, Mimic, PairError, QueryCrossKD, QueryMimic
+from crosskd_hf.distillation import (
+    PKD,
+    CrossKD,
+    DistillationPair,
+    KDMethod,
+    Mimic,
+    PairError,
+    QueryCrossKD,
+    QueryMimic,
+)
 from crosskd_hf.distillation.methods.query_crosskd import seen_by_teacher
 from crosskd_hf.distillation.observers.decoders.decoder import LayerPredictions, Memory
 from crosskd_hf.distillation.query_losses import confidence_weights, l1_giou_loss, pixel_l1_loss, query_cls_loss
-from crosskd_hf.models.transformers_detectors import detection_losses
+from crosskd_hf.models.transformers_detectors import detection_losses, prepare_new
 
 PICKING = [name for name in CONFIGS if name not in ("deformable_detr", "deformable_detr refined")]
 
@@ -18,10 +28,10 @@ def crosskd(**settings) -> QueryCrossKD:
     return QueryCrossKD(QueryCrossKD.Settings(**settings))
 
 
-def pair_of(student, teacher, *methods) -> DistillationPair:
+def pair_of(student, teacher, *methods, processor=None) -> DistillationPair:
     """Both given by family name, or as models."""
     student, teacher = (query_model(m, seed) if isinstance(m, str) else m for m, seed in ((student, 0), (teacher, 1)))
-    return DistillationPair(student, teacher, methods)
+    return DistillationPair(student, teacher, methods, processor)
 
 
 def gradient_groups(pair: DistillationPair) -> set[str]:
@@ -64,13 +74,16 @@ def test_a_model_that_is_its_own_teacher_has_nothing_to_learn(family: str, queri
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_every_parameter_of_a_detector_gets_a_gradient(family: str) -> None:
+@pytest.mark.parametrize("boxes", [True, False])
+def test_every_parameter_of_a_detector_gets_a_gradient(family: str, boxes: bool) -> None:
+    """Also without any box, where nothing is denoised."""
     model, batch = query_model(family), query_batch()
+    if not boxes:
+        batch["labels"] = [{name: value[:0] for name, value in label.items()} for label in batch["labels"]]
+    prepare_new(model)
     terms = detection_losses(model, model(**batch), batch["labels"])
     torch.stack(list(terms.values())).sum().backward()
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    # A vision transformer's own pretraining masks patches; no detector does.
-    assert missing == (["model.backbone.backbone.embeddings.mask_token"] if family == "rf_detr" else [])
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
 @pytest.mark.parametrize("family", ["rt_detr_v2", "d_fine", "deformable_detr two-stage", "lw_detr"])
@@ -118,7 +131,7 @@ def test_gradients_reach_what_the_pass_promises(queries: str, student: str, expe
 def test_other_families_on_the_other_side(student: str, teacher: str, queries: str) -> None:
     if student == "lw_detr" and queries == "student":
         pytest.skip("refused, see below")
-    pair = pair_of(student, teacher, crosskd(queries=queries))
+    pair = pair_of(student, teacher, crosskd(queries=queries), processor=RTDetrImageProcessor())
     before = {name: value.clone() for name, value in pair.teacher.state_dict().items()}
     output = pair(**query_batch())
     output.loss.backward()
@@ -148,6 +161,20 @@ def test_memory_queries_of_the_student() -> None:
     reached = gradient_groups(pair)
     assert {"decoder.layers.0", "decoder.layers.1", "encoder", "backbone"} <= reached
     assert "decoder.layers.2" not in reached  # nothing follows what leaves the last
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(6, 12), (12, 6)])
+@pytest.mark.parametrize("queries", ["teacher", "student", "memory"])
+def test_slots_of_the_smaller_number_of_queries(student: int, teacher: int, queries: str) -> None:
+    models = (query_model("lw_detr", seed, num_queries=count) for seed, count in ((0, student), (1, teacher)))
+    assert pair_of(*models, crosskd(queries=queries))(**query_batch()).loss_dict["kd_box"] > 0
+
+
+def test_picks_that_nobody_can_use_lead_to_the_memory_pass() -> None:
+    sized = RTDetrImageProcessor(size={"height": 64, "width": 96})
+    method = crosskd()
+    DistillationPair(query_model("rt_detr"), query_model("lw_detr", 1), [method], sized)
+    assert method.resolved.queries == "memory"
 
 
 def test_classes_are_matched_by_name() -> None:
@@ -181,8 +208,16 @@ def test_mimicking_by_slots_and_pkd_on_the_encoders_levels() -> None:
 )
 def test_what_a_pair_cannot_do_is_named(student: str, teacher: str, settings: dict, names: list[str]) -> None:
     with pytest.raises(PairError) as error:
-        pair_of(student, teacher, crosskd(**settings))
+        pair_of(student, teacher, crosskd(**settings), processor=RTDetrImageProcessor())
     assert all(name in str(error.value) for name in names)
+
+
+@pytest.mark.parametrize("method", [crosskd(), QueryMimic()])
+def test_boxes_relative_to_image_and_to_padded_input_are_not_compared(method: KDMethod) -> None:
+    student, teacher = query_model("deformable_detr two-stage"), query_model("rt_detr", 1)
+    with pytest.raises(PairError, match=rf"{method.name}: rt_detr knows of no padding.*data\.size"):
+        DistillationPair(student, teacher, [method])
+    DistillationPair(student, teacher, [method], RTDetrImageProcessor())  # all of one size
 
 
 def test_the_edges_of_layers_are_allowed() -> None:
@@ -221,7 +256,8 @@ def test_box_losses() -> None:
     apart = torch.tensor([[0.9, 0.5, 0.2, 0.2]])
     torch.testing.assert_close(l1_giou_loss(boxes, apart, 0.0, 1.0), torch.tensor([4 / 3]))
     # In pixels of an input 100 high and 200 wide, both vertical sides are 20 apart.
-    torch.testing.assert_close(pixel_l1_loss(boxes, teacher, (100, 200)), torch.tensor([40.0]))
+    sizes = torch.tensor([[100.0, 200.0]])
+    torch.testing.assert_close(pixel_l1_loss(boxes[None], teacher[None], sizes), torch.tensor([[40.0]]))
     assert l1_giou_loss(boxes, boxes, 5.0, 2.0).item() == 0
 
 
@@ -235,5 +271,7 @@ def test_weights_by_the_teachers_confidence() -> None:
 def test_the_students_tokens_on_shared_levels() -> None:
     own = Memory(torch.zeros(1, 5, 2), ((2, 2), (1, 1)))
     student = Memory(torch.ones(1, 20, 2), ((4, 4), (2, 2)))
-    seen = seen_by_teacher(student, own)
+    seen = seen_by_teacher(student, own, [(1, 0)])
     assert seen.sizes == own.sizes and seen.tokens[0, :, 0].tolist() == [1, 1, 1, 1, 0]
+    with pytest.raises(PairError, match=r"\(4, 4\) and \(2, 2\)"):
+        seen_by_teacher(student, own, [(0, 0)])

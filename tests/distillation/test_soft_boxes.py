@@ -1,5 +1,6 @@
 """The teacher's detections as targets of the student, on tiny models and boxes by hand."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +41,22 @@ def query_observation(logits: list, boxes: list) -> Observation:
     """Of one image of 100 x 200 pixels."""
     outputs = SimpleNamespace(logits=torch.tensor([logits]), pred_boxes=torch.tensor([boxes]))
     return Observation(outputs=outputs, image_sizes=torch.tensor([[100.0, 200.0]]))
+
+
+def test_boxes_of_a_model_that_knows_no_padding_are_relative_to_the_padded_input() -> None:
+    """An image 70 wide on a canvas of 96: x from 0.25 to 0.5 of the canvas, or, for Deformable DETR, of the image."""
+    observed = query_batch()
+    for family, width in (("d_fine", 96), ("deformable_detr two-stage", 70)):
+        observer = observe(query_model(family).eval())
+        observer.ask_for_detections()
+        with torch.no_grad():
+            observation = observer(observed["pixel_values"], observed["pixel_mask"])
+        assert observation.image_sizes[1].tolist() == [64, 70] and observation.box_frames[1].tolist() == [64, width]
+        outputs = SimpleNamespace(
+            logits=torch.full((2, 1, 3), 9.0), pred_boxes=torch.tensor([[[0.375, 0.5, 0.25, 1]]] * 2)
+        )
+        found = observer.detections(replace(observation, outputs=outputs), 0.5, 1)
+        assert found.boxes[1, 0].tolist() == pytest.approx([0.25 * width, 0, 0.5 * width, 64])
 
 
 # Detections ---------------------------------------------------------------------------------------------------------

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import equality
 import pytest
+import timm
 import torch
+from accelerate import PartialState
 from processes import run_processes
-from query_models import query_model
-from safetensors.torch import load_file
+from query_models import query_batch, query_model
+from safetensors.torch import load_file, save_file
 from tiny import tiny_args, tiny_model, tiny_split
 from transformers import AutoModelForObjectDetection, RTDetrImageProcessor, pipeline
 from transformers.models.rt_detr_v2.modeling_rt_detr_v2 import RTDetrV2ForObjectDetection
@@ -16,9 +18,12 @@ from crosskd_hf.data.dataset import DetectionDataset
 from crosskd_hf.distillation import PKD, QueryCrossKD, SoftBoxes
 from crosskd_hf.distillation.pair import METHODS_FILE
 from crosskd_hf.inference.predict import predict
+from crosskd_hf.models.transformers_detectors import detection_losses, use_fp32_losses
+from crosskd_hf.recipe.build import build_model
+from crosskd_hf.recipe.sections import ModelSection
 from crosskd_hf.training.distillation_trainer import DistillationTrainer
 from crosskd_hf.training.trainer import DetectionTrainer
-from crosskd_hf.weights.loading import for_labels, load_detector, load_processor
+from crosskd_hf.weights.loading import for_labels, load_detector, load_pretrained_backbone, load_processor
 from crosskd_hf.weights.mmdet import CheckpointError
 
 LABELS = {0: "cat", 1: "dog"}  # of `tiny_split`
@@ -165,6 +170,84 @@ def test_a_query_student_learns_unlabelled_images_from_a_dense_teacher(tmp_path:
     assert all(p.grad is not None for p in trainer.pair.parameters() if p.requires_grad)
 
 
+def losses_of_two(rank: int, port: int, folder: str) -> None:
+    equality.join(rank, 2, port)
+    PartialState(cpu=True)  # as training arguments make it
+    losses = {family: loss_of(family) for family in MEAN_LOSSES}
+    if rank == 0:
+        torch.save(losses, Path(folder) / "losses.pt")
+    torch.distributed.destroy_process_group()
+
+
+MEAN_LOSSES = ("deformable_detr two-stage", "detr", "lw_detr", "rt_detr")
+
+
+def loss_of(family: str) -> float:
+    model, batch = query_model(family).eval(), query_batch()
+    use_fp32_losses(model)
+    with torch.no_grad():
+        terms = detection_losses(model, model(**batch), batch["labels"])
+    return sum(terms.values()).item()
+
+
+def test_two_processes_with_one_batch_have_its_loss(tmp_path: Path) -> None:
+    run_processes(losses_of_two, (equality.free_port(), str(tmp_path)), 2)
+    of_two = torch.load(tmp_path / "losses.pt", weights_only=True)
+    assert of_two == pytest.approx({family: loss_of(family) for family in MEAN_LOSSES}, rel=1e-5)
+
+
+# New models ---------------------------------------------------------------------------------------------------------
+
+
+def recipe_of(detector: str, **config) -> ModelSection:
+    backbone = {"model_type": "timm_backbone", "backbone": "resnet18", "out_indices": [2, 3, 4]}
+    return ModelSection(detector=detector, config={"backbone_config": backbone, **config})
+
+
+@pytest.mark.parametrize(
+    ("detector", "config"),
+    [
+        ("rt_detr_v2", {"encoder_in_channels": [128, 256, 512]}),
+        ("deformable_detr", {"d_model": 32}),
+    ],
+)
+def test_a_backbone_of_timm_gets_its_weights(detector: str, config: dict, tmp_path: Path, monkeypatch) -> None:
+    """By timm's name, and from a file; Deformable DETR's stem and first stage are then frozen."""
+    weights = timm.create_model("resnet18", pretrained=False).state_dict()
+    save_file(weights, tmp_path / "resnet18.safetensors")
+    create, named = timm.create_model, []
+
+    def pretrained(name, **options):
+        named.append((name, options.pop("pretrained", False)))
+        model = create(name, **options)
+        if named[-1][1]:
+            model.load_state_dict(weights)
+        return model
+
+    section = recipe_of(detector, **config)
+    monkeypatch.setattr(timm, "create_model", pretrained)
+    for source in ("pretrained", str(tmp_path / "resnet18.safetensors")):
+        section.backbone_weights = source
+        model = build_model(section, ["cat", "dog"])
+        name = next(name for name in model.state_dict() if name.endswith("layer3.0.conv1.weight"))
+        assert torch.equal(model.state_dict()[name], weights["layer3.0.conv1.weight"])
+        frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+        of_stem = {
+            n
+            for n, _ in model.named_parameters()
+            if (n.endswith("conv1.weight") and "layer" not in n) or "layer1" in n
+        }
+        assert frozen == (of_stem if detector == "deformable_detr" else set())
+    assert ("resnet18", True) in named
+    if detector == "deformable_detr":
+        torch.testing.assert_close(model.class_embed[0].bias.sigmoid(), torch.full((2,), 0.01))
+
+
+def test_a_backbone_of_transformers_has_no_weights_alone() -> None:
+    with pytest.raises(CheckpointError, match=r"rt_detr.*model\.pretrained.*backbone_weights=random"):
+        load_pretrained_backbone(query_model("rt_detr"))
+
+
 # Other classes ------------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +262,14 @@ def test_other_classes_get_new_predictors_and_the_rest_is_kept(family: str) -> N
     assert changed and all("class_embed" in name or "score_head" in name for name in changed)
     if family in ("d_fine", "rt_detr"):
         assert any("denoising_class_embed" in name for name in changed)
+
+
+def test_classes_that_both_know_keep_their_rows() -> None:
+    """COCO's 80 among DETR's 91 ids, of which some are N/A."""
+    model = query_model("detr", labels={0: "N/A", 1: "cat", 2: "N/A", 3: "dog"})
+    new = for_labels(model, ["dog", "cat", "yak"])
+    weight, expected = new.class_labels_classifier.weight, model.class_labels_classifier.weight
+    assert torch.equal(weight[:2], expected[[3, 1]]) and not any(torch.equal(weight[2], row) for row in expected)
 
 
 def test_known_classes_keep_the_model() -> None:

@@ -19,8 +19,8 @@ from ...utils.recipe_fields import setting
 from ..method import KDMethod
 from ..observation import Observation, Observer, PairError
 from ..observers.decoders.decoder import LayerPredictions, Memory, Picks, Queries, QueryDecoder, Run, same_places
-from ..observers.query import QueryObserver
-from ..query_losses import confidence_weights, l1_giou_loss, pixel_l1_loss, query_cls_loss, stacked
+from ..observers.query import QueryObserver, refuse_other_frames
+from ..query_losses import confidence_weights, first, l1_giou_loss, pixel_l1_loss, query_cls_loss, stacked
 
 BETWEEN_DECODERS = {"beta": 1.0, "box_loss": "l1_giou", "l1_weight": 5.0, "giou_weight": 2.0}
 MEMORY = {"beta": 0.0, "box_loss": "pixels", "l1_weight": 1.0, "giou_weight": 1.0}  # as the reference's branch
@@ -67,9 +67,14 @@ class QueryCrossKD(KDMethod):
     def connect(self, student: Observer, teacher: Observer) -> None:
         """Adapt queries or memory, both with `memory_queries: student`, where the widths differ."""
         if not (isinstance(student, QueryObserver) and isinstance(teacher, QueryObserver)):
-            raise PairError("query_crosskd is for two query-based detectors; between dense ones it is crosskd")
+            raise PairError(
+                "query_crosskd is for two query-based detectors; between dense ones it is crosskd, between both kinds "
+                "soft_boxes"
+            )
         widths = student.decoder.width, teacher.decoder.width
+        refuse_other_frames(self.name, student, teacher)
         self.resolved = settings = _resolved(self.settings, student, teacher)
+        self.levels = list(zip(student.levels, teacher.levels, strict=True))
         self.adapter = nn.Identity() if widths[0] == widths[1] else nn.Linear(*widths)
         if settings.memory_queries == "student":
             self.query_adapter = nn.Identity() if widths[0] == widths[1] else nn.Linear(*widths)
@@ -88,10 +93,11 @@ class QueryCrossKD(KDMethod):
         cross, target = cross_pass(
             student_observer.decoder, student.context, teacher_observer.decoder, teacher.context
         )
+        count = min(cross[0].boxes.shape[1], target[0].boxes.shape[1])  # LW-DETR's slots are those of the smaller
         cross_layers, target_layers = (
-            stacked([teacher_observer.shared(p) for p in layers]) for layers in (cross, target)
+            stacked([first(teacher_observer.shared(p), count) for p in layers]) for layers in (cross, target)
         )
-        return self.losses(cross_layers, target_layers, student.context.input_size)
+        return self.losses(cross_layers, target_layers, teacher.context.image_sizes)
 
     # The three passes: predictions of the teacher's remaining layers, and those that they are compared with ---------
 
@@ -122,7 +128,8 @@ class QueryCrossKD(KDMethod):
         """Each layer of the teacher's is called once more: on its own queries, or on those that reached the student's
         layer of the same number.
         """
-        memory = seen_by_teacher(replace(run.memory, tokens=self.adapter(run.memory.tokens)), teacher_run.memory)
+        adapted = replace(run.memory, tokens=self.adapter(run.memory.tokens))
+        memory = seen_by_teacher(adapted, teacher_run.memory, self.levels)
         with torch.no_grad():
             before, target = teacher.own_layers(teacher_run)
         if self.resolved.memory_queries == "student":
@@ -152,15 +159,17 @@ class QueryCrossKD(KDMethod):
             start: the teacher's own queries at the same picks.
             memory: the teacher's.
         """
-        adapted = replace(queries, hidden=self.adapter(queries.hidden))
-        return teacher.layers(self.resolved.layer, teacher.depth, teacher.adopt(adapted, student, start), memory)[1]
+        adopted = teacher.adopt(replace(queries, hidden=self.adapter(queries.hidden)), student, start)
+        if self.resolved.layer == 0:  # D-FINE's first layer makes its own first boxes
+            adopted = replace(adopted, first_boxes=None, corners=None)
+        return teacher.layers(self.resolved.layer, teacher.depth, adopted, memory)[1]
 
-    def losses(self, cross: LayerPredictions, target: LayerPredictions, size: tuple[int, int]) -> dict[str, Tensor]:
+    def losses(self, cross: LayerPredictions, target: LayerPredictions, sizes: Tensor) -> dict[str, Tensor]:
         """Both terms, (layers, N, Q).
 
         Args:
             cross, target: (layers, N, Q, ...).
-            size: (height, width) of the input in pixels.
+            sizes: (N, 2) height and width in pixels of what boxes are relative to.
         """
         settings = self.resolved
         with torch.autocast(cross.logits.device.type, enabled=False):
@@ -170,7 +179,7 @@ class QueryCrossKD(KDMethod):
             # The reference's branch averages over the queries, whatever the teacher makes of them.
             classes = classes / classes[0].numel() if settings.queries == "memory" else classes * sure
             if settings.box_loss == "pixels":
-                boxes = settings.l1_weight * pixel_l1_loss(cross.boxes, target.boxes, size)
+                boxes = settings.l1_weight * pixel_l1_loss(cross.boxes, target.boxes, sizes)
             else:
                 boxes = l1_giou_loss(cross.boxes, target.boxes, settings.l1_weight, settings.giou_weight)
             weight = settings.weight / len(sure)  # the mean over layers
@@ -185,16 +194,26 @@ def moved(picks: Picks | None, memory: Memory, other: Memory) -> Picks:
     )
 
 
-def seen_by_teacher(memory: Memory, teacher: Memory) -> Memory:
-    """The teacher's memory, with the student's tokens on the levels that both have."""
-    if memory.sizes == teacher.sizes:
-        return replace(teacher, tokens=memory.tokens)
-    own, others = (m.tokens.split([height * width for height, width in m.sizes], 1) for m in (teacher, memory))
-    levels = [
-        others[memory.sizes.index(size)] if size in memory.sizes else level
-        for level, size in zip(own, teacher.sizes, strict=True)
-    ]
-    return replace(teacher, tokens=torch.cat(levels, 1))
+def seen_by_teacher(memory: Memory, teacher: Memory, levels: list[tuple[int, int]]) -> Memory:
+    """The teacher's memory, with the student's tokens on the levels that both have.
+
+    Args:
+        memory: the student's.
+        teacher: the teacher's; of its other levels it sees its own tokens.
+        levels: (student's, teacher's) number of each level of the same stride.
+
+    Raises:
+        PairError: such levels have other sizes.
+    """
+    seen, others = (list(m.tokens.split([h * w for h, w in m.sizes], 1)) for m in (teacher, memory))
+    for own, teachers in levels:
+        if memory.sizes[own] != teacher.sizes[teachers]:
+            sizes = f"{memory.sizes[own]} and {teacher.sizes[teachers]}"
+            raise PairError(
+                f"query_crosskd: levels of one stride have {sizes} cells: set data.size to multiples of 32"
+            )
+        seen[teachers] = others[own]
+    return replace(teacher, tokens=torch.cat(seen, 1))
 
 
 def _resolved(settings: Settings, student: QueryObserver, teacher: QueryObserver) -> Settings:
@@ -204,7 +223,8 @@ def _resolved(settings: Settings, student: QueryObserver, teacher: QueryObserver
         PairError: the pair can't run that pass.
     """
     picking = all(observer.picks for observer in (student, teacher))
-    queries = settings.queries or ("teacher" if picking else "memory")
+    unplaced = student.decoder.needs_tokens and not teacher.decoder.picks_tokens
+    queries = settings.queries or ("teacher" if picking and not unplaced else "memory")
     if queries == "memory":
         if not student.strides:
             raise PairError("query_crosskd.queries is memory, but no level of both has the same stride")

@@ -13,7 +13,7 @@ from ...utils.recipe_fields import setting
 from ..method import KDMethod
 from ..observation import Observation, Observer, PairError
 from ..observers.decoders.decoder import LayerPredictions
-from ..observers.query import QueryObserver
+from ..observers.query import QueryObserver, refuse_other_frames
 from ..query_losses import confidence_weights, l1_giou_loss, query_cls_loss
 
 
@@ -39,6 +39,7 @@ class QueryMimic(KDMethod):
         if not (isinstance(student, QueryObserver) and isinstance(teacher, QueryObserver)):
             raise PairError("query_mimic is for two query-based detectors; between dense ones it is mimic")
         _ = student.decoder, teacher.decoder  # a detector without one is refused
+        refuse_other_frames(self.name, student, teacher)
 
     def terms(
         self, student: Observation, teacher: Observation, student_observer: Observer, teacher_observer: Observer

@@ -1,6 +1,8 @@
 """How a query-based detector of transformers is observed: its encoder's levels, its decoder's queries."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +11,14 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from ...models.outputs import GroundTruth
 from ...models.targets import pad_ground_truth, unpadded_sizes
-from ...models.transformers_detectors import TransformersLabels, detection_losses, strides_of, use_fp32_losses
+from ...models.transformers_detectors import (
+    BLIND_TO_PADDING,
+    TransformersLabels,
+    detection_losses,
+    processor_of,
+    strides_of,
+    use_fp32_losses,
+)
 from ..observation import Observation, Observer, PairError
 from .decoders import DECODERS, decoder_of
 from .decoders.decoder import LayerPredictions, QueryDecoder
@@ -25,6 +34,7 @@ class QueryObserver(Observer):
         processor: its image processor; None: the one that goes with it.
 
     Attributes:
+        blind_to_padding: whether its boxes are relative to the padded input.
         picks: whether its queries start at tokens or boxes that the encoder picks.
 
     Raises:
@@ -48,6 +58,7 @@ class QueryObserver(Observer):
             )
         use_fp32_losses(model)
         self._decoder = decoder_of(model) if config.model_type in DECODERS else None
+        self.blind_to_padding = config.model_type in BLIND_TO_PADDING
         self.picks = getattr(config, "two_stage", True)
         self.levels = tuple(range(len(strides)) if levels is None else levels)
         self.strides = tuple(strides[level] for level in self.levels)
@@ -79,12 +90,16 @@ class QueryObserver(Observer):
         run = None if self._decoder is None else self._decoder.run(**given)
         outputs = self.model(**given) if run is None else run.outputs
         maps = [] if run is None else run.memory.maps()
+        sizes = unpadded_sizes(pixel_values, pixel_mask)
+        frames = unpadded_sizes(pixel_values, None) if self.model_type in BLIND_TO_PADDING else sizes
+        run = None if run is None else replace(run, image_sizes=frames)
         return Observation(
             loss_dict={} if labels is None else detection_losses(self.model, outputs, labels),
             features=[maps[level] for level in self.levels],
             strides=self.strides,
             outputs=outputs if self.keeps_outputs else None,
-            image_sizes=unpadded_sizes(pixel_values, pixel_mask) if self.keeps_outputs else None,
+            image_sizes=sizes if self.keeps_outputs else None,
+            box_frames=frames if self.keeps_outputs else None,
             context=run,
         )
 
@@ -118,3 +133,20 @@ class QueryObserver(Observer):
         if self.classes is None:
             return predictions
         return LayerPredictions(predictions.logits.index_select(-1, self.classes), predictions.boxes)
+
+
+def refuse_other_frames(name: str, student: QueryObserver, teacher: QueryObserver) -> None:
+    """Raise PairError if the boxes of the two can be relative to different things: the image, or the padded input.
+
+    Args:
+        name: of the method that compares them.
+        student, teacher: of the pair.
+    """
+    processor: Any = student.processor or processor_of(student.model.config)
+    pads = not processor.size.height
+    if pads and student.blind_to_padding != teacher.blind_to_padding:
+        blind = student if student.blind_to_padding else teacher
+        raise PairError(
+            f"{name}: {blind.model_type} knows of no padding, so that in padded images its boxes are relative to "
+            "something else than the other's: give all images one size, data.size=[640, 640]"
+        )

@@ -108,7 +108,8 @@ class Run:
         picks: where its queries started; None where they are learnt.
         start: the queries before the first layer.
         hidden: (N, Q, D) after each layer.
-        input_size: (height, width) of the batch in pixels.
+        image_sizes: (N, 2) height and width in pixels of what boxes are relative to: the image, or, in families that
+            know of no padding, the padded input.
     """
 
     outputs: Any
@@ -116,7 +117,7 @@ class Run:
     picks: Picks | None
     start: Queries
     hidden: list[Tensor]
-    input_size: tuple[int, int] = (1, 1)
+    image_sizes: Tensor | None = None
 
 
 class QueryDecoder:
@@ -195,8 +196,7 @@ class QueryDecoder:
         """
         with self._watched() as (kwargs, hidden):
             outputs = self.model(**inputs)
-        height, width = inputs["pixel_values"].shape[-2:]
-        return replace(self.seen(outputs, kwargs, hidden), input_size=(height, width))
+        return self.seen(outputs, kwargs, hidden)
 
     def own_layers(self, run: Run, stop: int | None = None) -> tuple[list[Queries], list[LayerPredictions]]:
         """A run's queries before layers 0 to `stop`, and the predictions after layers 0 to `stop - 1`.
