@@ -120,7 +120,6 @@ def test_gradients_reach_what_the_pass_promises(queries: str, student: str, expe
     [
         ("rt_detr_v2", "d_fine"),
         ("d_fine", "rt_detr_v2"),
-        ("d_fine", "deimv2 shared"),
         ("rt_detr", "deformable_detr two-stage"),
         ("deformable_detr two-stage", "rt_detr"),
         ("lw_detr", "rt_detr"),

@@ -182,7 +182,15 @@ def test_a_run_with_unlabelled_images_is_resumed(tmp_path: Path) -> None:
         {"save_steps": 4, "eval_strategy": "epoch", "optim": "adamw_torch_fused"},
         {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True},
         # Workers that live on are seeded once per run, others once per epoch.
-        {"save_steps": 2, "dataloader_num_workers": 1, "dataloader_persistent_workers": True, "eval_strategy": "no"},
+        pytest.param(
+            {
+                "save_steps": 2,
+                "dataloader_num_workers": 1,
+                "dataloader_persistent_workers": True,
+                "eval_strategy": "no",
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["adam, evaluated after saving", "by epoch", "persistent workers"],
 )

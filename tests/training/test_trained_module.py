@@ -166,6 +166,7 @@ def one_of_two(rank: int, port: int, root: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_train_it_alike(tmp_path: Path) -> None:
     tiny_split(tmp_path / "data", images=7)
     run_processes(one_of_two, (equality.free_port(), str(tmp_path)), 2)
