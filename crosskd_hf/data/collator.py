@@ -41,18 +41,13 @@ class DetectionCollator:
         Raises:
             ValueError: no items, a mixture of training and evaluation items, or labels that `check_labels` refuses.
         """
-        if len({"boxes" in item for item in items}) != 1:
-            raise ValueError("a batch needs at least one item, and training items only or evaluation items only")
+        labelled = are_labelled(items)
         batch = _resize_and_stack(items)
         if self.normalize:
             sizes = (item["size"] for item in items)
             images = [image[:, :h, :w] for image, (h, w) in zip(batch["pixel_values"], sizes, strict=True)]
             batch = dict(self.processor.normalize_and_pad(images))
-        if "boxes" in items[0]:
-            return {**batch, "labels": _labels(items)}
-        image_ids = torch.tensor([item["image_id"] for item in items], dtype=torch.int64)
-        original_sizes = torch.tensor([item["original_size"] for item in items], dtype=torch.int64)
-        return {**batch, "image_ids": image_ids, "original_sizes": original_sizes}
+        return {**batch, **({"labels": _labels(items)} if labelled else known_images(items))}
 
     def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch made with `normalize=False` as it is with True, on the batch's device and without waiting for it."""
@@ -64,6 +59,26 @@ class DetectionCollator:
         made["pixel_values"][..., :height, :width].masked_fill_(~inside[:, None], 0)
         made["pixel_mask"][:, :height, :width] = inside
         return {**made, **{name: value for name, value in batch.items() if not name.startswith("pixel_")}}
+
+
+def are_labelled(items: Sequence[dict[str, Any]]) -> bool:
+    """Whether items are of training and have boxes.
+
+    Raises:
+        ValueError: no items, or a mixture.
+    """
+    kinds = {"boxes" in item for item in items}
+    if len(kinds) != 1:
+        raise ValueError("a batch needs at least one item, and training items only or evaluation items only")
+    return kinds.pop()
+
+
+def known_images(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """What evaluation knows images by: `image_ids` (N,) and `original_sizes` (N, 2), (height, width), int64."""
+    return {
+        "image_ids": torch.tensor([item["image_id"] for item in items], dtype=torch.int64),
+        "original_sizes": torch.tensor([item["original_size"] for item in items], dtype=torch.int64),
+    }
 
 
 def _resize_and_stack(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -217,6 +217,7 @@ def _records(source: datasets.Dataset, vocabulary: Vocabulary, where: str, probl
 
 
 def sources_of(source: datasets.Dataset) -> Iterable[ImageSource]:
+    """The file or the bytes of each row's undecoded image."""
     for row in source.select_columns(["image"]):
         image = row["image"] or {"bytes": b"", "path": None}  # a missing image is an empty file
         yield image["path"] if image["bytes"] is None else image["bytes"]

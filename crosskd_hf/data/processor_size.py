@@ -11,7 +11,8 @@ from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import SizeDict
 
 from ..utils.label_checks import check_labels
-from .transforms import Multiscale, Sample
+from .collator import are_labelled, known_images
+from .transforms import Multiscale, Sample, draw_short_side, with_boxes_at
 
 
 class SizeForProcessor:
@@ -45,24 +46,15 @@ class SizeForProcessor:
             size = (wanted["height"], wanted["width"])
         else:
             size = get_size_with_aspect_ratio((height, width), wanted["shortest_edge"], wanted["longest_edge"])
-        sized = {**sample, "size": size, "processor_size": wanted}
-        if "boxes" in sample:
-            factors = torch.tensor([size[1] / width, size[0] / height]).repeat(2)
-            sized["boxes"] = (sample["boxes"] * factors).clamp(min=torch.zeros(4), max=torch.tensor(size[::-1] * 2))
-        return sized
+        return with_boxes_at(size, {**sample, "size": size, "processor_size": wanted}, (height, width))
 
     def _size(self, sample: Sample) -> dict[str, int]:
         given = plain_size(self.processor)
-        if self.multiscale == "none" or (self.multiscale == "batch" and "batch_draw" not in sample):
-            return given
-        if self.multiscale == "batch":
+        if "batch_draw" in sample:
             side = self.sides[sample["batch_draw"] % len(self.sides)]
             return {"height": side, "width": side}
-        if self.multiscale == "range":
-            side = int(torch.randint(self.sides[0], self.sides[1] + 1, ()))
-        else:
-            side = self.sides[int(torch.randint(len(self.sides), ()))]
-        return {"shortest_edge": side, "longest_edge": given["longest_edge"]}
+        drawn = draw_short_side(self.multiscale, self.sides)
+        return given if drawn is None else {"shortest_edge": drawn, "longest_edge": given["longest_edge"]}
 
 
 def plain_size(processor: Any) -> dict[str, int]:
@@ -92,8 +84,7 @@ class ProcessorCollator:
         Raises:
             ValueError: no items, a mixture of training and evaluation items, or labels that `check_labels` refuses.
         """
-        if len({"boxes" in item for item in items}) != 1:
-            raise ValueError("a batch needs at least one item, and training items only or evaluation items only")
+        labelled = are_labelled(items)
         images, first = [item["image"] for item in items], items[0]["processor_size"]
         size: dict[str, Any] = {"size": first}
         # Fixed sizes differ only where an epoch's last batch is filled up with another's images: the first one counts.
@@ -103,11 +94,7 @@ class ProcessorCollator:
             images = [self.processor.resize(image, SizeDict(**item["processor_size"])) for image, item in sized]
         batch = self.processor(images, **size, input_data_format="channels_first", return_tensors="pt")
         made = {name: batch[name] for name in ("pixel_values", "pixel_mask") if name in batch}
-        if "boxes" in items[0]:
-            return {**made, "labels": [_labels(item) for item in items]}
-        image_ids = torch.tensor([item["image_id"] for item in items], dtype=torch.int64)
-        original_sizes = torch.tensor([item["original_size"] for item in items], dtype=torch.int64)
-        return {**made, "image_ids": image_ids, "original_sizes": original_sizes}
+        return {**made, **({"labels": [_labels(item) for item in items]} if labelled else known_images(items))}
 
 
 def _labels(item: dict[str, Any]) -> dict[str, Tensor]:

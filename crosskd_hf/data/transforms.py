@@ -68,21 +68,40 @@ class SizeToFit:
     def __call__(self, sample: Sample) -> Sample:
         """The sample with `size`, (height, width) in pixels, and its boxes in those pixels."""
         height, width = sample["image"].shape[-2:]
-        size = resized_size(height, width, self._draw_short_side(), self.long_side)
+        drawn = draw_short_side(self.multiscale, self.multiscale_short_sides)
+        size = resized_size(height, width, drawn or self.short_side, self.long_side)
         smaller = size[0] * size[1] < height * width
         sized = {**sample, "image": resize(sample["image"], size) if smaller else sample["image"], "size": size}
-        if "boxes" in sample:
-            factors = torch.tensor([size[1] / width, size[0] / height]).repeat(2)
-            sized["boxes"] = (sample["boxes"] * factors).clamp(min=torch.zeros(4), max=torch.tensor(size[::-1] * 2))
-        return sized
+        return with_boxes_at(size, sized, (height, width))
 
-    def _draw_short_side(self) -> int:
-        sides = self.multiscale_short_sides
-        if self.multiscale == "range":
-            return int(torch.randint(sides[0], sides[1] + 1, ()))
-        if self.multiscale == "choice":
-            return sides[int(torch.randint(len(sides), ()))]
-        return self.short_side
+
+def draw_short_side(multiscale: Multiscale, sides: Sequence[int]) -> int | None:
+    """A short side in pixels, from torch's global generator; None where none is drawn for each image.
+
+    Args:
+        multiscale: "range" draws from the integers between two values, both included; "choice" from the given ones.
+        sides: these values.
+    """
+    if multiscale == "range":
+        return int(torch.randint(sides[0], sides[1] + 1, ()))
+    if multiscale == "choice":
+        return sides[int(torch.randint(len(sides), ()))]
+    return None
+
+
+def with_boxes_at(size: tuple[int, int], sample: Sample, original: tuple[int, int]) -> Sample:
+    """A sample with its boxes, if it has any, scaled by the two rounded per-axis factors and clipped to the image.
+
+    Args:
+        size: (height, width) in pixels that the boxes are given at.
+        sample: its boxes are xyxy in pixels of the original image.
+        original: (height, width) of that one.
+    """
+    if "boxes" not in sample:
+        return sample
+    factors = torch.tensor([size[1] / original[1], size[0] / original[0]]).repeat(2)
+    boxes = (sample["boxes"] * factors).clamp(min=torch.zeros(4), max=torch.tensor(size[::-1] * 2))
+    return {**sample, "boxes": boxes}
 
 
 class RandomFlip:

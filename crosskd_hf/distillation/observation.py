@@ -4,7 +4,7 @@ An `Observer` knows a family of detectors and no method; a method (see `method.p
 `Observation`s, restricted to what both models of a pair have: the strides and the classes that both know.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
@@ -14,7 +14,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..models.box_coding import distances_to_boxes
 from ..models.outputs import GroundTruth
-from ..models.transformers_detectors import processor_of
+from ..models.transformers_detectors import processor_of, strides_of
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,14 @@ class Observer(nn.Module):
 
     Args:
         model: the detector.
+        levels: which of its levels the other model has, too; None: all.
+        classes: (S,) its labels that the other model knows, in the student's order; None: all, in this order.
         processor: its image processor; None: the one that goes with it.
 
     Attributes:
         model_type: of its configuration, by which methods know published weights.
         strides: pixels per cell of the levels that both models have; none if there are no such.
         feature_channels: of the maps after the neck.
-        classes: (S,) its labels that the other model knows, in the student's order; None: all, in this order.
     """
 
     model_type: str
@@ -128,10 +129,20 @@ class Observer(nn.Module):
     classes: Tensor | None
     model: PreTrainedModel
 
-    def __init__(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        levels: Sequence[int] | None = None,
+        classes: Tensor | None = None,
+        processor: BaseImageProcessor | None = None,
+    ):
         super().__init__()
         self.__dict__["model"] = model  # not registered
         self.model_type = model.config.model_type
+        strides = strides_of(model.config)
+        self.levels = None if levels is None else tuple(levels)
+        self.strides = strides if levels is None else tuple(strides[level] for level in levels)
+        self.register_buffer("classes", classes, persistent=False)
         self.processor: Any = processor
         self.keeps_outputs = False
 

@@ -69,6 +69,11 @@ def first(predictions: LayerPredictions, count: int) -> LayerPredictions:
     return LayerPredictions(predictions.logits[:, :count], predictions.boxes[:, :count])
 
 
+def in_fp32(predictions: LayerPredictions) -> LayerPredictions:
+    """A pixel of a large box is more than half precision resolves."""
+    return LayerPredictions(predictions.logits.float(), predictions.boxes.float())
+
+
 def stacked(predictions: list[LayerPredictions]) -> LayerPredictions:
     """Of several layers, (layers, N, Q, ...)."""
     return LayerPredictions(*(torch.stack([getattr(p, name) for p in predictions]) for name in ("logits", "boxes")))

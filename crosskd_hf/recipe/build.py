@@ -30,6 +30,7 @@ from ..training.arguments import DetectionTrainingArguments
 from ..training.distillation_trainer import DistillationTrainer
 from ..training.run_log import use_run_log
 from ..training.trainer import DetectionTrainer
+from ..training.trainer_inputs import processor_for
 from ..utils.messages import first_line
 from ..utils.progress import say
 from ..weights.loading import (
@@ -73,14 +74,11 @@ def build_trainer(recipe: Recipe, arguments: DetectionTrainingArguments | None =
             say(inherit_weights(model, teacher, recipe.model.inherit))
         methods = [method_class(name)(settings) for name, settings in recipe.distillation.methods.items()]
         check_queries(teacher.config, processor, recipe.data, "teacher")
-        teacher_processor = None
-        if not is_dense(teacher.config) and recipe.teacher.checkpoint != "random":
-            teacher_processor = load_processor(recipe.teacher.checkpoint)
+        saved = teacher if recipe.teacher.checkpoint == "random" else recipe.teacher.checkpoint
+        parts["teacher_processor"] = processor_for(saved, teacher.config)
         parts["unlabeled_dataset"] = load_unlabeled_dataset(recipe.data, args.seed)
         parts["unlabeled_ratio"] = recipe.data.unlabeled_ratio
-        trainer = DistillationTrainer(
-            model, teacher, args, methods=methods, teacher_processor=teacher_processor, **parts
-        )
+        trainer = DistillationTrainer(model, teacher, args, methods=methods, **parts)
     use_run_log(trainer)
     return trainer
 

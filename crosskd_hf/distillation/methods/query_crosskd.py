@@ -20,7 +20,7 @@ from ..method import KDMethod
 from ..observation import Observation, Observer, PairError
 from ..observers.decoders.decoder import LayerPredictions, Memory, Picks, Queries, QueryDecoder, Run, same_places
 from ..observers.query import QueryObserver, refuse_other_frames
-from ..query_losses import confidence_weights, first, l1_giou_loss, pixel_l1_loss, query_cls_loss, stacked
+from ..query_losses import confidence_weights, first, in_fp32, l1_giou_loss, pixel_l1_loss, query_cls_loss, stacked
 
 BETWEEN_DECODERS = {"beta": 1.0, "box_loss": "l1_giou", "l1_weight": 5.0, "giou_weight": 2.0}
 MEMORY = {"beta": 0.0, "box_loss": "pixels", "l1_weight": 1.0, "giou_weight": 1.0}  # as the reference's branch
@@ -74,7 +74,8 @@ class QueryCrossKD(KDMethod):
         widths = student.decoder.width, teacher.decoder.width
         refuse_other_frames(self.name, student, teacher)
         self.resolved = settings = _resolved(self.settings, student, teacher)
-        self.levels = list(zip(student.levels, teacher.levels, strict=True))
+        levels = (observer.levels or range(len(observer.strides)) for observer in (student, teacher))
+        self.levels = list(zip(*levels, strict=True))
         self.adapter = nn.Identity() if widths[0] == widths[1] else nn.Linear(*widths)
         if settings.memory_queries == "student":
             self.query_adapter = nn.Identity() if widths[0] == widths[1] else nn.Linear(*widths)
@@ -173,7 +174,7 @@ class QueryCrossKD(KDMethod):
         """
         settings = self.resolved
         with torch.autocast(cross.logits.device.type, enabled=False):
-            cross, target = (LayerPredictions(p.logits.float(), p.boxes.float()) for p in (cross, target))
+            cross, target = (in_fp32(p) for p in (cross, target))
             sure = confidence_weights(target)
             classes = query_cls_loss(cross.logits, target.logits, settings.beta)
             # The reference's branch averages over the queries, whatever the teacher makes of them.
@@ -223,8 +224,8 @@ def _resolved(settings: Settings, student: QueryObserver, teacher: QueryObserver
         PairError: the pair can't run that pass.
     """
     picking = all(observer.picks for observer in (student, teacher))
-    unplaced = student.decoder.needs_tokens and not teacher.decoder.picks_tokens
-    queries = settings.queries or ("teacher" if picking and not unplaced else "memory")
+    placed = student.decoder.can_start_from(teacher.decoder)
+    queries = settings.queries or ("teacher" if picking and placed else "memory")
     if queries == "memory":
         if not student.strides:
             raise PairError("query_crosskd.queries is memory, but no level of both has the same stride")
@@ -234,7 +235,7 @@ def _resolved(settings: Settings, student: QueryObserver, teacher: QueryObserver
         )
     else:
         receiver, giver = (student, teacher) if queries == "teacher" else (teacher, student)
-        if receiver.decoder.needs_tokens and not giver.decoder.picks_tokens:
+        if not receiver.decoder.can_start_from(giver.decoder):
             raise PairError(
                 f"query_crosskd.queries is {queries}, but {giver.model_type} picks boxes only, and "
                 f"{receiver.model_type} needs to know where in the image: set it to memory"

@@ -12,9 +12,8 @@ from torch import Tensor
 from ...utils.recipe_fields import setting
 from ..method import KDMethod
 from ..observation import Observation, Observer, PairError
-from ..observers.decoders.decoder import LayerPredictions
 from ..observers.query import QueryObserver, refuse_other_frames
-from ..query_losses import confidence_weights, l1_giou_loss, query_cls_loss
+from ..query_losses import confidence_weights, first, in_fp32, l1_giou_loss, query_cls_loss
 
 
 @dataclass
@@ -50,9 +49,7 @@ class QueryMimic(KDMethod):
         with torch.no_grad():
             target = teacher_observer.final(teacher)
         count = min(predictions.boxes.shape[1], target.boxes.shape[1])
-        predictions, target = (
-            LayerPredictions(p.logits[:, :count].float(), p.boxes[:, :count].float()) for p in (predictions, target)
-        )
+        predictions, target = (in_fp32(first(p, count)) for p in (predictions, target))
         settings = self.resolved
         with torch.autocast(predictions.logits.device.type, enabled=False):
             weights = settings.weight * confidence_weights(target)

@@ -58,17 +58,9 @@ class DenseContext:
 
 
 class DenseObserver(Observer):
-    """Observes a dense detector.
-
-    Args:
-        model: the detector.
-        levels: which of its levels the other model has, too; None: all.
-        classes: (S,) its labels that the other model knows, in the student's order; None: all, in this order.
-        processor: its image processor; None: the one that goes with it.
-    """
+    """Observes a dense detector. See `Observer`."""
 
     model: DenseDetector
-    classes: Tensor | None
 
     def __init__(
         self,
@@ -77,12 +69,8 @@ class DenseObserver(Observer):
         classes: Tensor | None = None,
         processor: BaseImageProcessor | None = None,
     ):
-        super().__init__(model, processor)
-        strides = model.config.strides
-        self.levels = None if levels is None else tuple(levels)
-        self.strides = tuple(strides if levels is None else (strides[i] for i in levels))
+        super().__init__(model, levels, classes, processor)
         self.feature_channels = model.config.fpn_channels
-        self.register_buffer("classes", classes, persistent=False)
         self.tap_index: int | None = None
         self.raw_taps = False
         self.keeps_predictions = False

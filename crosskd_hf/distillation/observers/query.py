@@ -16,7 +16,6 @@ from ...models.transformers_detectors import (
     TransformersLabels,
     detection_losses,
     processor_of,
-    strides_of,
     use_fp32_losses,
 )
 from ..observation import Observation, Observer, PairError
@@ -27,12 +26,6 @@ from .decoders.decoder import LayerPredictions, QueryDecoder
 class QueryObserver(Observer):
     """Observes a detector. Of the families in `DECODERS`, observations have its `Run` as their context.
 
-    Args:
-        model: the detector.
-        levels: which of its levels the other model has, too; None: all.
-        classes: (S,) its labels that the other model knows, in the student's order; None: all, in this order.
-        processor: its image processor; None: the one that goes with it.
-
     Attributes:
         blind_to_padding: whether its boxes are relative to the padded input.
         picks: whether its queries start at tokens or boxes that the encoder picks.
@@ -41,8 +34,6 @@ class QueryObserver(Observer):
         PairError: it has a setting that transformers can't run.
     """
 
-    classes: Tensor | None
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -50,8 +41,8 @@ class QueryObserver(Observer):
         classes: Tensor | None = None,
         processor: BaseImageProcessor | None = None,
     ):
-        super().__init__(model, processor)
-        config, strides = model.config, strides_of(model.config)
+        super().__init__(model, levels, classes, processor)
+        config = model.config
         if getattr(config, "learn_initial_query", False) or getattr(config, "eval_idx", -1) != -1:
             raise PairError(
                 f"{config.model_type}: learn_initial_query and eval_idx can't be set: transformers can't run them"
@@ -60,10 +51,7 @@ class QueryObserver(Observer):
         self._decoder = decoder_of(model) if config.model_type in DECODERS else None
         self.blind_to_padding = config.model_type in BLIND_TO_PADDING
         self.picks = getattr(config, "two_stage", True)
-        self.levels = tuple(range(len(strides)) if levels is None else levels)
-        self.strides = tuple(strides[level] for level in self.levels)
         self.feature_channels = self._decoder.width if self._decoder else 0
-        self.register_buffer("classes", classes, persistent=False)
 
     @property
     def decoder(self) -> QueryDecoder:
@@ -95,7 +83,7 @@ class QueryObserver(Observer):
         run = None if run is None else replace(run, image_sizes=frames)
         return Observation(
             loss_dict={} if labels is None else detection_losses(self.model, outputs, labels),
-            features=[maps[level] for level in self.levels],
+            features=maps if self.levels is None else [maps[level] for level in self.levels],
             strides=self.strides,
             outputs=outputs if self.keeps_outputs else None,
             image_sizes=sizes if self.keeps_outputs else None,

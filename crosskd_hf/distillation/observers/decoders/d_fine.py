@@ -19,7 +19,7 @@ class DFineDecoder(RTDetrDecoder):
             position_embeddings=self.decoder.query_pos_head(queries.boxes).clamp(min=-10, max=10),
             encoder_hidden_states=memory.tokens,
             reference_points=queries.boxes.unsqueeze(2),
-            **memory.shapes(),
+            **memory.shapes,
         )
 
     def heads(self, index: int, queries: Queries, hidden: Tensor) -> tuple[Queries, LayerPredictions]:

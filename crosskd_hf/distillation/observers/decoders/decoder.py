@@ -7,7 +7,8 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -39,8 +40,9 @@ class Memory:
         padding = (inputs["encoder_attention_mask"], inputs["valid_ratios"]) if padded else ()
         return cls(inputs["encoder_hidden_states"], sizes, *padding)
 
+    @cached_property
     def shapes(self) -> dict[str, Any]:
-        """The sizes in the three forms that layers take."""
+        """The sizes in the three forms that layers take; copied to the device once, not for each layer."""
         sizes = torch.as_tensor(self.sizes, dtype=torch.long, device=self.tokens.device)
         starts = torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
         return {"spatial_shapes": sizes, "spatial_shapes_list": list(self.sizes), "level_start_index": starts}
@@ -141,6 +143,10 @@ class QueryDecoder:
         self.decoder: Any = model.model.decoder
         self.depth = len(self.decoder.layers)
         self.width: int = model.config.d_model
+
+    def can_start_from(self, giver: "QueryDecoder") -> bool:
+        """Whether another decoder's picks say all that this one's queries start from."""
+        return giver.picks_tokens or not self.needs_tokens
 
     @property
     def functions(self) -> ModuleType:
@@ -266,8 +272,3 @@ def same_places(tokens: Tensor, sizes: tuple[tuple[int, int], ...], others: tupl
         columns = ((torch.arange(width, device=tokens.device) * 2 + 1) * other_width) // (2 * width)
         places.append((starts[nearest] + rows[:, None] * other_width + columns).flatten())
     return torch.cat(places)[tokens]
-
-
-def without_gradient(queries: Queries) -> Queries:
-    """The same values."""
-    return replace(queries, **{name: value.detach() for name, value in vars(queries).items() if value is not None})

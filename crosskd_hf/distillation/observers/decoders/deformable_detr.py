@@ -30,7 +30,7 @@ class DeformableDetrDecoder(QueryDecoder):
             reference_points=queries.boxes[:, :, None] * ratios[:, None],
             encoder_hidden_states=memory.tokens,
             encoder_attention_mask=memory.mask,
-            **memory.shapes(),
+            **memory.shapes,
         )
 
     def heads(self, index: int, queries: Queries, hidden: Tensor) -> tuple[Queries, LayerPredictions]:

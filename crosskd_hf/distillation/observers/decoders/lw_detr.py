@@ -31,7 +31,7 @@ class LwDetrDecoder(QueryDecoder):
                 reference_points=reference,
                 encoder_hidden_states=memory.tokens,
                 encoder_attention_mask=memory.mask,
-                **memory.shapes(),
+                **memory.shapes,
             )
 
     def heads(self, index: int, queries: Queries, hidden: Tensor) -> tuple[Queries, LayerPredictions]:

@@ -27,7 +27,7 @@ class RTDetrDecoder(QueryDecoder):
             object_queries_position_embeddings=self.decoder.query_pos_head(queries.boxes),
             encoder_hidden_states=memory.tokens,
             reference_points=queries.boxes.unsqueeze(2),
-            **memory.shapes(),
+            **memory.shapes,
         )
 
     def heads(self, index: int, queries: Queries, hidden: Tensor) -> tuple[Queries, LayerPredictions]:
