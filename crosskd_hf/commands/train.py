@@ -17,6 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument("--dry-run", action="store_true", help="build everything, print it, and stop")
     parser.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="random weights for the teacher and the backbone: to try a recipe without a network",
+    )
+    parser.add_argument(
         "--accept-changes", action="store_true", help="resume a run although the recipe has changed since it began"
     )
 
@@ -31,7 +36,12 @@ def run(arguments: argparse.Namespace) -> None:
     from .errors import USER_ERRORS, explained
 
     with explained(USER_ERRORS):
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        overrides = list(arguments.overrides)
+        if arguments.random_weights:
+            overrides.append("model.backbone_weights=random")
+            if load_recipe(arguments.recipe, arguments.overrides).teacher:
+                overrides.append("teacher.checkpoint=random")
+        recipe = load_recipe(arguments.recipe, overrides)
     train_recipe(recipe, arguments.dry_run, arguments.accept_changes)
 
 

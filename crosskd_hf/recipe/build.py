@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from transformers import AutoModelForObjectDetection, BaseImageProcessor, PretrainedConfig, PreTrainedModel, set_seed
 from transformers.image_utils import SizeDict
 
@@ -62,6 +63,8 @@ def build_trainer(recipe: Recipe, arguments: DetectionTrainingArguments | None =
     model = build_model(recipe.model, names)
     processor = build_processor(model.config, recipe.model.saved, recipe.data)
     check_queries(model.config, processor, recipe.data, "model")
+    if not is_dense(model.config) and not recipe.model.saved:
+        check_forward(model, processor)
     parts: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
     parts["processing_class"] = processor
     if recipe.teacher is None:
@@ -150,6 +153,27 @@ def new_from_config(section: ArchitectureSection, label_names: Sequence[str]) ->
         return AutoModelForObjectDetection.from_config(config)
     except (ValueError, RuntimeError, KeyError, IndexError) as error:  # each family and timm check in their own way
         raise ValueError(f"config makes no {section.detector} that can be built: {first_line(error)}") from error
+
+
+def check_forward(model: PreTrainedModel, processor: Any) -> None:
+    """Raise ValueError if a new detector of transformers fails at an image: its configuration isn't checked before.
+
+    Args:
+        model: the detector.
+        processor: makes the images.
+    """
+    size = processor.size
+    height, width = size.height or size.shortest_edge, size.width or size.shortest_edge
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, height, width))
+    except (ValueError, RuntimeError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"model.config makes a {model.config.model_type} that fails at an image of {height} x {width}: the levels "
+            f"of its backbone, encoder and decoder must fit each other ({first_line(error)})"
+        ) from error
+    model.train(training)
 
 
 @contextlib.contextmanager

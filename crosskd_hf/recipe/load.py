@@ -21,8 +21,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
     Args:
         name_or_path: path of a YAML file, or bare name of a recipe that the package carries (`gfl_r50_crosskd`).
-        overrides: `section.key=value`, or `distillation.METHOD.key=value`, values as in YAML; `section=null` takes a
-            section out.
+        overrides: `section.key=value`, `distillation.METHOD.key=value` or `model.config.KEY[.KEY ...]=value`, values
+            as in YAML; `section=null` takes a section out.
 
     Raises:
         RecipeError: naming file, keys, values and the nearest valid names, all problems together.

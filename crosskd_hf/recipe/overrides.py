@@ -1,4 +1,4 @@
-"""Overrides of a recipe: `section.key=value`, and `distillation.METHOD.key=value`."""
+"""Overrides of a recipe: `section.key=value`, `distillation.METHOD.key=value`, `model.config.KEY[.KEY]=value`."""
 
 import sys
 import typing
@@ -27,8 +27,9 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         )
     key, equals, text = override.partition("=")
     parts = key.split(".")
+    free = parts[1:2] == ["config"]  # keys of transformers' configurations, which hold others
     most = 3 if parts[0] == "distillation" else 2
-    if not equals or len(parts) > most or not all(parts):
+    if not equals or not all(parts) or (len(parts) > most and not free):
         raise RecipeError(f"override {override!r} must look like section.key=value, or section=null.")
     value = _override_value(parts, text, override) if text else ""
     if len(parts) == 1:

@@ -58,6 +58,13 @@ def test_a_dry_run_describes_and_stops(recipe: Path, capsys: pytest.CaptureFixtu
     assert not (recipe.parent / "run").exists(), "nothing is written"
 
 
+def test_recipes_are_tried_without_a_network(capsys: pytest.CaptureFixture) -> None:
+    """Those of transformers' detectors, whose teacher and ImageNet weights are fetched otherwise."""
+    words = ["rtdetrv2_r18_crosskd", "--dry-run", "--random-weights", "data.layout=shapes", "data.max_train_images=8"]
+    train.main([*words, "data.max_val_images=4", "model.config.decoder_layers=2", "training.use_cpu=true"])
+    assert "rt_detr_v2" in capsys.readouterr().out
+
+
 def test_a_dry_run_tells_the_groups_of_parameters(recipe: Path, capsys: pytest.CaptureFixture) -> None:
     train.main([str(recipe), "training.lr_factors={head: 1e-1}", "training.base_batch_size=null", "--dry-run"])
     groups = re.findall(r"(weights|rate x 0.1): \d+\.\d+ M parameters, learning rate (\S+),", capsys.readouterr().out)

@@ -76,3 +76,15 @@ def test_places_of_tokens_on_other_levels() -> None:
     assert same_places(torch.tensor([[0, 3]]), ((2, 2),), ((4, 4),)).tolist() == [[5, 15]]
     # Each goes to the level of the nearest stride.
     assert same_places(torch.tensor([[3]]), ((2, 2),), ((8, 8), (2, 2))).tolist() == [[67]]
+
+
+def test_corners_are_adopted_between_equal_bins_only() -> None:
+    """The scale of the bins is a weight of the checkpoint."""
+    giver, run, _ = run_of("d_fine", training=False)
+    queries = giver.own_layers(run)[0][2]
+    other = query_model("d_fine", 1)
+    for name in ("reg_scale", "up"):
+        getattr(other.model.decoder, name).data.copy_(getattr(giver.decoder, name).data)
+    assert torch.equal(decoder_of(other).adopt(queries, giver, run.start).corners, queries.corners)
+    other.model.decoder.reg_scale.data.mul_(2)
+    assert decoder_of(other).adopt(queries, giver, run.start).corners is None

@@ -3,7 +3,7 @@
 import pytest
 
 from crosskd_hf.models.transformers_detectors import processor_of
-from crosskd_hf.recipe.build import build_model, build_processor
+from crosskd_hf.recipe.build import build_model, build_processor, check_forward
 from crosskd_hf.recipe.load import load_recipe
 from crosskd_hf.utils.strict_yaml import RecipeError
 
@@ -41,6 +41,15 @@ def test_configurations_that_make_no_model(config: str, message: str) -> None:
         build_model(recipe.model, ["cat"])
 
 
+def test_levels_that_do_not_fit_are_found_before_the_first_step() -> None:
+    """The backbone gives three maps; the encoder and decoder of `dfine_n` are for two."""
+    recipe = load_recipe("dfine_n", [f"model.config.{TIMM.replace(': {', '={', 1)}", "data.size=[64, 64]"])
+    recipe.model.backbone_weights = "random"
+    model = build_model(recipe.model, ["cat"])
+    with pytest.raises(ValueError, match=r"model\.config makes a d_fine that fails at .* 64 x 64: the levels"):
+        check_forward(model, build_processor(model.config, None, recipe.data))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -70,3 +79,12 @@ def test_sizes_of_the_recipe_reach_the_processor() -> None:
     config = build_model(recipe.model, ["cat"]).config
     size = build_processor(config, None, recipe.data).size
     assert (size.shortest_edge, size.longest_edge) == (400, 900) != (processor_of(config).size.shortest_edge, 1333)
+
+
+def test_single_values_of_a_configuration_are_overridden() -> None:
+    recipe = load_recipe("dfine_n", ["model.config.d_model=64", "model.config.backbone_config.backbone=resnet18"])
+    plain = load_recipe("dfine_n").model.config
+    changed = {"backbone_config": {**plain["backbone_config"], "backbone": "resnet18"}, "d_model": 64}
+    assert recipe.model.config == plain | changed
+    with pytest.raises(RecipeError, match="must look like section"):
+        load_recipe("dfine_n", ["data.size.height=64"])

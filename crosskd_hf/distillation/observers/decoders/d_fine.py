@@ -2,15 +2,25 @@
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .decoder import LayerPredictions, Memory, Queries, QueryDecoder
 from .rt_detr import RTDetrDecoder
 
 
 class DFineDecoder(RTDetrDecoder):
-    """Each layer changes the distributions of a box's distances from the first box, which the first layer makes."""
+    """Each layer changes the distributions of a box's distances from the first box, which the first layer makes.
+
+    Attributes:
+        bins: number and scale of a distribution's bins, which stand for the same distances where these are equal. The
+            scale is a weight of the checkpoint, not a setting; it is never trained.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__(model)
+        decoder = self.decoder
+        self.bins = (decoder.max_num_bins, decoder.reg_scale.tolist(), decoder.up.tolist())
 
     def attend(self, index: int, queries: Queries, memory: Memory) -> Tensor:
         """See `QueryDecoder.attend`."""
@@ -43,12 +53,6 @@ class DFineDecoder(RTDetrDecoder):
         would have one from later layers only.
         """
         adopted = super().adopt(queries, giver, start)
-        if queries.corners is None or not self.shares_bins(giver):
+        if queries.corners is None or not isinstance(giver, DFineDecoder) or self.bins != giver.bins:
             return adopted
         return replace(adopted, first_boxes=queries.first_boxes, corners=queries.corners.detach())
-
-    def shares_bins(self, other: QueryDecoder) -> bool:
-        """Whether the bins of both stand for the same distances. Their scale is a weight, not a setting."""
-        if not isinstance(other, DFineDecoder) or self.decoder.max_num_bins != other.decoder.max_num_bins:
-            return False
-        return all(torch.equal(getattr(self.decoder, n), getattr(other.decoder, n)) for n in ("reg_scale", "up"))
