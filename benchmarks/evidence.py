@@ -111,7 +111,10 @@ def digested(distillation: DistillationSection | None) -> dict:
     others = {}
     for name, settings in distillation.methods.items():
         values, defaults = dataclasses.asdict(settings), dataclasses.asdict(type(settings)())
-        weights[name] = values.pop("weight")
+        if name in weights:
+            weights[name] = values.pop("weight")
+        else:
+            others[name] = True
         others |= {k if name == "crosskd" else f"{name}.{k}": v for k, v in values.items() if v != defaults[k]}
     usual = {"crosskd": 1.0, "pkd": 0.0, "mimic": 0.0}
     return {k: v for k, v in weights.items() if v != usual.get(k)} | others
