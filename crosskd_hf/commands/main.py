@@ -5,6 +5,7 @@ import gc
 import sys
 from collections.abc import Sequence
 
+from ..version import __version__
 from . import check_data, convert, demo, evaluate, export, info, predict, train
 from .arguments import parse
 from .stdout import lenient_output
@@ -17,6 +18,7 @@ TRAINING = ("train", "demo")  # resume from their last checkpoint; what they are
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `crosskd`."""
     parser = argparse.ArgumentParser(prog="crosskd", description="Cross-head knowledge distillation of detectors.")
+    parser.add_argument("--version", action="version", version=f"crosskd_hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.__doc__)

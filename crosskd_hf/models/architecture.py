@@ -10,8 +10,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 from ..utils.messages import nearest
 from ..utils.recipe_fields import Problem, default_of, setting, settings_of
-from . import CONFIGS
-from .configuration import DenseDetectorConfig
+from .configuration import CONFIGS, DenseDetectorConfig
 from .transformers_detectors import FAMILIES
 
 DETECTORS = (*CONFIGS, *FAMILIES)

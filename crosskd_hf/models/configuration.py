@@ -268,3 +268,11 @@ class ATSSConfig(DenseDetectorConfig):
         super().__post_init__(**kwargs)
         if len(self.delta_scales) != 4:
             raise ValueError(f"delta_scales is {self.delta_scales}; there must be one of each of the 4 deltas.")
+
+
+CONFIGS: dict[str, type[DenseDetectorConfig]] = {
+    "gfl": GFLConfig,
+    "retinanet": RetinaNetConfig,
+    "fcos": FCOSConfig,
+    "atss": ATSSConfig,
+}
