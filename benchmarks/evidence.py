@@ -97,6 +97,8 @@ class Run:
             given = dataclasses.asdict(values) if values else {}
             content[name] = {k: v for k, v in given.items() if v != defaults[k]}
         content["data"].pop("path", None)
+        if content["data"].get("layout") == "coco":  # the default when the first results were made
+            del content["data"]["layout"]
         if self.needs:
             content["teacher"]["checkpoint"] = self.needs.digest()
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

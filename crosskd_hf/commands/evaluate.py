@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", help="recipe with the data section (default: recipe.yaml in the model's folder)")
     parser.add_argument(
         "--data",
-        help="data set of the same layout, instead of the recipe's data.path; COCO's layout if there is none",
+        help="data set of the same layout, instead of the recipe's data.path; of any layout if there is no recipe",
     )
     parser.add_argument("--split", help="split to evaluate on, instead of the recipe's data.val_split")
     parser.add_argument("--output-dir", help="where metrics and COCO results go (default: the model's folder)")

@@ -1,4 +1,4 @@
-"""The `crosskd` command: demo, check-data, train, evaluate, predict, info, export, convert."""
+"""The `crosskd` command: demo, check-data, convert-data, train, evaluate, predict, info, export, convert."""
 
 import argparse
 import gc
@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 
 from ..version import __version__
-from . import check_data, convert, demo, evaluate, export, info, predict, train
+from . import check_data, convert, convert_data, demo, evaluate, export, info, predict, train
 from .arguments import parse
 from .stdout import lenient_output
 
-MODULES = (train, evaluate, convert, demo, check_data, predict, info, export)
+MODULES = (train, evaluate, convert, demo, check_data, convert_data, predict, info, export)
 COMMANDS = {module.__name__.rpartition(".")[2].replace("_", "-"): module for module in MODULES}
 TRAINING = ("train", "demo")  # resume from their last checkpoint; what they are for isn't on stdout
 

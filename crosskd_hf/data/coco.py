@@ -1,22 +1,19 @@
 """COCO-format annotations as a memory-mapped Arrow dataset of image paths and boxes."""
 
 import glob
-import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
-import datasets
-
 from ..utils.files import sha256
-from .cache import CacheDir, cached_rows
-from .checks import ImageRecord, ObjectRecord, arrow_row, cache_note, check_records, read_cache_note
+from .annotation_files import Annotations, files_hash, leaves_folder, split_of_files
+from .cache import CacheDir
+from .checks import ImageRecord, ObjectRecord
 from .errors import DataError, Kind, Problems
-from .split import DetectionSplit, detection_features, no_such_split, split_and_part
+from .split import DetectionSplit, no_such_split, split_and_part
 
 LARGEST_INTEGER = 2**63 - 1  # that Arrow's int64 holds
 
@@ -56,20 +53,21 @@ def load_coco(
     if on_error == "skip":  # images that were left out may be put right later
         fingerprint += f"-{files_hash(image_dir)}"
 
-    def make_rows() -> tuple[datasets.Features, str, Iterator[dict[str, Any]]]:
-        problems = Problems()
+    def read(problems: Problems) -> Annotations:
         records, categories = read_annotations(annotation_file, problems)
-        paths = [os.path.join(image_dir, record.file_name) for record in records]
-        checked = check_records(records, paths, problems, str(annotation_file), on_error)
-        # Paths instead of pixels.
-        rows = ({**arrow_row(record), "image": {"path": paths[i], "bytes": None}} for i, record in checked)
-        return detection_features(list(categories.values())), cache_note(categories, problems), rows
+        return Annotations(records, [os.path.join(image_dir, record.file_name) for record in records], categories)
 
-    made_from = (str(annotation_file), str(image_dir), fingerprint, on_error)
-    dataset = cached_rows("coco_detection", made_from, make_rows, cache_dir)
-    names = tuple(dataset.features["objects"]["category"].feature.names)
-    category_ids, problems = read_cache_note(dataset.info, str(annotation_file))
-    return DetectionSplit(dataset, names, category_ids, problems, split, str(root)).part(part)
+    found = split_of_files(
+        read,
+        split,
+        root,
+        name="coco_detection",
+        where=str(annotation_file),
+        made_from=(str(image_dir), fingerprint),
+        on_error=on_error,
+        cache_dir=cache_dir,
+    )
+    return found.part(part)
 
 
 def _what_is_missing(root: Path, annotation_file: Path, image_dir: Path, split: str, annotations: str) -> str:
@@ -87,15 +85,6 @@ def _what_is_missing(root: Path, annotation_file: Path, image_dir: Path, split: 
         if splits := sorted(name.removeprefix(before).removesuffix(after) for name in files):
             hint = no_such_split(root, split, splits)
     return f"annotation file {annotation_file} does not exist; {hint}"
-
-
-def files_hash(folder: Path) -> str:
-    """Changes when a file below the folder is written, added or removed."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        status = path.stat()
-        digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
 
 
 def read_annotations(path: Path, problems: Problems) -> tuple[list[ImageRecord], dict[int, str]]:
@@ -206,12 +195,6 @@ def _check_images(records: list[Any], path: Path, problems: Problems) -> tuple[l
     if not seen:
         raise DataError(f"{path} lists no images: the split is empty")
     return images, seen
-
-
-def leaves_folder(file_name: str) -> bool:
-    """Whether a relative name is none, on any system; one that no system can open isn't either."""
-    paths = PurePosixPath(file_name), PureWindowsPath(file_name)
-    return "\0" in file_name or any(path.is_absolute() or ".." in path.parts for path in paths)
 
 
 def _check_annotations(

@@ -7,7 +7,7 @@ if there are any: `image_id`, `file_name`, `width`, `height`.
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,24 @@ from ..utils.escaping import printable
 from ..utils.files import CacheError
 from ..utils.images import ImageSource
 from ..utils.messages import first_line
+from .annotation_files import files_hash
 from .cache import CacheDir, cached_rows, open_cache
 from .checks import ImageRecord, ObjectRecord, arrow_row, cache_note, check_records, read_cache_note
-from .coco import LARGEST_INTEGER, files_hash
+from .coco import LARGEST_INTEGER
 from .column_classes import Vocabulary, build_vocabulary, category_feature, category_key, object_rows, object_values
+from .column_names import with_usual_names
 from .errors import DataError, Kind, Problems
 from .image_folder import METADATA, check_metadata, open_image_folder
 from .split import DetectionSplit, annotation_features, no_such_split, split_and_part, take_part
 
+Source = str | datasets.Dataset | datasets.DatasetDict  # Hub id or folder; or what is loaded already
+
 
 def load_columns(
-    path: str,
-    split: str,
+    path: Source,
+    split: str = "train",
     *,
+    columns: Mapping[str, str] | None = None,
     other_splits: Sequence[str] = (),
     config: str | None = None,
     box_format: str = "xywh",
@@ -44,8 +49,10 @@ def load_columns(
     """Load one split of a `datasets` data set.
 
     Args:
-        path: Hub id; or a folder of Parquet files, of `save_to_disk`, or of images with `metadata.jsonl`.
-        split: its name, or a slice such as "train[:80%]".
+        path: Hub id; folder of Parquet files, of `save_to_disk`, or of images with `metadata.jsonl`; or a data set in
+            memory.
+        split: its name, or a slice such as "train[:80%]"; of a `Dataset` in memory it is train.
+        columns: where boxes and labels are, if not in `objects`; see `with_usual_names`.
         other_splits: whose categories count too where the data set has no class names of its own.
         config: configuration of a Hub data set that has several.
         box_format, box_unit: see `to_xywh`; compared with the images.
@@ -58,17 +65,20 @@ def load_columns(
         DataError: no such data set, split or column; unknown categories; images or boxes that can't be used.
         CacheError: see `open_cache`.
     """
-    where = f"{path}, split {split!r}"
-    source = open_split(path, split, config, cache_dir)
-    refuse_foreign_paths(source, where, path, cache_dir)
+    name = path if isinstance(path, str) else "the given data set"
+    where = f"{name}, split {split!r}"
+    source = open_split(path, split, config, cache_dir, columns)
+    if isinstance(path, str):
+        refuse_foreign_paths(source, where, path, cache_dir)
     splits = {where: source}
     if not (label_names or isinstance(category_feature(source, where), datasets.ClassLabel)):
         for other in sorted({*other_splits} - {split}):
-            splits[f"{path}, split {other!r}"] = open_split(path, other, config, cache_dir)
+            splits[f"{name}, split {other!r}"] = open_split(path, other, config, cache_dir, columns)
     vocabulary = build_vocabulary(splits, label_names, category_ids, where)
-    fingerprint, folder = source._fingerprint, Path(path).expanduser() / split_and_part(split)[0]
-    if on_error == "skip" and (folder / METADATA).is_file():  # images that were left out may be put right later
-        fingerprint += f"-{files_hash(folder)}"
+    fingerprint = source._fingerprint
+    if on_error == "skip" and isinstance(path, str):  # images that were left out may be put right later
+        folder = Path(path).expanduser() / split_and_part(split)[0]
+        fingerprint += f"-{files_hash(folder)}" if (folder / METADATA).is_file() else ""
 
     def make_rows() -> tuple[datasets.Features, str, Iterator[dict[str, Any]]]:
         """The checked annotations, without the images, which stay where they are."""
@@ -86,17 +96,23 @@ def load_columns(
         images = images.select(rows["row"][:])
     joined = datasets.concatenate_datasets([rows.remove_columns(["row"]), images], axis=1)
     dataset = joined.cast_column("image", datasets.Image())
-    return DetectionSplit(dataset, vocabulary.names, *read_cache_note(rows.info, where), split, path)
+    return DetectionSplit(dataset, vocabulary.names, *read_cache_note(rows.info, where), split, name)
 
 
 def open_split(
-    path: str,
+    path: Source,
     split: str,
     config: str | None,
     cache_dir: CacheDir,
+    columns: Mapping[str, str] | None = None,
     needed: Sequence[str] = ("image", "objects"),
 ) -> datasets.Dataset:
     """A split with undecoded images in the column `image`, that has all columns that are needed."""
+    if not isinstance(path, str):
+        base, part = split_and_part(split)
+        source = take_part(_split_of(path, base, "the given data set"), part)
+        where = f"the given data set, split {split!r}"
+        return _with_image_column(with_usual_names(source, columns, where) if columns else source, where, needed)
     where, folder = f"{path}, split {split!r}", Path(path).expanduser()
     try:
         source = _open_anything(path, split, config, cache_dir)
@@ -113,7 +129,7 @@ def open_split(
             "must be a Hub id, or a folder of Parquet files, of save_to_disk, or of images with metadata.jsonl; for a "
             "folder with annotations/ set data.layout=coco."
         ) from error
-    return _with_image_column(source, where, needed)
+    return _with_image_column(with_usual_names(source, columns, where) if columns else source, where, needed)
 
 
 def _open_anything(path: str, split: str, config: str | None, cache_dir: CacheDir) -> datasets.Dataset:
@@ -121,7 +137,7 @@ def _open_anything(path: str, split: str, config: str | None, cache_dir: CacheDi
     base, part = split_and_part(split)
     if folder.is_dir():
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            return take_part(_from_disk(folder, base), part)
+            return take_part(_split_of(datasets.load_from_disk(str(folder)), base, folder), part)
         check_metadata(folder)
         if base in {file.parent.name for file in folder.glob(f"*/{METADATA}")}:
             return take_part(open_image_folder(folder / base, cache_dir), part)
@@ -134,12 +150,11 @@ def _open_anything(path: str, split: str, config: str | None, cache_dir: CacheDi
     return builder.as_dataset(split=split)
 
 
-def _from_disk(folder: Path, split: str) -> datasets.Dataset:
-    saved = datasets.load_from_disk(str(folder))
+def _split_of(saved: datasets.Dataset | datasets.DatasetDict, split: str, where: object) -> datasets.Dataset:
     if isinstance(saved, datasets.Dataset):  # without splits
-        saved = {"train": saved}
+        saved = datasets.DatasetDict(train=saved)
     if split not in saved:
-        raise DataError(no_such_split(folder, split, list(saved)))
+        raise DataError(no_such_split(where, split, list(saved)))
     return saved[split]
 
 

@@ -29,6 +29,12 @@ class Kind(Enum):
     IMAGE_ID = ("annotation", "is of an image that is not in the list of images", "add the image or remove it")
     CATEGORY = ("annotation", "is of a category that is not listed", "list it, correct ids, or remove it")
     BOX = ("annotation", "has a bbox that is not four numbers of a sensible size", "correct or remove it")
+    LINE = ("label", "is not a class and a box, or a class and an outline", "correct or remove it")
+    FIRST_PIXEL = (
+        "annotation",
+        "has a box left of or above pixel 1, with which Pascal VOC begins",
+        "if the tool counts from 0, set data.first_pixel=0",
+    )
     AREA_NUMBER = (
         "annotation",
         "has an area that is not a number of a sensible size",

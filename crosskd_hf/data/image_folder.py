@@ -8,8 +8,9 @@ import datasets
 
 from ..utils.files import sha256
 from ..utils.images import IMAGE_EXTENSIONS
+from .annotation_files import leaves_folder
 from .cache import CacheDir, open_cache
-from .coco import leaves_folder, unique_keys
+from .coco import unique_keys
 from .errors import DataError
 from .split import split_and_part
 

@@ -10,10 +10,13 @@ from .coco import load_coco
 from .columns import load_columns
 from .dataset import DetectionDataset
 from .errors import DataError
+from .layouts import with_layout
 from .settings import DataSection
 from .shapes import load_shapes
 from .split import DetectionSplit, keep_for_training, split_and_part
 from .unlabeled import load_unlabeled
+from .voc import load_voc
+from .yolo import load_yolo
 
 
 def load_split(data: DataSection, name: str, limit: int | None = None) -> DetectionSplit:
@@ -29,6 +32,7 @@ def load_split(data: DataSection, name: str, limit: int | None = None) -> Detect
         FileNotFoundError, ValueError: the data can't be used; all that is wrong is told together.
         CacheError: see `open_cache`.
     """
+    data = with_layout(data)
     if data.layout == "shapes":
         is_slice = bool(split_and_part(name)[1])
         whole = load_shapes(
@@ -43,12 +47,24 @@ def load_split(data: DataSection, name: str, limit: int | None = None) -> Detect
         whole = load_columns(
             data.path,
             name,
+            columns=data.columns,
             other_splits=(data.train_split, data.val_split),
             config=data.config,
             box_format=data.box_format,
             box_unit=data.box_unit,
             label_names=data.label_names,
             category_ids=data.category_ids,
+            on_error=data.on_error,
+            cache_dir=data.cache_dir,
+        )
+    elif data.layout == "yolo":
+        whole = load_yolo(data.path, name, on_error=data.on_error, cache_dir=data.cache_dir)
+    elif data.layout == "voc":
+        whole = load_voc(
+            data.path,
+            name,
+            label_names=data.label_names,
+            first_pixel=data.first_pixel,
             on_error=data.on_error,
             cache_dir=data.cache_dir,
         )

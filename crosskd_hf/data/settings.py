@@ -14,22 +14,33 @@ class DataSection:
     """A data set, and how its images are resized."""
 
     layout: str = setting(
-        "coco",
-        "coco: annotation files and image folders; datasets: a Hub id, or a folder of Parquet files, of save_to_disk "
-        "or of images with metadata.jsonl; shapes: generated images",
-        ("coco", "datasets", "shapes"),
+        "auto",
+        "coco: annotation files and image folders; yolo: data.yaml and label files; voc: XML files; datasets: a Hub "
+        "id, or a folder of Parquet files, of save_to_disk or of images with metadata.jsonl; auto: which of these it "
+        "is; shapes: generated images",
+        ("auto", "coco", "yolo", "voc", "datasets", "shapes"),
     )
     path: str = setting("data/coco", "folder of the data set, or its Hub id")
     train_split: str = setting("train2017", "split to train on")
     val_split: str = setting("val2017", "split to evaluate on")
-    annotations: str = setting("annotations/instances_{split}.json", "annotation file inside the folder")
-    images: str = setting("{split}", "image folder inside the folder")
+    annotations: str = setting("annotations/instances_{split}.json", "layout coco: annotation file inside the folder")
+    images: str = setting("{split}", "layout coco: image folder inside the folder")
     config: str | None = setting(None, "layout datasets: configuration of a Hub data set that has several")
+    columns: dict[str, str] = setting(  # noqa: RUF009
+        {},
+        "layout datasets: boxes, labels, image, area, iscrowd, image_id, file_name -> the column that holds it, or "
+        "column.key; empty: image and objects",
+    )
     box_format: str = setting("xywh", "layout datasets: order of a box's numbers", FORMATS)
     box_unit: str = setting("pixel", "layout datasets: pixel, or relative to the image (0..1)", UNITS)
     # setting() copies a list.
-    label_names: list[str] = setting([], "layout datasets: class names by label, where the data has none")  # noqa: RUF009
+    label_names: list[str] = setting(  # noqa: RUF009
+        [], "layout datasets or voc: class names by label, where the data has none"
+    )
     category_ids: list[int] = setting([], "layout datasets: the data's number of each of label_names")  # noqa: RUF009
+    first_pixel: int = setting(
+        1, "layout voc: number of the first pixel; some tools count from 0", minimum=0, maximum=1
+    )
     on_error: str = setting(
         "stop", "an unreadable image or impossible box: stop, or skip and report", ("stop", "skip")
     )
@@ -140,11 +151,12 @@ def _layout_problems(data: DataSection) -> list[Problem]:
             if getattr(data, name) is None:
                 text = f"data.{name} is missing: layout shapes generates that many images."
                 problems.append(((f"data.{name}",), text))
-    if data.layout != "datasets":
-        for f in settings_of(DataSection):
-            if f.metadata["help"].startswith("layout datasets") and getattr(data, f.name) != default_of(f):
-                text = f"data.{f.name} is for layout datasets, but data.layout is {data.layout}."
-                problems.append(((f"data.{f.name}", "data.layout"), text))
+    for f in settings_of(DataSection):
+        before, colon, _ = f.metadata["help"].partition(":")
+        layouts = before.removeprefix("layout ").split(" or ") if colon and before.startswith("layout ") else []
+        if layouts and data.layout not in (*layouts, "auto") and getattr(data, f.name) != default_of(f):
+            text = f"data.{f.name} is for layout {' or '.join(layouts)}, but data.layout is {data.layout}."
+            problems.append(((f"data.{f.name}", "data.layout"), text))
     if data.category_ids and len(data.category_ids) != len(data.label_names):
         text = (
             f"data.category_ids has {len(data.category_ids)} numbers, but label_names {len(data.label_names)} names."

@@ -9,10 +9,10 @@ from typing import Any
 import datasets
 from torch.utils.data import Dataset
 
-from ..utils.images import IMAGE_EXTENSIONS, ImageSource
+from ..utils.images import ImageSource
+from .annotation_files import files_hash, images_in, leaves_folder
 from .cache import CacheDir, cached_rows
 from .checks import ImageRecord, arrow_row, cache_note, check_records, read_cache_note
-from .coco import files_hash, leaves_folder
 from .columns import open_split, refuse_foreign_paths, sources_of
 from .dataset import DetectionDataset
 from .errors import DataError, Problems
@@ -71,7 +71,7 @@ def load_unlabeled(
         CacheError: see `open_cache`.
     """
     folder = Path(path).expanduser()
-    files = _listed(folder, images) if images else _found(folder)
+    files = _listed(folder, images) if images else images_in(folder)
     where, made_from = f"unlabelled images of {path}", (path, split, images, on_error)
     if files:
         names = [os.path.relpath(file, folder) for file in files]
@@ -100,12 +100,6 @@ def load_unlabeled(
     joined = datasets.concatenate_datasets([rows.remove_columns(["row"]), pictures], axis=1)
     dataset = joined.cast_column("image", datasets.Image())
     return DetectionSplit(dataset, (), *read_cache_note(rows.info, where), split, path)
-
-
-def _found(folder: Path) -> list[Path]:
-    """Image files in a folder and its folders, sorted."""
-    files = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
-    return sorted(f for f in files if f.suffix.lower() in IMAGE_EXTENSIONS and not f.name.startswith("."))
 
 
 def _listed(folder: Path, images: str) -> list[Path]:

@@ -11,6 +11,7 @@ from PIL import Image
 from ..data.duplicates import Entry, find_duplicates, find_shared, read_entries
 from ..data.errors import DataError, Kind
 from ..data.image_folder import images_without_row
+from ..data.layouts import with_layout
 from ..data.load import alike, check_same_classes, load_split, load_unlabeled_dataset
 from ..data.settings import DataSection
 from ..data.split import DetectionSplit, keep_for_training
@@ -127,7 +128,7 @@ def report(data: DataSection, name: str, *, training: bool) -> Report:
     ]
     entries = read_entries(split)
     duplicates = find_duplicates(entries)
-    for file in images_without_row(data.path, name) if data.layout == "datasets" else ():
+    for file in images_without_row(data.path, name) if with_layout(data).layout == "datasets" else ():
         duplicates.add(Kind.NO_ROW, file)
     notes = [*split.problems.lines(stopping=False), *duplicates.lines()]
     lines.append("  problems:" if stopping or unusable or notes else "  problems: none")

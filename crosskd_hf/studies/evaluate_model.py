@@ -53,7 +53,7 @@ def evaluate_model(
     Args:
         source: folder or Hub id of the detector.
         recipe: whose data section counts; None is the one in the model's folder.
-        path: of a data set, instead of the recipe's; in COCO's layout if there is no recipe.
+        path: of a data set, instead of the recipe's.
         split: instead of the recipe's validation split.
         output: folder of the results; None is the model's, or this one for a Hub id.
         batch_size: images per batch and process.
@@ -105,6 +105,6 @@ def _data_settings(folder: Path, recipe: str | None, path: str | None) -> DataSe
     else:
         raise RecipeError(
             f"{folder} has no {RECIPE_FILE} that says which images to evaluate on: name a recipe with --recipe, or a "
-            "data set in COCO's layout with --data."
+            "data set with --data."
         )
     return dataclasses.replace(data, path=path) if path else data

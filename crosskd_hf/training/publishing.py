@@ -215,7 +215,7 @@ def measured(trainer: BaseTrainer) -> dict[str, float]:
 def data_facts(data: dict[str, Any], images: int | None) -> DataFacts:
     """The evaluation data of a resolved recipe, by its section `data`."""
     path, layout = str(data.get("path", "")), data.get("layout")
-    on_hub = layout == "datasets" and HUB_ID.fullmatch(path) and not Path(path).exists()
+    on_hub = layout in ("datasets", "auto") and HUB_ID.fullmatch(path) and not Path(path).exists()
     if layout == "shapes":
         name = "generated shapes"
     else:
