@@ -31,7 +31,8 @@ def run(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise SystemExit(f"{output} is there already: name a new folder")
-    content: dict = {"data": {"path": arguments.data, "train_split": arguments.splits[0], "val_split": arguments.splits[-1]}}
+    first, *_, last = [*arguments.splits, arguments.splits[-1]]
+    content: dict = {"data": {"path": arguments.data, "train_split": first, "val_split": last}}
     for override in arguments.set:
         apply_override(content, f"data.{override}")
     data = parse_recipe(content, "--set").data
