@@ -29,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=4, help="images per batch (default: 4)")
     parser.add_argument("--workers", type=int, default=2, help="threads that read images (default: 2)")
+    parser.add_argument(
+        "--format",
+        choices=("coco", "yolo", "voc", "csv"),
+        default="coco",
+        help="beside predictions.json: drawn boxes as OUTPUT_DIR/labels of YOLO or Pascal VOC, or as predictions.csv",
+    )
     parser.add_argument("--no-pictures", action="store_true", help="write predictions.json only")
     parser.add_argument(
         "--annotations",
@@ -66,12 +72,16 @@ def run(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         workers=arguments.workers,
         pictures=not arguments.no_pictures,
+        format=arguments.format,
         annotations=arguments.annotations,
         device=arguments.device,
         stop_at_errors=arguments.on_error == "stop",
     )
     count, left_out = len(written.detections), written.left_out
-    say(f"{count} images, {sum(written.detections)} detections, {count / written.seconds:.1f} images/s")
+    say(
+        f"{count} images, {sum(written.detections)} detections, {written.drawn} of them above "
+        f"{arguments.threshold}, {count / written.seconds:.1f} images/s"
+    )
     say(f"written to {written.results}" + (f" and {written.pictures}" if written.pictures else ""))
     if left_out:
         total = count + len(left_out)

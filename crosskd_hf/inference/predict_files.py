@@ -32,6 +32,7 @@ from .image_files import (
     read_annotated,
     relative_names,
 )
+from .label_files import LabelFiles, check_label_names
 from .predict import check_numbers, predict, unreadable
 from .prediction_writer import (
     PICTURES_FOLDER,
@@ -52,6 +53,7 @@ class Written:
         results: the file with the COCO results.
         pictures: the folder with the pictures, if there are some.
         detections: number of results of each written image.
+        drawn: number of boxes above the threshold, of all images.
         left_out: path -> name and reason of each image that couldn't be used.
         seconds: that reading, detecting and writing took, without the loading of the model.
     """
@@ -59,6 +61,7 @@ class Written:
     results: Path
     pictures: Path | None
     detections: list[int]
+    drawn: int
     left_out: dict[Path, str]
     seconds: float
 
@@ -79,6 +82,7 @@ def predict_files(
     batch_size: int = 4,
     workers: int = 2,
     pictures: bool = True,
+    format: str = "coco",
     annotations: str | None = None,
     device: str | None = None,
     stop_at_errors: bool = False,
@@ -93,6 +97,7 @@ def predict_files(
         json_threshold: boxes with a higher score go into the results.
         batch_size, workers: see `predict`.
         pictures: draw them.
+        format: coco for `predictions.json` alone; yolo, voc or csv for such files of the drawn boxes beside it.
         annotations: COCO instances JSON that image and category ids come from.
         device: to compute on; None is a GPU if there is one.
         stop_at_errors: end at the first image that can't be read, instead of leaving it out.
@@ -108,6 +113,8 @@ def predict_files(
     pictures_of = picture_names(names)
     results = Path(output) / RESULTS_FILE
     picture_folder = Path(output) / PICTURES_FOLDER if pictures else None
+    check_label_names(pictures_of, format)
+    earlier = results.exists()
     check_prediction_folder(output, picture_folder, paths, pictures_of)
     annotated = read_annotated(annotations) if annotations else None
     entries = match_images(paths, annotated) if annotated else number_images(names)
@@ -115,15 +122,29 @@ def predict_files(
     id2label = detector.config.id2label
     category_ids = category_ids_of(id2label, annotated)
     entry_of, name_of = (dict(zip(paths, values, strict=True)) for values in (entries, pictures_of))
+    labels = LabelFiles(Path(output), format, id2label, threshold) if format != "coco" else None
+    if labels:
+        labels.check(earlier)
     start = time.perf_counter()
     with results_file(results) as add_results:
-        thresholds = threshold, json_threshold
-        writer = PredictionWriter(add_results, picture_folder, entry_of, name_of, id2label, category_ids, *thresholds)
+        if labels:
+            labels.start()
+        writer = PredictionWriter(
+            add_results,
+            picture_folder,
+            entry_of,
+            name_of,
+            id2label,
+            category_ids,
+            threshold,
+            json_threshold,
+            labels,
+        )
         predict_all = partial(predict, detector, processor, paths, batch_size=batch_size, workers=workers)
-        detections, left_out = _write_all(writer, predict_all, len(paths), stop_at_errors)
+        detections, drawn, left_out = _write_all(writer, predict_all, len(paths), stop_at_errors)
     if picture_folder:
         (picture_folder / PICTURES_MARKER).unlink(missing_ok=True)  # from now on the results show it
-    return Written(results, picture_folder, detections, left_out, time.perf_counter() - start)
+    return Written(results, picture_folder, detections, drawn, left_out, time.perf_counter() - start)
 
 
 def _load(source: str, device: str | None) -> tuple[DenseDetector, DenseDetectorImageProcessor]:
@@ -138,9 +159,12 @@ def _load(source: str, device: str | None) -> tuple[DenseDetector, DenseDetector
 
 def _write_all(
     writer: PredictionWriter, predict_all: Callable[..., Iterator[Prediction]], images: int, stop: bool
-) -> tuple[list[int], dict[Path, str]]:
-    """The number of results of each written image, and path -> name and reason of each that was left out."""
+) -> tuple[list[int], int, dict[Path, str]]:
+    """The number of results of each written image, that of all drawn boxes, and path -> name and reason of each that
+    was left out.
+    """
     counts: list[int] = []
+    drawn = 0
     left_out: dict[Path, str] = {}
 
     def leave_out(path: Path, error: ImageError) -> None:
@@ -152,11 +176,13 @@ def _write_all(
     with Progress("predict", images, "images") as bar:
         for prediction in predict_all(on_error=leave_out):
             try:
-                counts.append(writer.write(prediction))
+                count, shown = writer.write(prediction)
             except ImageError as error:
                 leave_out(prediction.path, error)
             else:
+                counts.append(count)
+                drawn += shown
                 bar.update()
     if not counts:
         raise PredictionError("none of the images could be used:\n  " + "\n  ".join(left_out.values()))
-    return counts, left_out
+    return counts, drawn, left_out

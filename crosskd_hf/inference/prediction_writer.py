@@ -17,6 +17,7 @@ from ..utils.images import ImageError
 from ..utils.progress import say
 from ..utils.visualization import draw_boxes, label_color
 from .image_files import PICTURE_FORMATS, ImageEntry, PredictionError, words
+from .label_files import LabelFiles
 
 RESULTS_FILE = "predictions.json"
 PICTURES_FOLDER = "pictures"
@@ -98,6 +99,7 @@ class PredictionWriter:
         entries, picture_names: of each image.
         id2label, category_ids: names and COCO category ids of the model's labels.
         threshold, json_threshold: of what is drawn, and of what goes into the results.
+        labels: further files, or None for none.
     """
 
     add_results: Callable[[Sequence[Mapping[str, Any]]], None]
@@ -108,9 +110,10 @@ class PredictionWriter:
     category_ids: Mapping[int, int]
     threshold: float
     json_threshold: float
+    labels: LabelFiles | None = None
 
-    def write(self, prediction: Prediction) -> int:
-        """Write the results and the picture of an image: the number of results.
+    def write(self, prediction: Prediction) -> tuple[int, int]:
+        """Write the results and the picture of an image: the number of results, and of those above `threshold`.
 
         Raises:
             ImageError: the image doesn't have its annotated size; nothing is written.
@@ -127,7 +130,10 @@ class PredictionWriter:
             with _writing(path), replacing(path, flush=False) as temporary:
                 picture.save(temporary, format=PICTURE_FORMATS[path.suffix.lower()])
                 (self.pictures / PICTURES_MARKER).touch()
-        return len(rows)
+        if self.labels:
+            with _writing(self.labels.output):
+                self.labels.write(prediction, self.picture_names[prediction.path])
+        return len(rows), int((prediction.scores > self.threshold).sum())
 
     def _draw(self, prediction: Prediction) -> Image.Image:
         keep = prediction.scores > self.threshold

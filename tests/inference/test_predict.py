@@ -271,7 +271,8 @@ def test_the_command_writes_what_predict_gives(tmp_path: Path, saved: str, detec
     assert sorted(os.listdir(tmp_path / "out")) == ["pictures", "predictions.json"], "nothing temporary stays"
     assert sorted(os.listdir(tmp_path / "out" / "pictures")) == ["11.png", "3.png", "4.png"]
     text = capsys.readouterr()
-    assert f"3 images, {len(rows)} detections" in text.out and "left out" not in text.out
+    drawn = sum(row["score"] > 0.3 for row in rows)
+    assert f"3 images, {len(rows)} detections, {drawn} of them above 0.3" in text.out and "left out" not in text.out
     assert text.err == "" or "predict" not in text.err, "no bar where there is no terminal"
 
 
@@ -285,6 +286,8 @@ def test_thresholds_of_the_command(tmp_path: Path, saved: str, detector) -> None
     assert not (tmp_path / "out" / "pictures").exists()
     command(saved, path, *options, "--json-threshold", 1)
     assert results(tmp_path / "out") == []
+    command(saved, path, *options, "--format", "csv", "--threshold", middle)
+    assert len((tmp_path / "out" / "predictions.csv").read_text().splitlines()) == 1 + 5
     command(saved, path, "--output-dir", tmp_path / "plain", "--threshold", 1)
     command(saved, path, "--output-dir", tmp_path / "drawn", "--threshold", 0)
     plain, drawn = (load_rgb(tmp_path / name / "pictures" / "a.png").tobytes() for name in ("plain", "drawn"))
