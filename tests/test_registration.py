@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import crosskd_hf
-from crosskd_hf import models
+from crosskd_hf import distillation, models
 
 CHECK = """
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
@@ -54,6 +54,16 @@ def test_help_and_typos_import_nothing_heavy(words: list[str]) -> None:
     assert run(program).endswith(" []\n")
 
 
+def test_a_wrong_recipe_is_told_without_the_models() -> None:
+    models = ("timm", "transformers.modeling_utils", "crosskd_hf.models.base")
+    program = (
+        "import sys\nfrom crosskd_hf.commands.main import main\ntry:\n"
+        "    main(['train', 'gfl_r50_crosskd', 'distillation.crosskd.weigth=1'])\nexcept SystemExit as error:\n"
+        f"    print('weigth' in str(error), [name for name in {models} if name in sys.modules])"
+    )
+    assert run(program).endswith("True []\n")
+
+
 def imported_for_types(module_file: str) -> set[str]:
     """Names that a module imports under TYPE_CHECKING."""
     tree = ast.parse(Path(module_file).read_text(encoding="utf-8"))
@@ -61,7 +71,7 @@ def imported_for_types(module_file: str) -> set[str]:
     return {alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
 
 
-@pytest.mark.parametrize("package", [crosskd_hf, models])
+@pytest.mark.parametrize("package", [crosskd_hf, models, distillation])
 def test_lazy_names_are_those_that_type_checkers_see(package) -> None:
     lazy = {name for names in package.HOMES.values() for name in names}
     assert lazy == imported_for_types(package.__file__) == set(package.__all__) - {"__version__"}

@@ -5,26 +5,23 @@ from collections.abc import Iterator
 
 from accelerate import PartialState
 
-from ..data.errors import DataError
 from ..recipe import RecipeError
-from ..training.run_lock import FolderInUseError
-from ..training.step_monitor import NonFiniteLossError
 from ..utils.escaping import printable_lines
 from ..utils.memory import OutOfMemoryError
-from ..weights.mmdet import CheckpointError
 
-# What ends in one message while a run is built, and while it trains. Other errors there keep their tracebacks.
-USER_ERRORS = (RecipeError, CheckpointError, OSError, OutOfMemoryError, ValueError)
-RUN_ERRORS = (
-    CheckpointError,
-    DataError,
-    FolderInUseError,
-    NonFiniteLossError,
-    OSError,
-    OutOfMemoryError,
-    RecipeError,
-    UnicodeEncodeError,
-)
+# What ends in one message while a run is built; checkpoints' and data's errors are ValueErrors.
+USER_ERRORS = (RecipeError, OSError, OutOfMemoryError, ValueError)
+
+
+def run_errors() -> tuple[type[Exception], ...]:
+    """What ends in one message while a run trains. Other errors there keep their tracebacks."""
+    from ..data.errors import DataError
+    from ..training.run_lock import FolderInUseError
+    from ..training.step_monitor import NonFiniteLossError
+    from ..weights.mmdet import CheckpointError
+
+    own = (CheckpointError, DataError, FolderInUseError, NonFiniteLossError, OutOfMemoryError, RecipeError)
+    return (*own, OSError, UnicodeEncodeError)
 
 
 @contextlib.contextmanager

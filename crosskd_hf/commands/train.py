@@ -58,14 +58,14 @@ def train_recipe(recipe: "Recipe", dry_run: bool = False, accept_changes: bool =
     """
     from ..recipe import running
     from ..recipe.run_folder import check_folder
-    from .errors import RUN_ERRORS, USER_ERRORS, explained
+    from .errors import USER_ERRORS, explained, run_errors
 
     with explained(USER_ERRORS):
         # Of this machine alone; `prepare` compares those of all processes.
         check_folder(recipe.training_values()["output_dir"], "training.output_dir")
         trainer = running.prepare(recipe, dry_run, accept_changes)
     if trainer is not None and not dry_run:
-        with explained(RUN_ERRORS):
+        with explained(run_errors()):
             running.run(trainer, recipe)
 
 

@@ -7,15 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PretrainedConfig
 
-from ..models.transformers_detectors import (
-    is_dense,
-    label_names_of,
-    pixel_style,
-    processor_of,
-    side_divisor,
-    size_divisor,
-    strides_of,
-)
+from ..models.families import is_dense, label_names_of, side_divisor, strides_of
+from ..models.transformers_detectors import pixel_style, processor_of, size_divisor
 from ..utils.label_names import coco_spelling, near_matches, spelling_problem
 from ..utils.messages import listed
 

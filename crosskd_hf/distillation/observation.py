@@ -6,15 +6,17 @@ An `Observer` knows a family of detectors and no method; a method (see `method.p
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..models.box_coding import distances_to_boxes
+from ..models.families import strides_of
 from ..models.outputs import GroundTruth
-from ..models.transformers_detectors import processor_of, strides_of
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -127,14 +129,14 @@ class Observer(nn.Module):
     strides: tuple[int, ...]
     feature_channels: int
     classes: Tensor | None
-    model: PreTrainedModel
+    model: "PreTrainedModel"
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: "PreTrainedModel",
         levels: Sequence[int] | None = None,
         classes: Tensor | None = None,
-        processor: BaseImageProcessor | None = None,
+        processor: "BaseImageProcessor | None" = None,
     ):
         super().__init__()
         self.__dict__["model"] = model  # not registered
@@ -161,6 +163,9 @@ class Observer(nn.Module):
     def ask_for_detections(self) -> None:
         """Have observations keep what `detections` reads."""
         self.keeps_outputs = True
+        # Here and not above: who only reads a recipe doesn't wait for transformers' models.
+        from ..models.transformers_detectors import processor_of
+
         self.processor = self.processor or processor_of(self.model.config)
 
     @torch.compiler.disable

@@ -49,8 +49,9 @@ import torch
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..models.base import DenseDetector
+from ..models.families import backbone_name, side_divisor
 from ..models.image_processing import DenseDetectorImageProcessor
-from ..models.transformers_detectors import backbone_name, pixel_style, side_divisor
+from ..models.transformers_detectors import pixel_style
 from ..utils.files import is_disk_full, replacing
 from ..utils.messages import first_line
 from .export_check import Difference, check_export, need

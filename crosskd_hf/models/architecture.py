@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from ..utils.messages import nearest
 from ..utils.recipe_fields import Problem, default_of, setting, settings_of
 from .configuration import CONFIGS, DenseDetectorConfig
-from .transformers_detectors import FAMILIES
+from .families import FAMILIES
 
 DETECTORS = (*CONFIGS, *FAMILIES)
 

@@ -17,16 +17,9 @@ from ..distillation.methods import method_class
 from ..distillation.weight_inheritance import inherit_weights
 from ..models import MODELS
 from ..models.architecture import ArchitectureSection, build_config, build_transformers_config
+from ..models.families import FAMILIES, backbone_name, is_dense, side_divisor, strides_of
 from ..models.image_processing import DenseDetectorImageProcessor
-from ..models.transformers_detectors import (
-    FAMILIES,
-    backbone_name,
-    is_dense,
-    prepare_new,
-    processor_of,
-    side_divisor,
-    strides_of,
-)
+from ..models.transformers_detectors import prepare_new, processor_of
 from ..training.arguments import DetectionTrainingArguments
 from ..training.distillation_trainer import DistillationTrainer
 from ..training.run_log import use_run_log

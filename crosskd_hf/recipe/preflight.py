@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ..models.transformers_detectors import backbone_name
+from ..models.families import backbone_name
 from ..training.arguments import LIMITS
 from ..training.distillation_trainer import DistillationTrainer
 from ..training.optimization import groups_of

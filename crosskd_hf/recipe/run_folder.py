@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, TrainerState
 
 from ..hub.upload import RECIPE_FILE, UPLOADED
-from ..models.transformers_detectors import label_names_of
+from ..models.families import label_names_of
 from ..training.checkpoints import MARKER, NAME, checkpoint_folders
 from ..training.run_lock import LOCK
 from ..utils.escaping import printable

@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 
 from ..hub.upload import METRICS_FILE, RECIPE_FILE, read_recipe
 from ..models.base import DenseDetector
-from ..models.transformers_detectors import backbone_name, label_names_of
+from ..models.families import backbone_name, label_names_of
 from ..training.coco_metrics import SETTINGS, SUMMARY_NAMES, percent
 from ..training.step_monitor import memory_gb
 from ..utils.escaping import printable

@@ -16,7 +16,7 @@ from ..data.split import DetectionSplit
 from ..data.unlabeled import MixedDataset
 from ..distillation import CrossKD, DistillationPair, KDMethod, PairError, QueryCrossKD
 from ..distillation.compatibility import PARTLY
-from ..models.transformers_detectors import is_dense
+from ..models.families import is_dense
 from ..utils.distributed import check_same, num_processes
 from ..utils.escaping import printable
 from ..weights.loading import weights_digest

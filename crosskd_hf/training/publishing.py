@@ -19,7 +19,7 @@ from transformers.utils.hub import PushInProgress, hf_api
 
 from ..hub.model_card import COCO_METRICS, CardFacts, DataFacts, DetectorFacts, TeacherFacts, unique, write_model_card
 from ..hub.upload import METRICS_FILE, Content, files_to_upload, public_recipe, read_recipe, upload
-from ..models.transformers_detectors import backbone_name, label_names_of
+from ..models.families import backbone_name, label_names_of
 from ..utils.redact import last_part, public
 from ..version import __version__
 from .base import BaseTrainer

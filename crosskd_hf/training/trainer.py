@@ -20,8 +20,9 @@ from ..data.processor_size import ProcessorCollator
 from ..data.sampler import MixedBatchSampler, OrientationBatchSampler
 from ..data.split import DetectionSplit
 from ..data.unlabeled import MixedDataset
+from ..models.families import is_dense
 from ..models.image_processing import DenseDetectorImageProcessor
-from ..models.transformers_detectors import detection_losses, is_dense, use_fp32_losses
+from ..models.transformers_detectors import detection_losses, use_fp32_losses
 from ..utils.distributed import check_same
 from ..utils.memory import out_of_memory_explained
 from .arguments import DetectionTrainingArguments

@@ -8,8 +8,9 @@ from transformers.integrations import is_tensorboard_available, is_trackio_avail
 
 from ..data.dataset import DetectionDataset
 from ..data.split import DetectionSplit
+from ..models.families import FAMILIES, is_dense, label_names_of
 from ..models.image_processing import DenseDetectorImageProcessor
-from ..models.transformers_detectors import FAMILIES, is_dense, label_names_of, processor_of
+from ..models.transformers_detectors import processor_of
 from ..utils.label_names import coco_spelling, near_matches, spelling_problem
 from ..utils.messages import listed
 from ..weights.loading import load_detector, load_processor

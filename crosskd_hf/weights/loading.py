@@ -28,8 +28,9 @@ from transformers import (
 from ..models import CONFIGS, MODELS, DenseDetectorConfig
 from ..models.architecture import ArchitectureSection, build_config
 from ..models.base import DenseDetector
+from ..models.families import FAMILIES, PROCESSORS, backbone_name, is_dense, label_names_of
 from ..models.image_processing import DenseDetectorImageProcessor
-from ..models.transformers_detectors import FAMILIES, PROCESSORS, backbone_name, is_dense, label_names_of, prepare_new
+from ..models.transformers_detectors import prepare_new
 from ..utils.checksums import MARKER, damage
 from ..utils.label_names import COCO_CLASSES, coco_spelling, loosely, near_matches, spelling_problem
 from ..utils.messages import first_line

@@ -14,7 +14,7 @@ from crosskd_hf.data.settings import DataSection
 from crosskd_hf.distillation.methods import method_names
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.architecture import DETECTORS
-from crosskd_hf.models.transformers_detectors import FAMILIES
+from crosskd_hf.models.families import FAMILIES
 from crosskd_hf.recipe.distillation import settings_class
 from crosskd_hf.recipe.load import load_recipe, parse_recipe
 from crosskd_hf.recipe.packaged import carried_recipes, find_recipe

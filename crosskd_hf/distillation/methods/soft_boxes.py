@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...models.families import label_names_of
 from ...models.losses import box_iou
 from ...models.outputs import GroundTruth
-from ...models.transformers_detectors import label_names_of
 from ...utils.recipe_fields import setting
 from ..method import KDMethod
 from ..observation import Observation, Observer

@@ -9,15 +9,10 @@ from torch import Tensor
 from torchvision.ops import box_convert
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from ...models.families import BLIND_TO_PADDING
 from ...models.outputs import GroundTruth
 from ...models.targets import pad_ground_truth, unpadded_sizes
-from ...models.transformers_detectors import (
-    BLIND_TO_PADDING,
-    TransformersLabels,
-    detection_losses,
-    processor_of,
-    use_fp32_losses,
-)
+from ...models.transformers_detectors import TransformersLabels, detection_losses, processor_of, use_fp32_losses
 from ..observation import Observation, Observer, PairError
 from .decoders import DECODERS, decoder_of
 from .decoders.decoder import LayerPredictions, QueryDecoder
