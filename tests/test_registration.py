@@ -45,7 +45,10 @@ def test_detectors_are_registered_whatever_is_imported_first(imports: str) -> No
 HEAVY = ("torch", "transformers", "numpy", "datasets")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["trian"], ["train", "--help"], ["predict"]])
+COMMANDS = ["--help"], ["--version"], ["trian"], ["train", "--help"], ["predict"], ["--print-completion", "bash"]
+
+
+@pytest.mark.parametrize("words", COMMANDS)
 def test_help_and_typos_import_nothing_heavy(words: list[str]) -> None:
     program = (
         f"import sys\nfrom crosskd_hf.commands.main import main\ntry:\n    main({words})\nexcept SystemExit:\n"

@@ -5,6 +5,8 @@ import gc
 import sys
 from collections.abc import Sequence
 
+import shtab
+
 from ..version import __version__
 from . import check_data, convert, convert_data, demo, evaluate, export, info, predict, train
 from .arguments import parse
@@ -19,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `crosskd`."""
     parser = argparse.ArgumentParser(prog="crosskd", description="Cross-head knowledge distillation of detectors.")
     parser.add_argument("--version", action="version", version=f"crosskd_hf {__version__}")
+    shtab.add_argument_to(parser, help="print a script that completes words on the command line: bash, zsh, tcsh")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.__doc__)
