@@ -60,8 +60,9 @@ def test_a_dry_run_describes_and_stops(recipe: Path, capsys: pytest.CaptureFixtu
 
 def test_recipes_are_tried_without_a_network(capsys: pytest.CaptureFixture) -> None:
     """Those of transformers' detectors, whose teacher and ImageNet weights are fetched otherwise."""
+    small = "teacher.config.backbone_config.backbone=resnet18d.ra2_in1k"
     words = ["rtdetrv2_r18_crosskd", "--dry-run", "--random-weights", "data.layout=shapes", "data.max_train_images=8"]
-    train.main([*words, "data.max_val_images=4", "model.config.decoder_layers=2", "training.use_cpu=true"])
+    train.main([*words, "data.max_val_images=4", "model.config.decoder_layers=2", "training.use_cpu=true", small])
     assert "rt_detr_v2" in capsys.readouterr().out
 
 

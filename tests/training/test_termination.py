@@ -210,7 +210,13 @@ def wait_as_a_worker(parent: int, ready) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
-@pytest.mark.parametrize("context", [multiprocessing.get_context("fork"), CONTEXT], ids=["fork", "forkserver"])
+@pytest.mark.parametrize(
+    "context",
+    [
+        pytest.param(multiprocessing.get_context("fork"), id="fork"),
+        pytest.param(CONTEXT, id="forkserver", marks=pytest.mark.slow),
+    ],
+)
 def test_a_data_worker_obeys_its_parent_only(context) -> None:
     """With a fork server, the parent isn't the process that the system calls so."""
     ready = context.Event()
