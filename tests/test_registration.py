@@ -80,3 +80,8 @@ def test_lazy_names_are_those_that_type_checkers_see(package) -> None:
     assert all(getattr(package, name) is not None for name in package.__all__) and lazy <= set(dir(package))
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = package.nothing
+
+
+def test_modules_are_found_without_being_imported() -> None:
+    program = "import crosskd_hf\nprint(crosskd_hf.data.__name__, hasattr(crosskd_hf, 'nothing'))"
+    assert run(program) == "crosskd_hf.data False\n"
