@@ -4,6 +4,7 @@ Boxes there are xmin, ymin, xmax, ymax, and the first pixel is number 1: a box a
 height (VOC 2012 development kit). Objects marked as difficult don't count in evaluation; they become crowds.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,17 +60,7 @@ def load_voc(
         names = list(label_names) or sorted({name for tree in trees.values() for name in names_in(tree)})
         if not names:
             raise DataError(f"{root} has no object of any class")
-        records, paths, count = [], [], 0
-        for index, file in enumerate(files):
-            tree = trees[file]
-            image = image_of(file, tree)
-            objects = objects_of(tree, names, first_pixel, relative[file], count, problems)
-            count += len(objects)
-            size = [_number(tree, f"size/{side}") for side in ("width", "height")]
-            width, height = (int(side) if side else None for side in size)  # some tools write 0
-            records.append(ImageRecord(index, image.relative_to(root).as_posix(), width, height, objects))
-            paths.append(str(image))
-        return Annotations(records, paths, dict(enumerate(names)))
+        return annotations_of({file: trees[file] for file in files}, root, names, first_pixel, problems)
 
     made_from = (str(root), split, tuple(label_names), first_pixel, tuple(relative[f] for f in files), fingerprint)
     found = split_of_files(
@@ -84,6 +75,30 @@ def load_voc(
         box_format="xyxy",
     )
     return found.part(part)
+
+
+def annotations_of(
+    trees: dict[Path, ElementTree.Element], root: Path, names: Sequence[str], first_pixel: int, problems: Problems
+) -> Annotations:
+    """The images of annotation files, with their objects.
+
+    Args:
+        trees: of each file.
+        root: folder that names of files are relative to.
+        names: class names by label.
+        first_pixel: the number of the first pixel.
+        problems: takes objects that can't be used.
+    """
+    records, paths, count = [], [], 0
+    for index, (file, tree) in enumerate(trees.items()):
+        image = image_of(file, tree)
+        objects = objects_of(tree, names, first_pixel, file.relative_to(root).as_posix(), count, problems)
+        count += len(objects)
+        size = [_number(tree, f"size/{side}") for side in ("width", "height")]
+        width, height = (int(side) if side else None for side in size)  # some tools write 0
+        records.append(ImageRecord(index, image.relative_to(root).as_posix(), width, height, objects))
+        paths.append(str(image))
+    return Annotations(records, paths, dict(enumerate(names)))
 
 
 def split_files(root: Path, split: str) -> list[Path]:
@@ -169,8 +184,9 @@ def objects_of(
 
 
 def _number(element: ElementTree.Element, path: str) -> float | None:
-    """The number at a path; None where there is none."""
+    """The finite number at a path; None where there is none."""
     try:
-        return float(element.findtext(path) or "")
+        value = float(element.findtext(path) or "")
     except ValueError:
         return None
+    return value if math.isfinite(value) else None

@@ -188,7 +188,7 @@ def parse(text: bytes, classes: int, where: str, first_id: int, problems: Proble
             label, values = -1.0, []
         name = f"line {number} of {where}: {line.strip()[:100]!r}"
         outline = len(values) >= 6 and len(values) % 2 == 0
-        if label != int(label) or not (len(values) == 4 or outline):
+        if not label.is_integer() or not (len(values) == 4 or outline):
             problems.add(Kind.LINE, name)
         elif not 0 <= label < classes:
             problems.add(Kind.CATEGORY, name)

@@ -129,17 +129,8 @@ def predict_files(
     with results_file(results) as add_results:
         if labels:
             labels.start()
-        writer = PredictionWriter(
-            add_results,
-            picture_folder,
-            entry_of,
-            name_of,
-            id2label,
-            category_ids,
-            threshold,
-            json_threshold,
-            labels,
-        )
+        which, thresholds = (entry_of, name_of, id2label, category_ids), (threshold, json_threshold)
+        writer = PredictionWriter(add_results, picture_folder, *which, *thresholds, labels)
         predict_all = partial(predict, detector, processor, paths, batch_size=batch_size, workers=workers)
         detections, drawn, left_out = _write_all(writer, predict_all, len(paths), stop_at_errors)
     if picture_folder:

@@ -57,6 +57,7 @@ def test_classes_are_those_of_all_splits_or_of_the_recipe(root, load):
         ("<annotation>", "<annotation", "a.xml is not an XML file"),
         ("<annotation>", '<!DOCTYPE a [<!ENTITY b "c">]><annotation>', "a.xml has a document type"),
         ("<xmax>43<", "<xmax>wide<", "not four numbers.*object 1 of Annotations/a.xml"),
+        ("<xmin>11<", "<xmin>nan<", "not four numbers.*object 1 of Annotations/a.xml"),
         ("<width>96<", "<width>97<", "annotated as 97 x 64"),
     ],
 )
@@ -66,8 +67,9 @@ def test_files_that_cannot_be_used(root, load, old, new, message):
         load()
 
 
-def test_a_size_of_zero_is_none(root, load):
-    edit(root, "<width>96<", "<width>0<")
+@pytest.mark.parametrize("size", ["0", "inf", "wide"])
+def test_a_size_that_is_no_size_is_none(root, load, size):
+    edit(root, "<width>96<", f"<width>{size}<")
     assert load().dataset[0]["width"] == 96
 
 

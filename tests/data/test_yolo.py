@@ -43,6 +43,8 @@ def test_a_changed_label_file_is_read_again(root, load):
         ("2 0.5 0.5 0.2 0.2", "category that is not listed"),
         ("0.5 0.5 0.5 0.2 0.2", "not a class and a box"),
         ("0 nan 0.5 0.2 0.2", "not four numbers"),
+        ("nan 0.5 0.5 0.2 0.2", "not a class and a box"),
+        ("inf 0.5 0.5 0.2 0.2", "not a class and a box"),
     ],
 )
 def test_lines_that_cannot_be_read(root, load, line, message):
