@@ -242,6 +242,8 @@ def make(run: Run, results: Path, threads: int, weights: bool = False) -> None:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT).returncode
     if code:
         raise EvidenceError(f"{run.name} ended with {code}; see {log.name}")
+    if not is_finished(run.folder):  # told to end by SIGTERM
+        raise EvidenceError(f"{run.name} was ended before its last step: the same command goes on with it")
     write_atomically(path, json.dumps(result(run), indent=1) + "\n")
 
 
