@@ -1,6 +1,5 @@
 """Data sets of image files and annotation files: what the readers of all formats have in common."""
 
-import glob
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -106,7 +105,7 @@ def images_in(folder: Path) -> list[Path]:
     return sorted(f for f in files if f.suffix.lower() in IMAGE_EXTENSIONS and not f.name.startswith("."))
 
 
-def image_named(folder: Path, stem: str) -> Path | None:
-    """The image file of a name without its extension, if there is one."""
-    found = (path for path in folder.glob(f"{glob.escape(stem)}.*") if path.suffix.lower() in IMAGE_EXTENSIONS)
-    return next(iter(sorted(found)), None)
+def images_by_stem(folder: Path) -> dict[str, Path]:
+    """The image files right in a folder by their names without the extension; of two with one name the first."""
+    files = sorted(folder.iterdir(), reverse=True) if folder.is_dir() else []
+    return {path.stem: path for path in files if path.suffix.lower() in IMAGE_EXTENSIONS}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from .annotation_files import Annotations, contents_hash, files_hash, image_named, leaves_folder, split_of_files
+from .annotation_files import Annotations, contents_hash, files_hash, images_by_stem, leaves_folder, split_of_files
 from .cache import CacheDir
 from .checks import ImageRecord, ObjectRecord
 from .errors import DataError, Kind, Problems
@@ -89,9 +89,10 @@ def annotations_of(
         first_pixel: the number of the first pixel.
         problems: takes objects that can't be used.
     """
+    images = {folder: images_by_stem(folder) for folder in {image_folder(file) for file in trees}}
     records, paths, count = [], [], 0
     for index, (file, tree) in enumerate(trees.items()):
-        image = image_of(file, tree)
+        image = images[image_folder(file)].get(file.stem) or stated_image(file, tree)
         objects = objects_of(tree, names, first_pixel, file.relative_to(root).as_posix(), count, problems)
         count += len(objects)
         size = [_number(tree, f"size/{side}") for side in ("width", "height")]
@@ -145,13 +146,15 @@ def names_in(tree: ElementTree.Element) -> list[str]:
     return [name.text.strip() for name in tree.findall("object/name") if name.text and name.text.strip()]
 
 
-def image_of(file: Path, tree: ElementTree.Element) -> Path:
-    """The image of an annotation file: in `JPEGImages`, or beside it; by the file's own name, or the one it states."""
-    folder = file.parent.parent / IMAGES if file.parent.name == XML else file.parent
+def image_folder(file: Path) -> Path:
+    """Where the image of an annotation file is: in `JPEGImages`, or beside it."""
+    return file.parent.parent / IMAGES if file.parent.name == XML else file.parent
+
+
+def stated_image(file: Path, tree: ElementTree.Element) -> Path:
+    """The image that an annotation file states, where none has the file's own name."""
     stated = (tree.findtext("filename") or "").strip()
-    if found := image_named(folder, file.stem):
-        return found
-    return folder / (stated if stated and not leaves_folder(stated) else f"{file.stem}.jpg")
+    return image_folder(file) / (stated if stated and not leaves_folder(stated) else f"{file.stem}.jpg")
 
 
 def objects_of(

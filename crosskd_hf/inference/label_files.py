@@ -54,15 +54,8 @@ class LabelFiles:
     def write(self, prediction: "Prediction", name: str) -> None:
         """Write the boxes of an image, which is called `name`."""
         keep = prediction.scores > self.threshold
-        rows = [
-            (label, score, box)
-            for label, score, box in zip(
-                prediction.labels[keep].tolist(),
-                prediction.scores[keep].tolist(),
-                prediction.boxes[keep].double().tolist(),
-                strict=True,
-            )
-        ]
+        columns = prediction.labels[keep], prediction.scores[keep], prediction.boxes[keep].double()
+        rows = list(zip(*(column.tolist() for column in columns), strict=True))
         if self.format == "csv":
             with open(self.output / CSV_FILE, "a", encoding="utf-8", newline="") as file:
                 file.write(self._csv(rows, name))
