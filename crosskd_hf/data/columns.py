@@ -29,6 +29,7 @@ from .errors import DataError, Kind, Problems
 from .image_folder import METADATA, check_metadata, open_image_folder
 from .split import DetectionSplit, annotation_features, no_such_split, split_and_part, take_part
 
+IN_MEMORY = (datasets.Dataset, datasets.DatasetDict)
 Source = str | datasets.Dataset | datasets.DatasetDict  # Hub id or folder; or what is loaded already
 
 
@@ -65,10 +66,10 @@ def load_columns(
         DataError: no such data set, split or column; unknown categories; images or boxes that can't be used.
         CacheError: see `open_cache`.
     """
-    name = path if isinstance(path, str) else "the given data set"
+    name = name_of(path)
     where = f"{name}, split {split!r}"
     source = open_split(path, split, config, cache_dir, columns)
-    if isinstance(path, str):
+    if not isinstance(path, IN_MEMORY):
         refuse_foreign_paths(source, where, path, cache_dir)
     splits = {where: source}
     if not (label_names or isinstance(category_feature(source, where), datasets.ClassLabel)):
@@ -76,7 +77,7 @@ def load_columns(
             splits[f"{name}, split {other!r}"] = open_split(path, other, config, cache_dir, columns)
     vocabulary = build_vocabulary(splits, label_names, category_ids, where)
     fingerprint = source._fingerprint
-    if on_error == "skip" and isinstance(path, str):  # images that were left out may be put right later
+    if on_error == "skip" and not isinstance(path, IN_MEMORY):  # images that were left out may be put right later
         folder = Path(path).expanduser() / split_and_part(split)[0]
         fingerprint += f"-{files_hash(folder)}" if (folder / METADATA).is_file() else ""
 
@@ -99,6 +100,11 @@ def load_columns(
     return DetectionSplit(dataset, vocabulary.names, *read_cache_note(rows.info, where), split, name)
 
 
+def name_of(path: Source) -> str:
+    """What messages call a data set."""
+    return "the given data set" if isinstance(path, IN_MEMORY) else str(path)
+
+
 def open_split(
     path: Source,
     split: str,
@@ -108,28 +114,31 @@ def open_split(
     needed: Sequence[str] = ("image", "objects"),
 ) -> datasets.Dataset:
     """A split with undecoded images in the column `image`, that has all columns that are needed."""
-    if not isinstance(path, str):
+    where = f"{name_of(path)}, split {split!r}"
+    if isinstance(path, IN_MEMORY):
         base, part = split_and_part(split)
-        source = take_part(_split_of(path, base, "the given data set"), part)
-        where = f"the given data set, split {split!r}"
-        return _with_image_column(with_usual_names(source, columns, where) if columns else source, where, needed)
-    where, folder = f"{path}, split {split!r}", Path(path).expanduser()
+        source = take_part(_split_of(path, base, name_of(path)), part)
+    else:
+        source = _open_path(path, split, config, cache_dir, where)
+    return _with_image_column(with_usual_names(source, columns, where) if columns else source, where, needed)
+
+
+def _open_path(path: str, split: str, config: str | None, cache_dir: CacheDir, where: str) -> datasets.Dataset:
     try:
-        source = _open_anything(path, split, config, cache_dir)
+        return _open_anything(path, split, config, cache_dir)
     except (DataError, CacheError):
         raise
     except datasets.exceptions.DatasetGenerationError as error:
         raise DataError(f"{where} can't be read: {error.__cause__ or error}") from error
     except Exception as error:  # the library raises a dozen kinds of its own
         text = first_line(error)
-        if not (folder.is_dir() or isinstance(error, FileNotFoundError)):
+        if not (Path(path).expanduser().is_dir() or isinstance(error, FileNotFoundError)):
             text = f"there is no such folder here, and as a Hub id: {text}"
         raise DataError(
             f"{where} can't be opened as a data set ({text}). data.path "
             "must be a Hub id, or a folder of Parquet files, of save_to_disk, or of images with metadata.jsonl; for a "
             "folder with annotations/ set data.layout=coco."
         ) from error
-    return _with_image_column(with_usual_names(source, columns, where) if columns else source, where, needed)
 
 
 def _open_anything(path: str, split: str, config: str | None, cache_dir: CacheDir) -> datasets.Dataset:
