@@ -117,11 +117,10 @@ def synthetic_outputs(anchors: int, images: int, everything: bool) -> DenseDetec
             label = int(torch.randint(CLASSES, (), generator=draw))
             logits[image, start : start + 60, label] = torch.randn(60, generator=draw) * 1.5 - 1
     centers = torch.rand(*shape[:2], 2, generator=draw) * torch.tensor([1333.0, 800.0])
-    sides = torch.rand(*shape[:2], 2, generator=draw) * 100 + 4
+    sides = torch.rand(*shape[:2], 2, generator=draw) * 200 + 8
     return DenseDetectorOutput(
         logits=logits,
-        pred_boxes=torch.cat([centers - sides, centers + sides], dim=-1),
-        image_sizes=torch.tensor([[800, 1333]] * images),
+        pred_boxes=torch.cat([centers, sides], dim=-1) / torch.tensor([1333.0, 800.0] * 2),
         level_sizes=torch.tensor([level_sizes] * images),
     )
 

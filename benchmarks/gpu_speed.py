@@ -137,7 +137,7 @@ def padded(targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     boxes, labels = (torch.stack([target[key] for target in targets]) for key in ("boxes", "labels"))
     mask = torch.ones_like(labels, dtype=torch.bool)
     return {
-        "boxes": nn.functional.pad(boxes, (0, 0, 0, more)),
+        "boxes_xyxy": nn.functional.pad(boxes, (0, 0, 0, more)),
         "class_labels": nn.functional.pad(labels, (0, more)),
         "mask": nn.functional.pad(mask, (0, more)),
     }

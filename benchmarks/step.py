@@ -120,7 +120,7 @@ class Step:
             "pixel_values": torch.randn(images, 3, height, width).contiguous(memory_format=layout),
             "pixel_mask": torch.ones(images, height, width, dtype=torch.bool),
             "labels": {
-                "boxes": torch.cat([corner, corner + shape], dim=-1),
+                "boxes_xyxy": torch.cat([corner, corner + shape], dim=-1),
                 "class_labels": torch.randint(0, num_labels, (images, padded)),
                 "mask": (torch.arange(padded) < boxes).repeat(images, 1),
             },

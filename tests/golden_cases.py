@@ -10,13 +10,15 @@ from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 from transformers.initialization import no_init_weights
 
 from crosskd_hf.distillation import PKD, CrossKD, DistillationPair
 from crosskd_hf.distillation.observers.dense import DenseObserver
 from crosskd_hf.models import CONFIGS, MODELS
+from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
 from crosskd_hf.models.losses import box_iou
-from crosskd_hf.models.postprocess import select_detections
+from crosskd_hf.models.outputs import DenseDetectorOutput
 from crosskd_hf.training.optimization import parameter_groups
 from crosskd_hf.weights.mmdet import load_reference_state, reference_keys, to_reference
 
@@ -140,11 +142,14 @@ class GoldenCase:
         mask = torch.zeros(batch[0], *batch[2:], dtype=torch.long)
         for i, (height, width) in enumerate(sizes):
             mask[i, :height, :width] = 1
-        names = {"class_labels": "labels", "boxes": "boxes"}
-        labels = [
-            {key: self.tensors[f"gt.{i}.{name}"].to(self.device) for key, name in names.items()}
-            for i in range(batch[0])
-        ]
+        names = {"class_labels": "labels", "boxes_xyxy": "boxes"}
+        columns = {
+            key: pad_sequence([self.tensors[f"gt.{i}.{name}"] for i in range(batch[0])], batch_first=True)
+            for key, name in names.items()
+        }
+        counts = torch.tensor([len(self.tensors[f"gt.{i}.labels"]) for i in range(batch[0])])
+        columns["mask"] = torch.arange(columns["class_labels"].shape[1]) < counts[:, None]
+        labels = {key: values.to(self.device) for key, values in columns.items()}
         pixels = (images * mask[:, None]).to(self.device)
         return {"pixel_values": pixels, "pixel_mask": mask.to(self.device), "labels": labels}
 
@@ -290,7 +295,7 @@ class GoldenCase:
         output = self.student(self.inputs["pixel_values"], self.inputs["pixel_mask"])
         counts = self.record["num_predictions"]
         for i, size in enumerate(self.record["image_shapes"]):
-            ours = detections(self.student, output, i, size, (0.8, 0.8))
+            ours = detections(self.student, output, i, [side / 0.8 for side in size])
             reference = {key: self.tensors[f"pred.{i}.{key}"] for key in ("scores", "labels", "boxes")}
             self.result.equal("predictions", f"number.{i}", len(ours["scores"]), counts[i])
             compare_detections(self.result, f"image {i}", ours, reference, self.student.config.nms_threshold)
@@ -333,7 +338,7 @@ def recorded_truth(labels, assignment, num_labels, detector, priors):
     from crosskd_hf.models.assigners import gather_boxes
     from crosskd_hf.models.targets import pad_ground_truth
 
-    truth = pad_ground_truth(labels, len(labels))
+    truth = pad_ground_truth(labels, labels["mask"])
     label = truth.labels.gather(1, assignment.box_index)
     label = torch.where(assignment.positive, label, num_labels)
     boxes = gather_boxes(truth.boxes, assignment.box_index)
@@ -384,16 +389,10 @@ def merge_levels(losses: dict[str, list[float]]) -> dict[str, list[float]]:
     return merged
 
 
-def detections(model, output, index: int, image_size, scale) -> dict[str, torch.Tensor]:
-    (found,) = select_detections(
-        output.logits[index : index + 1],
-        output.pred_boxes[index : index + 1],
-        None if output.centerness is None else output.centerness[index : index + 1],
-        output.level_sizes[index].tolist(),
-        torch.tensor([image_size], device=output.logits.device),
-        [scale],
-        nms_threshold=model.config.nms_threshold,
-    )
+def detections(model, output, index: int, original_size: list[float]) -> dict[str, torch.Tensor]:
+    of_image = DenseDetectorOutput(**{key: values[index : index + 1] for key, values in output.items()})
+    processor = DenseDetectorImageProcessor.for_model(model.config)
+    (found,) = processor.post_process_object_detection(of_image, 0.0, [original_size])
     return {key: values.cpu() for key, values in found.items()}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+from torchvision.ops import box_convert
 
 from crosskd_hf.data.collator import padded_number
 from crosskd_hf.distillation import PKD, CrossKD, DistillationPair
@@ -101,13 +102,16 @@ def padded_batch() -> dict:
     batch = tiny_batch()
     length = padded_number(3)
     labels = {
-        "boxes": torch.zeros(2, length, 4),
+        "boxes_xyxy": torch.zeros(2, length, 4),
         "class_labels": torch.zeros(2, length, dtype=torch.long),
         "mask": torch.zeros(2, length, dtype=torch.bool),
     }
     for i, label in enumerate(batch["labels"]):
         count = len(label["boxes"])
-        labels["boxes"][i, :count], labels["class_labels"][i, :count] = label["boxes"], label["class_labels"]
+        labels["boxes_xyxy"][i, :count] = box_convert(label["boxes"], "cxcywh", "xyxy") * torch.tensor(
+            [96, 64, 96, 64]
+        )
+        labels["class_labels"][i, :count] = label["class_labels"]
         labels["mask"][i, :count] = True
     return {**batch, "pixel_mask": torch.ones(2, 64, 96, dtype=torch.bool), "labels": labels}
 

@@ -64,7 +64,7 @@ def draw_model(detector: str, seed: int, options: dict) -> DenseDetector:
 
 
 def tiny_batch(images: int = 2, height: int = 64, width: int = 96, seed: int = 0) -> dict:
-    """Random images without padding, one to three boxes each."""
+    """Random images without padding, one to three boxes each, as DETR has them."""
     generator = torch.Generator().manual_seed(seed)
     labels = []
     for i in range(images):
@@ -72,7 +72,8 @@ def tiny_batch(images: int = 2, height: int = 64, width: int = 96, seed: int = 0
         corner = torch.rand(count, 2, generator=generator) * torch.tensor([width / 2, height / 2])
         size = 16 + torch.rand(count, 2, generator=generator) * 24
         classes = torch.randint(0, 2, (count,), generator=generator)
-        labels.append({"boxes": torch.cat([corner, corner + size], dim=1), "class_labels": classes})
+        boxes = torch.cat([corner + size / 2, size], dim=1) / torch.tensor([width, height] * 2)
+        labels.append({"boxes": boxes, "class_labels": classes})
     return {"pixel_values": torch.randn(images, 3, height, width, generator=generator), "labels": labels}
 
 

@@ -17,9 +17,9 @@ class DetectionCollator:
     """Makes a batch from the items of a `DetectionDataset`.
 
     Gives `pixel_values` (N, 3, H, W) float32, `pixel_mask` (N, H, W) bool, and
-    - for training items `labels`, a dict of the whole batch, padded: `class_labels` (N, G) int64, `boxes` (N, G, 4)
-      float32 xyxy in pixels of the resized image, `mask` (N, G) bool, True for real boxes, and to know the images by
-      `image_id` (N,) int64, `size` and `orig_size` (N, 2) int64, both (height, width);
+    - for training items `labels`, a dict of the whole batch, padded: `class_labels` (N, G) int64, `boxes_xyxy`
+      (N, G, 4) float32 in pixels of the resized image, `mask` (N, G) bool, True for real boxes, and to know the images
+      by `image_id` (N,) int64, `size` and `orig_size` (N, 2) int64, both (height, width);
     - for evaluation items `image_ids` (N,) int64 and `original_sizes` (N, 2) int64, (height, width).
 
     Padded here, in the loader's workers, and to few different lengths, the boxes cost the model nothing that grows
@@ -111,11 +111,11 @@ def _labels(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         classes[i, : counts[i]] = item["class_labels"]
     mask, sizes = torch.arange(length) < counts[:, None], torch.tensor([item["size"] for item in items])
     names = [f"image {i} (image_id {item['image_id']})" for i, item in enumerate(items)]
-    # Here, in the loader's workers, it costs no step its time. The boxes are known to be in pixels.
-    check_labels(boxes, classes, mask, sizes, names=names, refuse_relative=False)
+    # Here, in the loader's workers, it costs no step its time.
+    check_labels(boxes, classes, mask, sizes, names=names)
     return {
         "class_labels": classes,
-        "boxes": boxes,
+        "boxes_xyxy": boxes,
         "mask": mask,
         "image_id": torch.tensor([item["image_id"] for item in items]),
         "size": sizes,

@@ -102,5 +102,5 @@ def _labels(item: dict[str, Any]) -> dict[str, Tensor]:
     size = torch.tensor(item["size"])
     mask = torch.ones(1, len(boxes), dtype=torch.bool)
     names = [f"image_id {item['image_id']}"]
-    check_labels(boxes[None], classes[None], mask, size[None], names=names, refuse_relative=False)
+    check_labels(boxes[None], classes[None], mask, size[None], names=names)
     return {"class_labels": classes, "boxes": box_convert(boxes, "xyxy", "cxcywh") / size.flip(0).repeat(2)}

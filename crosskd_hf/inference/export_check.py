@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature, PreTrainedModel
 
 from ..models.image_processing import DenseDetectorImageProcessor
+from ..models.targets import unpadded_sizes
 from .export_graph import OUTPUTS, ExportError, portable, suppress
 
 # Two detections are the same one if they differ by less: pixels and score. More is a wrong file, not rounding.
@@ -102,8 +103,7 @@ def detections_of_model(
     model: PreTrainedModel, processor: BaseImageProcessor, inputs: BatchFeature
 ) -> list[Detections]:
     """What PyTorch finds in a batch: one dict per image, with boxes in pixels of `pixel_values`."""
-    pixels = inputs["pixel_values"]
-    sizes = None if isinstance(processor, DenseDetectorImageProcessor) else [tuple(pixels.shape[-2:])] * len(pixels)
+    sizes = unpadded_sizes(inputs["pixel_values"], inputs.get("pixel_mask"))
     return processor.post_process_object_detection(model(**inputs), threshold=0.0, target_sizes=sizes)
 
 

@@ -11,19 +11,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from ..utils.label_checks import check_labels
+from ..utils.label_checks import check_relative_labels
 from .anchors import grid_cells, per_prior, valid_cells
 from .assigners import Assignment
 from .backbone import Backbone
-from .box_coding import distances_to_boxes
+from .box_coding import distances_to_boxes, logits_of_product
 from .configuration import DenseDetectorConfig
 from .fpn import FPN, FPNConv
 from .head import ClassPredictor, DenseHead, HeadConv, HeadOutput, HeadSpec, LevelScales, flatten_levels
 from .outputs import DenseDetectorOutput, DetectionLosses, GroundTruth, HeadPredictions, Priors
-from .targets import pad_ground_truth, unpadded_sizes
+from .targets import Labels, box_frames, pad_ground_truth, padded_labels, relative_boxes, unpadded_sizes
 
 logger = logging.getLogger(__name__)
-Labels = list[dict[str, Tensor]] | dict[str, Tensor]
 
 
 class DenseDetector(PreTrainedModel):
@@ -104,15 +103,17 @@ class DenseDetector(PreTrainedModel):
 
         Args:
             pixel_values: (N, 3, H, W) normalised images, padded at the bottom and right.
-            pixel_mask: (N, H, W), 1 on the image, 0 on padding; None means no padding.
-            labels: a dict per image with `class_labels` (G,) int64 and `boxes` (G, 4) xyxy pixels of `pixel_values`;
-                or one of the whole batch, padded, with `class_labels` (N, G), `boxes` (N, G, 4), `mask` (N, G) bool.
+            pixel_mask: (N, H, W), 1 on the image, 0 on padding; None: as `size` of the labels says, or no padding.
+            labels: as DETR's, a dict per image with `class_labels` (G,) int64 and `boxes` (G, 4) cxcywh, relative to
+                the image without padding, or to `size`, (height, width), where that is given. Or, as the collator
+                makes them, one dict of the whole batch, padded: `class_labels` (N, G), `boxes_xyxy` (N, G, 4) in
+                pixels of `pixel_values`, `mask` (N, G) bool.
             output_hidden_states: also give the maps of backbone and FPN; None takes the configuration's value.
             return_dict: False gives a tuple of what isn't None; None takes the configuration's value.
 
         Raises:
-            ValueError: if labels and images differ in number, or labels can't be right (see `check_labels`; only
-                lists of the first batch are looked at, and compiled none).
+            ValueError: if labels and images differ in number, or labels can't be right (see
+                `check_relative_labels`; only lists of the first batch are looked at, and compiled none).
         """
         maps = self.backbone(pixel_values.to(self.dtype))
         features = self.fpn(maps)
@@ -120,29 +121,48 @@ class DenseDetector(PreTrainedModel):
         # Only the networks run in half precision: a pixel of a large box is more than bfloat16 resolves.
         with torch.autocast(pixel_values.device.type, enabled=False):
             predictions, priors = self.flatten(head), self.priors(head)
-            image_sizes = self.image_sizes(pixel_values, pixel_mask)
+            image_sizes = self.image_sizes(pixel_values, pixel_mask, labels)
             loss = loss_dict = None
             if labels is not None:
                 losses, _ = self.losses(predictions, priors, image_sizes, labels)
                 loss_dict = {name: term.sum() for name, term in losses.terms.items()}
                 loss = functools.reduce(torch.add, loss_dict.values())
-            # Tensors, since the pipeline divides every output among the images.
-            sizes = [image_sizes.new_full((len(image_sizes), 1), n, dtype=torch.long) for n in priors.level_sizes]
             if output_hidden_states is None:
                 output_hidden_states = self.config.output_hidden_states
-            # At once: a field that is set later is no key of a `ModelOutput`, nor in its tuple.
-            output = DenseDetectorOutput(
-                loss=loss,
-                loss_dict=loss_dict,
-                logits=predictions.logits,
-                pred_boxes=self.decode(predictions.boxes, priors),
-                centerness=predictions.centerness,
-                image_sizes=image_sizes,
-                level_sizes=torch.cat(sizes, dim=1),
-                hidden_states=(*maps, *features) if output_hidden_states else None,
-            )
+            hidden_states = (*maps, *features) if output_hidden_states else None
+            output = self.output(predictions, priors, image_sizes, loss, loss_dict, hidden_states)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def output(
+        self,
+        predictions: HeadPredictions,
+        priors: Priors,
+        image_sizes: Tensor,
+        loss: Tensor | None = None,
+        loss_dict: dict[str, Tensor] | None = None,
+        hidden_states: tuple[Tensor, ...] | None = None,
+    ) -> DenseDetectorOutput:
+        """What `forward` returns.
+
+        Args:
+            predictions, priors: of the batch.
+            image_sizes: (N, 2) height and width of each image without padding.
+            loss, loss_dict, hidden_states: see `DenseDetectorOutput`.
+        """
+        # Tensors, since the pipeline divides every output among the images.
+        sizes = [image_sizes.new_full((len(image_sizes), 1), n, dtype=torch.long) for n in priors.level_sizes]
+        logits, centerness = predictions.logits, predictions.centerness
+        # At once: a field that is set later is no key of a `ModelOutput`, nor in its tuple.
+        return DenseDetectorOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            logits=logits if centerness is None else logits_of_product(logits, centerness.unsqueeze(-1)),
+            pred_boxes=relative_boxes(self.decode(predictions.boxes, priors), image_sizes),
+            centerness=centerness,
+            level_sizes=torch.cat(sizes, dim=1),
+            hidden_states=hidden_states,
+        )
 
     def losses(
         self, predictions: HeadPredictions, priors: Priors, image_sizes: Tensor, labels: Labels
@@ -155,18 +175,35 @@ class DenseDetector(PreTrainedModel):
             labels: see `forward`.
 
         Raises:
-            ValueError: see `pad_ground_truth` and `check_labels`.
+            ValueError: see `pad_ground_truth` and `check_relative_labels`.
         """
-        truth = pad_ground_truth(labels, len(image_sizes))
+        truth = pad_ground_truth(labels, image_sizes)
         # Padded ones of a batch come from the collator, which has looked at them on the CPU.
         if not isinstance(labels, Mapping) and self._is_due("labels", truth.boxes):
-            check_labels(truth.boxes, truth.labels, truth.mask, image_sizes, self.config.num_labels)
+            check_relative_labels(*padded_labels(labels), self.config.num_labels)
             self._checked.add("labels")
         assignment = self.assign(priors, self.valid_priors(priors, image_sizes), truth, predictions)
         return self.detection_losses(predictions, priors, assignment, truth), truth
 
-    def image_sizes(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
-        """(N, 2) height and width of each image without padding. Warns once of padding that no mask tells of."""
+    def image_sizes(self, pixel_values: Tensor, pixel_mask: Tensor | None, labels: Labels | None = None) -> Tensor:
+        """(N, 2) height and width of each image without padding, as its mask has it, or else `size` of its label.
+
+        Warns once of padding that neither tells of.
+
+        Raises:
+            ValueError: a mask has another shape than the images, or a `size` is larger than they are.
+        """
+        frames = box_frames(labels)
+        if frames is not None and self._is_due("sizes", frames):
+            height, width = pixel_values.shape[2:]
+            if (frames > frames.new_tensor([height, width])).any() or (frames < 1).any():
+                raise ValueError(
+                    f"labels: size is {frames.int().tolist()} for pixel_values of {height} x {width}; it must be the "
+                    "height and width of the image in pixel_values (orig_size is that of the file)"
+                )
+            self._checked.add("sizes")
+        if pixel_mask is None and frames is not None and len(frames) == len(pixel_values):
+            return frames.to(pixel_values.device)
         if pixel_mask is None:
             self._warn_of_padding(pixel_values)
         elif self._is_due("mask", pixel_mask) and pixel_mask.shape != (len(pixel_values), *pixel_values.shape[2:]):

@@ -73,6 +73,13 @@ def deltas_to_distances(deltas: Tensor, extents: Tensor, stds: tuple[float, ...]
     return torch.cat([ratio - shift, ratio + shift], dim=-1) * extents
 
 
+def logits_of_product(first: Tensor, second: Tensor) -> Tensor:
+    """The logits of the product of two probabilities, given their logits: of a class score times its centerness."""
+    first, second = torch.broadcast_tensors(first, second)
+    # 1 / p - 1, of which the logit is the negative logarithm: exp(-a) + exp(-b) + exp(-a - b).
+    return -torch.logaddexp(torch.logaddexp(-first, -second), -first - second)
+
+
 def centerness(distances: Tensor) -> Tensor:
     """How central a point lies in its box, (...) in [0, 1]: sqrt of the product of the side ratios; 0 outside.
 

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Sequence
 from numbers import Integral
@@ -10,19 +11,30 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
+from torchvision.ops import box_convert
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_base import BatchFeature
-from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
+from transformers.image_utils import (
+    AnnotationFormat,
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+    get_image_size_for_max_height_width,
+    validate_annotations,
+)
+from transformers.models.detr.image_processing_detr import prepare_coco_detection_annotation
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from ..utils.images import load_rgb, resized_size, to_rgb
 from .configuration import DenseDetectorConfig, check_number
-from .outputs import DenseDetectorOutput
 from .postprocess import select_detections
+from .targets import relative_boxes
 
 logger = logging.getLogger(__name__)
 
 LARGEST_SIDE = 100_000  # pixels
+SIZES = (("shortest_edge", "longest_edge"), ("max_height", "max_width"), ("height", "width"))  # what `size` can be
+LEVELS = 5  # of a dense detector
 # Keyword arguments of `DenseDetectorImageProcessor`: grey levels 0..255, channels in the order that the model sees.
 RGB_IMAGENET: dict[str, Any] = {
     "image_mean": [123.675, 116.28, 103.53],
@@ -60,10 +72,12 @@ class DenseDetectorImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 class DenseDetectorImageProcessor(TorchvisionBackend):
-    """Prepares images for a dense detector, and keeps what its predictions are cut down with.
+    """Prepares images and annotations for a dense detector, and keeps what its predictions are cut down with.
 
-    Images are resized to fit `size` with their ratio kept (bilinear on uint8, no antialiasing), normalised in grey
-    levels 0..255, and padded with zeros, right and bottom, to a multiple of `size_divisor` pixels.
+    Images are resized to `size` (bilinear on uint8, no antialiasing), normalised in grey levels 0..255, and padded
+    with zeros, right and bottom, to a multiple of `size_divisor` pixels, or to `pad_size`. The ratio of an image is
+    kept with a `size` of `shortest_edge` and `longest_edge` or of `max_height` and `max_width`, not with `height` and
+    `width`.
 
     Takes PIL images, arrays and tensors, one or a list, of any sizes. Floating point images may hold grey levels
     0..255 or, as torchvision has it, 0..1; they are rounded to uint8 first.
@@ -179,6 +193,27 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
             input_data_format = ChannelDimension.LAST
         return _as_uint8(super().process_image(image, do_convert_rgb, input_data_format, device, **kwargs))
 
+    def preprocess(self, images: Any, annotations: Any = None, **kwargs: Any) -> BatchFeature:
+        """Images, and their annotations, as a batch for the model; the processor itself is called with the same.
+
+        Args:
+            images: one or a list of images or file names.
+            annotations: one or a list of COCO's, as DETR's processor takes them: a dict with `image_id` and
+                `annotations`, each of which has `bbox` (x, y, width, height in pixels of the image), `category_id`
+                (the model's label), `area` and maybe `iscrowd`. Crowd regions and boxes without area are left out.
+            **kwargs: what is different from the processor's own settings, and `return_tensors`.
+
+        Returns:
+            `pixel_values`, `pixel_mask` (see `normalize_and_pad`) and, with annotations, `labels`: a dict per image
+            with `class_labels` (G,), `boxes` (G, 4) cxcywh relative to the image without padding, `area` (G,) in
+            pixels of the resized image, `iscrowd` (G,), `image_id` (1,), `size` and `orig_size` (2,), (height, width)
+            of the image resized and as it came.
+
+        Raises:
+            ValueError: images that can't be prepared, annotations of another format, or not one per image.
+        """
+        return super().preprocess(images, annotations, **kwargs)
+
     def resize(
         self,
         image: torch.Tensor,
@@ -190,12 +225,14 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
         """(..., h, w) uint8 resized to the size and with the pixels of training (`SizeToFit`, `resize`).
 
         Raises:
-            ValueError: a `size` without `shortest_edge` and `longest_edge`.
+            ValueError: a `size` that isn't one of the three kinds.
         """
-        if not (size.shortest_edge and size.longest_edge):
-            raise ValueError(f"size needs the keys shortest_edge and longest_edge, got {dict(size)}")
-        height, width = resized_size(image.shape[-2], image.shape[-1], size.shortest_edge, size.longest_edge)
-        return super().resize(image, SizeDict(height=height, width=width), resample, antialias)
+        first, second = _check_size(size)
+        if size.shortest_edge:
+            first, second = resized_size(image.shape[-2], image.shape[-1], first, second)
+        elif size.max_height:
+            first, second = get_image_size_for_max_height_width((image.shape[-2], image.shape[-1]), first, second)
+        return super().resize(image, SizeDict(height=first, width=second), resample, antialias)
 
     def normalize_and_pad(self, images: Sequence[torch.Tensor]) -> BatchFeature:
         """A batch from images that are resized already.
@@ -215,15 +252,19 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
     def _preprocess(  # type: ignore[override] # named are the arguments that are read here
         self,
         images: list[torch.Tensor],
+        annotations: Any,
         do_resize: bool,
         size: SizeDict,
         resample: PILImageResampling,
         return_tensors: str | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        if do_resize:
-            images = [self.resize(image, size, resample) for image in images]
-        return self._normalize_and_pad(images, **kwargs).convert_to_tensors(return_tensors)
+        resized = [self.resize(image, size, resample) for image in images] if do_resize else images
+        batch = self._normalize_and_pad(resized, **kwargs).convert_to_tensors(return_tensors)
+        if annotations is not None:
+            labels = _labels(images, annotations, [(image.shape[-2], image.shape[-1]) for image in resized])
+            batch["labels"] = [BatchFeature(label, tensor_type=return_tensors) for label in labels]
+        return batch
 
     def _normalize_and_pad(
         self,
@@ -247,13 +288,13 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
                     f"an image must have {channels} channels, got shape {tuple(image.shape)}; set do_convert_rgb=True"
                 )
         height, width = max(image.shape[-2] for image in images), max(image.shape[-1] for image in images)
-        if do_pad:
-            height, width = -(-height // size_divisor) * size_divisor, -(-width // size_divisor) * size_divisor
         if do_pad and pad_size is not None:
             fixed_height, fixed_width = pad_size.height or 0, pad_size.width or 0
             if fixed_height < height or fixed_width < width:
                 raise ValueError(f"pad_size {dict(pad_size)} is smaller than the batch, {height} x {width}")
             height, width = fixed_height, fixed_width
+        elif do_pad:
+            height, width = -(-height // size_divisor) * size_divisor, -(-width // size_divisor) * size_divisor
         if not do_pad and any(image.shape[-2:] != (height, width) for image in images):
             raise ValueError("images of different sizes make a batch only with do_pad=True")
 
@@ -280,18 +321,19 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
 
     def post_process_object_detection(
         self,
-        outputs: DenseDetectorOutput,
+        outputs: Any,
         threshold: float = 0.5,
         target_sizes: torch.Tensor | Sequence[tuple[int, int]] | None = None,
     ) -> list[dict[str, torch.Tensor]]:
         """A model's output as detections.
 
         Args:
-            outputs: of a dense detector, for N images.
+            outputs: of a dense detector, for N images: `logits` and `pred_boxes`, or all of `DenseDetectorOutput`.
+                Without `level_sizes` candidates are cut once for all levels, without `centerness` by the score.
             threshold: detections with a score up to this are left out, after non-maximum suppression. 0 keeps the
                 up to `max_detections` that COCO's metrics are computed from.
             target_sizes: (N, 2) original (height, width) of each image, to whose pixels the boxes are scaled;
-                None leaves them in pixels of the model's input.
+                None leaves them relative to the image, 0..1.
 
         Returns:
             a dict per image: `scores` (K,), best first, `labels` (K,) int64 and `boxes` (K, 4) xyxy.
@@ -299,33 +341,59 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
         Raises:
             ValueError: if `target_sizes` doesn't have an entry per image.
         """
-        sizes = outputs["image_sizes"].tolist()
-        targets = sizes if target_sizes is None else [tuple(map(float, size)) for size in target_sizes]
-        if len(targets) != len(sizes):
-            raise ValueError(f"target_sizes has {len(targets)} entries for {len(sizes)} images")
+        logits, level_sizes = outputs.logits, getattr(outputs, "level_sizes", None)
+        images, priors = logits.shape[:2]
+        targets = [(1.0, 1.0)] * images if target_sizes is None else [tuple(map(float, size)) for size in target_sizes]
+        if len(targets) != images:
+            raise ValueError(f"target_sizes has {len(targets)} entries for {images} images")
+        sizes = outputs.pred_boxes.new_tensor(targets)
         detections = select_detections(
-            outputs["logits"],
-            outputs["pred_boxes"],
-            outputs.get("centerness"),  # the pipeline leaves out what is None
-            outputs["level_sizes"][0].tolist(),
-            image_sizes=outputs["image_sizes"],
-            scales=[(h / target_h, w / target_w) for (h, w), (target_h, target_w) in zip(sizes, targets, strict=True)],
+            logits,
+            box_convert(outputs.pred_boxes, "cxcywh", "xyxy") * sizes.flip(-1).repeat(1, 2)[:, None],
+            sizes,
+            getattr(outputs, "centerness", None),
+            [priors] if level_sizes is None else level_sizes[0].tolist(),
             score_threshold=self.score_threshold,
-            max_candidates=self.max_candidates,
+            max_candidates=self.max_candidates * (LEVELS if level_sizes is None else 1),
             nms_threshold=self.nms_threshold,
             max_detections=self.max_detections,
         )
         return [{name: value[one["scores"] > threshold] for name, value in one.items()} for one in detections]
 
 
-def _check_size(size: SizeDict) -> None:
-    """Raise ValueError for sides that images can't be resized to."""
-    for side in ("shortest_edge", "longest_edge"):
+def _labels(
+    images: list[torch.Tensor], annotations: Any, sizes: Sequence[tuple[int, int]]
+) -> list[dict[str, torch.Tensor]]:
+    """COCO's annotations of images -> labels at the sizes, (height, width), that they were resized to."""
+    annotations = [annotations] if isinstance(annotations, dict) else annotations
+    if len(annotations) != len(images):
+        raise ValueError(f"{len(annotations)} annotations were given for {len(images)} images")
+    validate_annotations(AnnotationFormat.COCO_DETECTION, (AnnotationFormat.COCO_DETECTION,), annotations)
+    labels = []
+    for image, annotation, size in zip(images, annotations, sizes, strict=True):
+        label = prepare_coco_detection_annotation(image, annotation)
+        frame = label["orig_size"]
+        label["boxes"] = relative_boxes(label["boxes"][None], frame[None])[0]
+        label["area"] = label["area"] * (math.prod(size) / math.prod(image.shape[-2:]))
+        label["size"] = torch.tensor(size, device=frame.device)
+        labels.append(label)
+    return labels
+
+
+def _check_size(size: SizeDict) -> tuple[int, int]:
+    """The two sides that are given. Raise ValueError for sides that images can't be resized to."""
+    given = [pair for pair in SIZES if any(getattr(size, side) is not None for side in pair)]
+    if len(given) != 1:
+        kinds = ", or ".join(" and ".join(pair) for pair in SIZES)
+        raise ValueError(f"size is {dict(size)}; it must have {kinds}.")
+    for side in given[0]:
         pixels = getattr(size, side)
         if isinstance(pixels, bool) or not (isinstance(pixels, Integral) and 1 <= int(pixels) <= LARGEST_SIDE):
             raise ValueError(
                 f"size has the {side} {pixels!r}; it must be a whole number of pixels from 1 to {LARGEST_SIDE}."
             )
+    first, second = given[0]
+    return getattr(size, first), getattr(size, second)
 
 
 def _channels_can_only_be_last(shape: Sequence[int]) -> bool:

@@ -99,15 +99,17 @@ class DetectionLosses:
 
 @dataclass
 class DenseDetectorOutput(ModelOutput):
-    """Output of a dense detector. P counts the priors of all levels.
+    """Output of a dense detector, in the terms of DETR. P counts the priors of all levels.
+
+    `logits` and `pred_boxes` are all that post-processing needs. With `centerness` and `level_sizes` it chooses its
+    candidates exactly as published.
 
     Attributes:
         loss: scalar, with labels only.
         loss_dict: name -> scalar, with labels only.
-        logits: (N, P, labels).
-        pred_boxes: (N, P, 4) decoded boxes, xyxy pixels of `pixel_values`.
+        logits: (N, P, labels), whose sigmoid is the score: of detectors with centerness, class score times centerness.
+        pred_boxes: (N, P, 4) cxcywh, relative to the image without padding; not clipped.
         centerness: (N, P) logits, of detectors that have it.
-        image_sizes: (N, 2) height and width of each image without padding.
         level_sizes: (N, levels) priors per level, the same for every image.
         hidden_states: when `output_hidden_states`: the backbone's maps C3, C4, C5, then the FPN's levels P3 to P7,
             each (N, C, H, W).
@@ -118,6 +120,5 @@ class DenseDetectorOutput(ModelOutput):
     logits: Tensor | None = None
     pred_boxes: Tensor | None = None
     centerness: Tensor | None = None
-    image_sizes: Tensor | None = None
     level_sizes: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None

@@ -1,4 +1,4 @@
-"""From a detector's predictions to detections: cut, top-k, clip, rescale, non-maximum suppression.
+"""From a detector's predictions to detections: cut, top-k, clip, non-maximum suppression.
 
 Nothing is done level by level or class by class: which level, image or class a candidate belongs to is a number of it.
 """
@@ -14,11 +14,10 @@ NMS_SHARE = 10  # of the candidates, so many times `max_detections` are enough f
 
 def select_detections(
     logits: Tensor,
-    pred_boxes: Tensor,
+    boxes_xyxy: Tensor,
+    image_sizes: Tensor,
     centerness: Tensor | None,
     level_sizes: Sequence[int],
-    image_sizes: Tensor,
-    scales: Sequence[tuple[float, float]],
     score_threshold: float = 0.05,
     max_candidates: int = 1000,
     nms_threshold: float = 0.6,
@@ -27,27 +26,25 @@ def select_detections(
     """Detections of a batch, best first.
 
     Args:
-        logits: (N, P, labels).
-        pred_boxes: (N, P, 4) xyxy pixels of the network's input.
-        centerness: (N, P) logits, or None. The score is multiplied by it only after the threshold and the top-k.
+        logits: (N, P, labels) of the scores.
+        boxes_xyxy: (N, P, 4), in any unit.
+        image_sizes: (N, 2) height and width of each image in the same unit, to which boxes are clipped.
+        centerness: (N, P) logits, or None. Scores are divided by it for the threshold and the top-k, which are those
+            of the class alone (FCOS and ATSS).
         level_sizes: priors per level; candidates are cut level by level.
-        image_sizes: (N, 2) height and width of the network's input without padding, to which boxes are clipped.
-        scales: N (height, width) factors of the resize: boxes are divided by them.
         score_threshold: (prior, class) pairs need a higher class score.
         max_candidates: pairs kept a level.
         nms_threshold: IoU above which the worse of two boxes of a class goes.
         max_detections: detections kept an image.
 
     Returns:
-        a dict per image of `scores` (K,), `labels` (K,) int64, `boxes` (K, 4) xyxy in original pixels. Of equal
-        scores, that of the lower level, then prior, then class comes first.
+        a dict per image of `scores` (K,), `labels` (K,) int64, `boxes` (K, 4) xyxy. Of equal scores, that of the lower
+        level, then prior, then class comes first.
     """
-    image, prior, label, score = best_pairs(logits, level_sizes, score_threshold, max_candidates)
-    if centerness is not None:
-        score = score * centerness[image, prior].sigmoid()
+    image, prior, label = best_pairs(logits, level_sizes, score_threshold, max_candidates, centerness)
+    score = logits[image, prior, label].sigmoid()
     ends = image_sizes.flip(-1).repeat(1, 2)[image]  # width, height, width, height
-    boxes = torch.minimum(pred_boxes[image, prior].clamp(min=0), ends)
-    boxes = boxes / boxes.new_tensor(scales).flip(-1).repeat(1, 2)[image]
+    boxes = torch.minimum(boxes_xyxy[image, prior].clamp(min=0), ends)
     has_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=-1)
     image, boxes, score, label = image[has_area], boxes[has_area], score[has_area], label[has_area]
     counts = torch.bincount(image, minlength=len(logits)).tolist()
@@ -59,8 +56,8 @@ def select_detections(
 
 
 def best_pairs(
-    logits: Tensor, level_sizes: Sequence[int], score_threshold: float, count: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits: Tensor, level_sizes: Sequence[int], score_threshold: float, count: int, centerness: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The best (prior, class) pairs above the threshold, at most `count` of each image and level.
 
     Args:
@@ -68,27 +65,28 @@ def best_pairs(
         level_sizes: priors per level.
         score_threshold: a pair's score must be above.
         count: of an image's level.
+        centerness: (N, P) logits, or None. Scores are divided by it.
 
     Returns:
-        image, prior, label and score of each pair, all (M,): image after image, level after level, best first.
+        image, prior and label of each pair, all (M,): image after image, level after level, best first.
     """
     ends = torch.tensor(level_sizes, device=logits.device).cumsum(0)
     # A level's best pairs are among its as many best priors: this cuts 16 million pairs of a large image at once.
-    best = logits.amax(dim=-1).sigmoid()
+    factor = logits.new_ones(logits.shape[:2]) if centerness is None else centerness.sigmoid()
+    best = logits.amax(dim=-1).sigmoid() / factor
     image, prior = (best > score_threshold).nonzero(as_tuple=True)
     level = image * len(ends) + torch.bucketize(prior, ends, right=True)
     keep = best_of_each(level, best[image, prior], count).sort().values
     image, prior, level = image[keep], prior[keep], level[keep]
-    scores = logits[image, prior].sigmoid()
+    scores = logits[image, prior].sigmoid() / factor[image, prior, None]
     # Of a level with so many priors, none of the best pairs is below the best pair of any.
     levels = len(logits) * len(ends)
     least = scores.new_ones(levels).scatter_reduce(0, level, scores.amax(dim=-1), "amin")
     least = torch.where(torch.bincount(level, minlength=levels) == count, least, 0)
     row, label = ((scores > score_threshold) & (scores >= least[level, None])).nonzero(as_tuple=True)
-    score = scores[row, label]
-    keep = best_of_each(level[row], score, count)
+    keep = best_of_each(level[row], scores[row, label], count)
     row = row[keep]
-    return image[row], prior[row], label[keep], score[keep]
+    return image[row], prior[row], label[keep]
 
 
 def best_of_each(group: Tensor, score: Tensor, count: int) -> Tensor:

@@ -1,14 +1,17 @@
 """From labels and masks to what the losses learn: padded ground truth, image sizes, box and class targets."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import box_convert
 
 from .assigners import Assignment, gather_boxes
 from .box_coding import boxes_to_distances
 from .outputs import GroundTruth, Priors
+
+Labels = Sequence[Mapping[str, Tensor]] | Mapping[str, Tensor]
 
 
 def unpadded_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
@@ -22,31 +25,58 @@ def unpadded_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
     return torch.stack([column.sum(dim=1), row.sum(dim=1)], dim=1).float()
 
 
-def pad_ground_truth(labels: list[dict[str, Tensor]] | dict[str, Tensor], batch: int) -> GroundTruth:
+def box_frames(labels: Labels | None) -> Tensor | None:
+    """(N, 2) float height and width of what the boxes of each image are relative to: `size` of its label, as the image
+    processors of DETR and of this package give it. None: an image lacks it, or labels are padded."""
+    if not labels or isinstance(labels, Mapping) or not all("size" in label for label in labels):
+        return None
+    return torch.stack([torch.as_tensor(label["size"]).reshape(2).float() for label in labels])
+
+
+def relative_boxes(boxes_xyxy: Tensor, image_sizes: Tensor) -> Tensor:
+    """Boxes (N, P, 4), xyxy pixels of images (N, 2) height and width -> cxcywh relative to their image."""
+    return box_convert(boxes_xyxy, "xyxy", "cxcywh") / image_sizes.flip(-1).repeat(1, 2)[:, None]
+
+
+def pad_ground_truth(labels: Labels, image_sizes: Tensor) -> GroundTruth:
     """Labels of each image, or padded ones of the whole batch -> one padded batch, of at least one box an image.
+
+    Args:
+        labels: see `DenseDetector.forward`.
+        image_sizes: (N, 2) height and width of each image without padding: what boxes are relative to, unless
+            labels have a `size`.
 
     Raises:
         ValueError: if there are not as many labels as images, an image has not as many boxes as classes, or padded
             labels come without a mask.
     """
+    scores = None
     if isinstance(labels, Mapping):
-        if missing := {"boxes", "class_labels", "mask"} - set(labels):
-            raise ValueError(f"padded labels need boxes, class_labels and mask; {', '.join(sorted(missing))} missing")
-        boxes, classes, mask = labels["boxes"].float(), labels["class_labels"], labels["mask"]
+        if missing := {"boxes_xyxy", "class_labels", "mask"} - set(labels):
+            raise ValueError(
+                f"padded labels need boxes_xyxy, class_labels and mask; {', '.join(sorted(missing))} missing"
+            )
+        boxes, classes, mask = labels["boxes_xyxy"].float(), labels["class_labels"], labels["mask"]
         scores = labels.get("scores")
     else:
-        boxes, classes, mask = _padded(labels)
-        scores = None
-    if len(mask) != batch:
-        raise ValueError(f"{len(mask)} labels were given for {batch} images; labels is a list with a dict per image.")
+        boxes, classes, mask = padded_labels(labels)
+    if len(mask) != len(image_sizes):
+        raise ValueError(
+            f"{len(mask)} labels were given for {len(image_sizes)} images; labels is a list with a dict per image."
+        )
+    if not isinstance(labels, Mapping):
+        frames = box_frames(labels)
+        frames = image_sizes if frames is None else frames.to(image_sizes.device)
+        boxes = box_convert(boxes, "cxcywh", "xyxy") * frames.flip(-1).repeat(1, 2)[:, None]
     if mask.shape[1] == 0:
+        batch = len(mask)
         boxes, classes, mask = boxes.new_zeros(batch, 1, 4), classes.new_zeros(batch, 1), mask.new_zeros(batch, 1)
         scores = None
     return GroundTruth(boxes, classes, mask, scores)
 
 
-def _padded(labels: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (N, G, 4), classes (N, G) and mask (N, G) of the labels of each image."""
+def padded_labels(labels: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes (N, G, 4) as they are, classes (N, G) and mask (N, G) of the labels of each image."""
     if not labels:
         raise ValueError("labels is an empty list; it must have a dict per image.")
     for index, label in enumerate(labels):

@@ -20,7 +20,7 @@ from .checkpoints import newest_complete
 from .step_monitor import StepMonitor
 from .termination import Terminated, TerminationSignal
 
-MODEL_LABELS = ("boxes", "class_labels", "mask")  # what a model reads of the labels
+MODEL_LABELS = ("boxes_xyxy", "class_labels", "mask")  # what a model reads of the labels
 
 
 class BaseTrainer(Trainer):

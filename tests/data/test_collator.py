@@ -33,14 +33,14 @@ def test_training_batch(collator):
     padding = [[0, 0, 0, 0]]
     assert {name: value.tolist() for name, value in batch["labels"].items()} == {
         "class_labels": [[0, 1] + 6 * [0], 8 * [0]],
-        "boxes": [[[1, 2, 3, 4], [5, 6, 7, 8], *6 * padding], 8 * padding],
+        "boxes_xyxy": [[[1, 2, 3, 4], [5, 6, 7, 8], *6 * padding], 8 * padding],
         "mask": [2 * [True] + 6 * [False], 8 * [False]],
         "image_id": [7, 9],
         "size": [[20, 40], [34, 6]],
         "orig_size": [[10, 20], [17, 3]],
     }
     types = {name: value.dtype for name, value in batch["labels"].items()}
-    assert (types.pop("boxes"), types.pop("mask")) == (torch.float32, torch.bool)
+    assert (types.pop("boxes_xyxy"), types.pop("mask")) == (torch.float32, torch.bool)
     assert set(types.values()) == {torch.int64}
 
 
@@ -48,7 +48,7 @@ def test_training_batch(collator):
 def test_boxes_are_padded_to_few_lengths(collator, boxes, length):
     assert padded_number(boxes) == length
     labels = collator([item(1, 4, 4, []), item(2, 4, 4, [[0, 0, 1, 1]] * boxes)])["labels"]
-    assert labels["boxes"].shape == (2, length, 4)
+    assert labels["boxes_xyxy"].shape == (2, length, 4)
     assert labels["mask"].sum(1).tolist() == [0, boxes] and labels["class_labels"][1, :boxes].tolist() == list(
         range(boxes)
     )

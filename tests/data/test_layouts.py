@@ -45,7 +45,7 @@ def test_all_formats_give_the_same_batch(name: str, tmp_path, expected: dict) ->
     assert with_layout(DataSection(path=str(tmp_path / "data"), train_split="train")).layout == name.split()[-1]
     batch = first_batch(tmp_path / "data", tmp_path / "cache", **SETTINGS.get(name, {}))
     assert torch.equal(batch["pixel_values"], expected["pixel_values"])
-    assert batch["labels"].keys() == expected["labels"].keys() and len(batch["labels"]["boxes"]) == 4
+    assert batch["labels"].keys() == expected["labels"].keys() and len(batch["labels"]["boxes_xyxy"]) == 4
     assert all(torch.equal(value, expected["labels"][key]) for key, value in batch["labels"].items())
 
 
@@ -89,7 +89,7 @@ def test_data_sets_are_converted(name: str, tmp_path, expected: dict, capsys) ->
     assert with_layout(DataSection(path=str(tmp_path / "new"), train_split="train")).layout == "coco"
     batch = first_batch(tmp_path / "new", tmp_path / "cache2")
     assert torch.equal(batch["pixel_values"], expected["pixel_values"])
-    assert torch.equal(batch["labels"]["boxes"], expected["labels"]["boxes"])
+    assert torch.equal(batch["labels"]["boxes_xyxy"], expected["labels"]["boxes_xyxy"])
     with pytest.raises(SystemExit, match="new is there already"):
         main(words)
 

@@ -7,6 +7,8 @@ from torch import nn
 
 from crosskd_hf.distillation import PairError
 from crosskd_hf.distillation.observers.dense import DenseObserver
+from crosskd_hf.models.box_coding import logits_of_product
+from crosskd_hf.models.targets import relative_boxes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,7 +92,9 @@ def test_finishing_its_own_taps_gives_its_own_predictions(k, detector):
 def test_predictions_are_the_detectors_own(detector):
     observer, pixels = observer_of(detector), tiny_batch()["pixel_values"]
     shown, output = observer(pixels).predictions, observer.model(pixels)
-    assert torch.equal(shown.logits, output.logits) and torch.equal(shown.boxes_xyxy, output.pred_boxes)
+    logits = shown.logits if shown.quality is None else logits_of_product(shown.logits, shown.quality[..., None])
+    assert torch.equal(logits, output.logits)
+    assert torch.equal(relative_boxes(shown.boxes_xyxy, torch.tensor([[64, 96]] * 2)), output.pred_boxes)
     assert (shown.quality is None) == (output.centerness is None)
     assert shown.quality is None or torch.equal(shown.quality, output.centerness)
     assert (shown.bins is None) == (detector != "gfl")
@@ -156,7 +160,8 @@ def test_losses_and_targets_are_the_detectors_own(detector):
     assert shown.loss_dict == output.loss_dict
     targets, losses = shown.targets, shown.context.losses
     assert targets.image_sizes.tolist() == [[64, 96]] * 2
-    assert torch.equal(targets.boxes_xyxy[0, :1], batch["labels"][0]["boxes"])
+    boxes = relative_boxes(targets.boxes_xyxy, targets.image_sizes)
+    torch.testing.assert_close(boxes[0, :1], batch["labels"][0]["boxes"])
     assert torch.equal(targets.labels[1], batch["labels"][1]["class_labels"])
     assert targets.box_mask.tolist() == [[True, False], [True, True]]
     assert targets.positive is losses.assignment.positive and targets.positive.any()

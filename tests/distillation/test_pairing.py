@@ -6,10 +6,11 @@ from functools import cache
 import pytest
 import torch
 from tiny import tiny_args, tiny_batch, tiny_model, tiny_split
-from torchvision.ops import generalized_box_iou
+from torchvision.ops import box_convert, generalized_box_iou
 
 from crosskd_hf.distillation import PKD, CrossKD, DistillationPair, KDMethod, Mimic, PairError
 from crosskd_hf.distillation.compatibility import Pairing, pair_up
+from crosskd_hf.distillation.observers.dense import DenseObserver
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
 from crosskd_hf.training.distillation_trainer import DistillationTrainer
@@ -268,6 +269,13 @@ def test_gradients_reach_adapters_and_blocks_before_the_tap_only(student, teache
 # Mimicking ----------------------------------------------------------------------------------------------------------
 
 
+def class_scores(model, pixels: torch.Tensor) -> torch.Tensor:
+    """Without centerness."""
+    observer = DenseObserver(model)
+    observer.ask_for_predictions()
+    return observer(pixels).predictions.logits.sigmoid()
+
+
 @pytest.mark.parametrize("name", ["gfl", "fcos", "atss"])
 def test_mimicking_compares_the_students_own_predictions(name: str) -> None:
     student, inputs = tiny_model(name, seed=1), tiny_batch()
@@ -275,7 +283,7 @@ def test_mimicking_compares_the_students_own_predictions(name: str) -> None:
     assert set(terms) == {"mimic_cls", "mimic_box"} | ({"mimic_centerness"} if name == "atss" else set())
     # By hand: |p - t| * BCE over the student's own logits, masked, over the normaliser
     shown = pair.student_observer(**inputs)
-    p, t = (m(inputs["pixel_values"]).logits.sigmoid() for m in (student, pair.teacher))
+    p, t = (class_scores(m, inputs["pixel_values"]) for m in (student, pair.teacher))
     bce = torch.nn.functional.binary_cross_entropy(p, t, reduction="none")
     targets = shown.targets
     normalizer = (targets.box_normalizer if name == "fcos" else targets.class_normalizer).clamp(min=1)
@@ -291,8 +299,10 @@ def test_mimicking_another_kind_of_detector_compares_scores_and_boxes():
     terms, pair = losses(student, teacher, inputs, Mimic())
     assert set(terms) == {"mimic_cls", "mimic_box"}
     outputs = [m(inputs["pixel_values"]) for m in (student, teacher)]
-    weights = outputs[1].logits.sigmoid().amax(-1)
-    giou = generalized_box_iou(*(out.pred_boxes.flatten(0, 1) for out in outputs)).diagonal().view_as(weights)
+    weights = class_scores(teacher, inputs["pixel_values"]).amax(-1)
+    frame = torch.tensor([96, 64, 96, 64])
+    boxes = [box_convert(out.pred_boxes.flatten(0, 1), "cxcywh", "xyxy") * frame for out in outputs]
+    giou = generalized_box_iou(*boxes).diagonal().view_as(weights)
     expected = ((1 - giou) * weights).sum() / pair.student_observer(**inputs).targets.class_normalizer
     torch.testing.assert_close(terms["mimic_box"], expected)
 

@@ -96,7 +96,7 @@ def test_a_dense_model_gives_what_its_processor_makes_of_its_output() -> None:
     mask[1, :, 70:] = False
     with torch.no_grad():
         observation, output = observer(pixels, mask), model(pixels, mask)
-    expected = observer.processor.post_process_object_detection(output, 0.2)
+    expected = observer.processor.post_process_object_detection(output, 0.2, [(64, 96), (64, 70)])
     found = observer.detections(observation, 0.2, 20)
     for i, one in enumerate(expected):
         count = min(20, len(one["scores"]))
@@ -131,12 +131,12 @@ def test_boxes_of_shared_classes_are_added_under_the_students_labels(student: st
     monkeypatch.setattr(pair.teacher_observer, "detections", lambda *given: found)
     teacher = Observation(image_sizes=torch.tensor([[100.0, 200.0]]))
     given = torch.tensor([[0.3, 0.1, 0.1, 0.2]])  # pixels 50 0 70 20: the third of the teacher's
-    given = {"boxes": given if not dense else torch.tensor([[50.0, 0, 70, 20]]), "class_labels": torch.tensor([0])}
+    given = {"boxes": given, "class_labels": torch.tensor([0])}
     labels = method.labels([given], teacher, pair.student_observer, pair.teacher_observer)
     if dense:
         assert labels["mask"].tolist() == [[True, True, False, False, False]]
         assert labels["class_labels"][0, :2].tolist() == [0, 2]
-        assert labels["boxes"][0, 1].tolist() == [0, 0, 20, 20]
+        assert labels["boxes_xyxy"][0, 1].tolist() == [0, 0, 20, 20]
         torch.testing.assert_close(labels["scores"][0, :2], torch.tensor([1.0, 0.9]))
     else:
         assert labels[0]["class_labels"].tolist() == [0, 2]

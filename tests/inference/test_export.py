@@ -84,7 +84,7 @@ def test_files_give_the_detections_of_pytorch(
 def check_detections(model, processor, nms: bool, runner, sizes: list[tuple[int, int]]) -> None:
     inputs = processor(noise(sizes), return_tensors="pt")
     with torch.no_grad():
-        expected = processor.post_process_object_detection(model(**inputs), 0.0)
+        expected = processor.post_process_object_detection(model(**inputs), 0.0, sizes)
     outputs = runner(**inputs)
     assert outputs[0].shape == (len(sizes), processor.max_detections if nms else 3 * processor.max_candidates)
     found = detections(outputs, None if nms else processor)

@@ -1,9 +1,12 @@
 """The image processor: pixels, padding, settings."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import DetrImageProcessor
 
 from crosskd_hf.data.transforms import SizeToFit, resize
 from crosskd_hf.models.image_processing import BGR_CAFFE, RGB_IMAGENET, DenseDetectorImageProcessor
@@ -141,7 +144,8 @@ def test_arguments_of_one_call():
         ({"image_std": [float("nan"), 1.0, 1.0]}, r"image_std is \(nan, "),
         ({"image_std": [1.0, 1.0]}, r"image_std \(1\.0, 1\.0\)"),
         ({"image_mean": ["x", 0, 0]}, "image_mean is"),
-        ({"size": {"height": 4, "width": 4}}, "size has the shortest_edge None"),
+        ({"size": {"height": 0, "width": 4}}, "size has the height 0"),
+        ({"size": {"shortest_edge": 8}}, "size has the longest_edge None"),
         ({"size": {"shortest_edge": 8, "longest_edge": 10**9}}, "size has the longest_edge 1000000000"),
         ({"rescale_factor": float("nan")}, "rescale_factor is nan"),
         ({"resample": 17}, "17"),
@@ -170,13 +174,95 @@ def test_numpys_numbers_and_what_is_not_used_are_fine(arguments):
 def test_refused_images_and_sizes():
     processor = DenseDetectorImageProcessor(size=TINY)
     for images, options, message in (
-        (grey(4, 4), {"size": {"height": 4, "width": 4}}, "shortest_edge and longest_edge"),
+        (grey(4, 4), {"size": {"shortest_edge": 4}}, "size has the longest_edge None"),
         ([grey(4, 4), grey(4, 5)], {"do_pad": False}, "different sizes"),
         (grey(4, 40), {"do_resize": False, "pad_size": {"height": 32, "width": 32}}, "is smaller than the batch"),
         (np.zeros((1, 8, 8), np.uint8), {"do_convert_rgb": False}, "3 channels, got shape"),
     ):
         with pytest.raises(ValueError, match=message):
             processor(images, **options)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ({"shortest_edge": 20, "longest_edge": 100}, (20, 40)),
+        ({"max_height": 40, "max_width": 30}, (15, 30)),
+        ({"height": 40, "width": 30}, (40, 30)),
+        (25, (25, 25)),  # an integer is a square, unless `default_to_square` is off
+    ],
+)
+def test_sizes_of_transformers_processors(size, expected):
+    processor = DenseDetectorImageProcessor(size=TINY)
+    batch = processor(grey(10, 20), size=size, do_pad=False, **({"default_to_square": True} if size == 25 else {}))
+    assert tuple(batch["pixel_values"].shape[2:]) == expected
+
+
+def test_padding_to_a_size_and_no_padding():
+    processor = DenseDetectorImageProcessor(size=TINY)
+    images = [grey(20, 40), grey(40, 20)]
+    batch = processor(images, do_resize=False, pad_size={"height": 41, "width": 45}, return_tensors="pt")
+    assert batch["pixel_values"].shape == (2, 3, 41, 45) and batch["pixel_mask"].sum((1, 2)).tolist() == [800, 800]
+    assert processor(images[:1], do_resize=False, do_pad=False)["pixel_values"].shape == (1, 3, 20, 40)
+
+
+ANNOTATIONS = {
+    "image_id": 7,
+    "annotations": [
+        {"bbox": [2.0, 3.0, 4.0, 5.0], "category_id": 1, "area": 20.0},
+        {"bbox": [8.0, 0.0, 90.0, 5.0], "category_id": 0, "area": 450.0, "iscrowd": 0},
+        {"bbox": [0.0, 0.0, 4.0, 5.0], "category_id": 1, "area": 20.0, "iscrowd": 1},
+        {"bbox": [0.0, 0.0, 0.0, 5.0], "category_id": 1, "area": 0.0},
+    ],
+}
+
+
+def test_annotations_become_labels_as_detrs_processor_makes_them():
+    size = {"shortest_edge": 32, "longest_edge": 64}  # nothing is padded
+    ours = DenseDetectorImageProcessor(size=size)(grey(10, 20), ANNOTATIONS, return_tensors="pt")["labels"]
+    theirs = DetrImageProcessor(size=size)(grey(10, 20), ANNOTATIONS, return_tensors="pt")["labels"]
+    assert ours[0].keys() == theirs[0].keys()
+    for name, values in theirs[0].items():
+        torch.testing.assert_close(ours[0][name], values)
+    # 2..6 of 20 and 3..8 of 10 pixels; 8..20 and 0..5.
+    torch.testing.assert_close(ours[0]["boxes"], torch.tensor([[0.2, 0.55, 0.2, 0.5], [0.7, 0.25, 0.6, 0.5]]))
+
+
+def test_labels_are_relative_to_the_image_without_padding():
+    processor = DenseDetectorImageProcessor(size={"shortest_edge": 20, "longest_edge": 100})
+    labels = processor([grey(10, 20), grey(10, 10)], annotations=[ANNOTATIONS] * 2, return_tensors="pt")["labels"]
+    assert [label["size"].tolist() for label in labels] == [[20, 40], [20, 20]]
+    assert [label["orig_size"].tolist() for label in labels] == [[10, 20], [10, 10]]
+    torch.testing.assert_close(labels[1]["boxes"], torch.tensor([[0.4, 0.55, 0.4, 0.5], [0.9, 0.25, 0.2, 0.5]]))
+    without = processor(grey(10, 10), annotations={"image_id": 1, "annotations": []}, return_tensors="pt")["labels"]
+    assert without[0]["boxes"].shape == (0, 4) and without[0]["class_labels"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("annotations", "words"),
+    [
+        ([ANNOTATIONS] * 2, "2 annotations were given for 1 images"),
+        ({"boxes": []}, "COCO detection annotations"),
+        ([[1, 2, 3, 4]], "COCO detection annotations"),
+    ],
+)
+def test_refused_annotations(annotations, words):
+    with pytest.raises(ValueError, match=words):
+        DenseDetectorImageProcessor(size=TINY)(grey(4, 4), annotations=annotations)
+
+
+def test_logits_and_relative_boxes_are_enough_for_detections():
+    """Of any object. Original image of 100 x 200 pixels; the second box reaches beyond it."""
+    outputs = SimpleNamespace(
+        logits=torch.tensor([[[0.9, 0.01], [0.02, 0.8], [0.01, 0.04]]]).logit(),
+        pred_boxes=torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.95, 0.2, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2]]]),
+    )
+    processor = DenseDetectorImageProcessor()
+    (found,) = processor.post_process_object_detection(outputs, 0.0, [(100, 200)])
+    assert found["labels"].tolist() == [0, 1]
+    torch.testing.assert_close(found["boxes"], torch.tensor([[80.0, 40, 120, 60], [170, 10, 200, 30]]))
+    (relative,) = processor.post_process_object_detection(outputs, 0.85)
+    torch.testing.assert_close(relative["boxes"], torch.tensor([[0.4, 0.4, 0.6, 0.6]]))
 
 
 def test_deep_images_are_read_as_in_training(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from tiny import tiny_batch, tiny_model
+from torchvision.ops import box_convert
 
 from crosskd_hf import CONFIGS, MODELS, GFLConfig, GFLForObjectDetection
 from crosskd_hf.distillation.observers.dense import DenseObserver
@@ -85,7 +86,7 @@ def test_mask_beyond_an_image_rounded_up_to_32() -> None:
     model = tiny_model("gfl")
     pixels, mask = torch.randn(1, 3, 96, 128), torch.zeros(1, 96, 128, dtype=torch.bool)
     mask[0, :40, :70] = True  # rounded up: 64 x 96
-    labels = [{"boxes": torch.tensor([[4.0, 4, 30, 30]]), "class_labels": torch.tensor([0])}]
+    labels = [{"boxes": torch.tensor([[0.25, 0.5, 0.4, 0.5]]), "class_labels": torch.tensor([0])}]
     sizes = model(pixels, mask).level_sizes[0].tolist()
     targets = DenseObserver(model)(pixels, mask, labels).targets
     assert targets.image_sizes.tolist() == [[40, 70]]
@@ -106,11 +107,12 @@ def test_padded_labels_give_the_losses_of_a_list(most: int) -> None:
     mask = torch.zeros(3, most, dtype=torch.bool)
     for i, label in enumerate(batch["labels"]):
         count = len(label["boxes"])
-        boxes[i, :count], classes[i, :count], mask[i, :count] = label["boxes"], label["class_labels"], True
-    labels = {"boxes": boxes, "class_labels": classes, "mask": mask}
+        boxes[i, :count] = box_convert(label["boxes"], "cxcywh", "xyxy") * torch.tensor([96, 64, 96, 64])
+        classes[i, :count], mask[i, :count] = label["class_labels"], True
+    labels = {"boxes_xyxy": boxes, "class_labels": classes, "mask": mask}
     torch.testing.assert_close(model(batch["pixel_values"], labels=labels).loss_dict, listed)
-    with pytest.raises(ValueError, match="padded labels need boxes, class_labels and mask; mask missing"):
-        model(batch["pixel_values"], labels={"boxes": boxes, "class_labels": classes})
+    with pytest.raises(ValueError, match="padded labels need boxes_xyxy, class_labels and mask; mask missing"):
+        model(batch["pixel_values"], labels={"boxes_xyxy": boxes, "class_labels": classes})
     for wrong in (labels, batch["labels"]):
         with pytest.raises(ValueError, match="3 labels were given for 2 images"):
             model(batch["pixel_values"][:2], labels=wrong)
@@ -241,7 +243,7 @@ def test_only_safetensors_are_written_and_label_names_come_back(tmp_path) -> Non
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda label: {"boxes": label["boxes"] / 96}, "box 0 of image 0 has .*within 0..1"),
+        (lambda label: {"boxes": label["boxes"] * 96}, "box 0 of image 0 has .* in pixels .* cxcywh, relative"),
         (lambda label: {"class_labels": label["class_labels"] + 2}, "from 0 to 1"),
         (lambda label: {"boxes": label["boxes"][1:]}, r"image 0 needs boxes \(G, 4\) .*got \(\(0, 4"),
         (lambda label: {"class_labels": label["class_labels"].float()}, r"class_labels of image 0 are torch\.float32"),
@@ -249,7 +251,7 @@ def test_only_safetensors_are_written_and_label_names_come_back(tmp_path) -> Non
     ],
 )
 def test_labels_of_a_hand_written_loop_are_checked(change, words):
-    """See `check_labels`."""
+    """See `check_relative_labels`."""
     batch = tiny_batch()
     wrong = [{**label, **change(label)} for label in batch["labels"]]
     with pytest.raises(ValueError, match=words):
@@ -272,11 +274,12 @@ def test_labels_of_other_shapes_are_refused_by_name():
 def test_labels_are_looked_at_in_the_first_batch_only(monkeypatch):
     """On a GPU the host waits for it. What the collator has padded, it has looked at."""
     looked_at, model, batch = [], tiny_model().train(), tiny_batch()
-    monkeypatch.setattr(modeling_dense, "check_labels", lambda *args: looked_at.append(args))
+    monkeypatch.setattr(modeling_dense, "check_relative_labels", lambda *args: looked_at.append(args))
     labels = batch.pop("labels")
     boxes, classes = (torch.stack([label[key][:1] for label in labels]) for key in ("boxes", "class_labels"))
     model(
-        **batch, labels={"boxes": boxes, "class_labels": classes, "mask": torch.ones_like(classes, dtype=torch.bool)}
+        **batch,
+        labels={"boxes_xyxy": boxes, "class_labels": classes, "mask": torch.ones_like(classes, dtype=torch.bool)},
     )
     assert len(looked_at) == 0
     model(**batch, labels=labels)
@@ -296,3 +299,43 @@ def test_padding_without_a_mask_is_told_once(monkeypatch):
         model(padded)
         model(padded)
     assert len(told) == 1 and "pixel_mask" in told[0]
+
+
+def test_boxes_are_relative_to_what_the_mask_or_the_label_says_is_the_image():
+    """The same box, given relative to the image and relative to the padded batch, and predictions of both."""
+    model = tiny_model("gfl", head_blocks=1).eval()
+    pixels, mask = torch.randn(1, 3, 64, 96), torch.zeros(1, 64, 96, dtype=torch.bool)
+    mask[0, :40, :80] = True
+    pixels = pixels * mask[:, None]
+    classes = {"class_labels": torch.tensor([1])}
+    of_image = {**classes, "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.6]])}
+    of_batch = {**classes, "boxes": of_image["boxes"] * torch.tensor([80 / 96, 40 / 64] * 2)}
+    sizes = torch.tensor([40, 80]), torch.tensor([64, 96])
+    first = model(pixels, mask, [of_image])
+    for inputs in (
+        (pixels, mask, [{**of_image, "size": sizes[0]}]),
+        (pixels, mask, [{**of_batch, "size": sizes[1]}]),
+        (pixels, None, [{**of_image, "size": sizes[0]}]),
+    ):
+        output = model(*inputs)
+        torch.testing.assert_close(output.loss_dict, first.loss_dict)
+        torch.testing.assert_close(output.pred_boxes, first.pred_boxes)
+    whole = model(pixels, None, [{**of_batch, "size": sizes[1]}])
+    torch.testing.assert_close(whole.pred_boxes, first.pred_boxes * torch.tensor([80 / 96, 40 / 64] * 2))
+
+
+def test_a_size_that_is_the_files_is_refused():
+    batch = tiny_batch(1)
+    label = {**batch["labels"][0], "size": torch.tensor([640, 960])}
+    with pytest.raises(ValueError, match=r"size is \[\[640, 960\]\] for pixel_values of 64 x 96.*orig_size"):
+        tiny_model().train()(batch["pixel_values"], labels=[label])
+
+
+@pytest.mark.parametrize("name", ["fcos", "atss"])
+def test_scores_are_class_scores_times_centerness(name):
+    model, pixels = tiny_model(name, head_blocks=1).eval(), tiny_batch()["pixel_values"]
+    observer = DenseObserver(model)
+    observer.ask_for_predictions()
+    shown, output = observer(pixels).predictions, model(pixels)
+    scores = shown.logits.double().sigmoid() * shown.quality.double().sigmoid()[..., None]
+    torch.testing.assert_close(output.logits.double().sigmoid(), scores, rtol=1e-5, atol=0)

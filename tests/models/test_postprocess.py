@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from crosskd_hf.models.box_coding import logits_of_product
 from crosskd_hf.models.postprocess import select_detections
 
 IMAGE = (1000, 2000)  # height, width: larger than any box below unless a test says otherwise
@@ -15,16 +16,15 @@ def tiles(count: int) -> torch.Tensor:
     return torch.cat([corner, corner + 10], dim=1)
 
 
-def select(
-    probabilities, boxes, centerness=None, level_sizes=None, image_size=IMAGE, scale=(1.0, 1.0), **options
-) -> dict:
-    """Of one image: `probabilities` (P, labels) instead of logits, `centerness` (P,) too."""
+def select(probabilities, boxes, centerness=None, level_sizes=None, image_size=IMAGE, **options) -> dict:
+    """Of one image: `probabilities` (P, labels) of the classes instead of logits, `centerness` (P,) too."""
     logits = torch.as_tensor(probabilities, dtype=torch.float32).logit()
     boxes = torch.as_tensor(boxes, dtype=torch.float32)
     if centerness is not None:
         centerness = torch.tensor(centerness).logit()[None]
+        logits = logits_of_product(logits, centerness[0, :, None])
     sizes, level_sizes = torch.tensor([image_size]), level_sizes or [len(boxes)]
-    (found,) = select_detections(logits[None], boxes[None], centerness, level_sizes, sizes, [scale], **options)
+    (found,) = select_detections(logits[None], boxes[None], sizes, centerness, level_sizes, **options)
     return found
 
 
@@ -91,7 +91,7 @@ def test_a_prior_with_many_classes_counts_as_many_pairs():
     assert found["boxes"][:30].unique(dim=0).tolist() == tiles(1).tolist()
 
 
-# Clipping and rescaling ---------------------------------------------------------------------------------------------
+# Clipping ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -114,12 +114,6 @@ def test_a_prior_with_many_classes_counts_as_many_pairs():
 def test_boxes_are_clipped_and_dropped_without_area(box, kept):
     found = select([[0.9], [0.8]], [box, [50, 50, 60, 60]], image_size=(100, 200))
     assert found["boxes"].tolist() == [*([kept] if kept else []), [50, 50, 60, 60]]
-
-
-def test_clips_to_the_image_and_then_divides_by_the_factors():
-    # Height factor .5, width factor .25.
-    found = select([[0.9]], [[-10.0, -20, 500, 600]], image_size=(100, 200), scale=(0.5, 0.25))
-    assert found["boxes"].tolist() == [[0, 0, 800, 200]]
 
 
 # Suppression --------------------------------------------------------------------------------------------------------
@@ -191,7 +185,7 @@ def plain_nms(boxes: torch.Tensor, score: torch.Tensor, label: torch.Tensor, thr
     return kept
 
 
-def plain_select(logits, boxes, centerness, level_sizes, image_size, scale, count, detections) -> dict:
+def plain_select(logits, boxes, centerness, level_sizes, image_size, count, detections) -> dict:
     """One image, level by level and pair by pair; of equal scores, the first."""
     candidates = []
     for start, size in zip([0, *torch.tensor(level_sizes).cumsum(0).tolist()], level_sizes, strict=False):
@@ -201,8 +195,8 @@ def plain_select(logits, boxes, centerness, level_sizes, image_size, scale, coun
     prior, label = torch.tensor(candidates, dtype=torch.long).reshape(-1, 2).unbind(1)
     score = logits[prior, label].sigmoid()
     score = score if centerness is None else score * centerness[prior].sigmoid()
-    (height, width), (height_factor, width_factor) = image_size, scale
-    x, y = boxes[prior][:, ::2].clamp(0, width) / width_factor, boxes[prior][:, 1::2].clamp(0, height) / height_factor
+    height, width = image_size
+    x, y = boxes[prior][:, ::2].clamp(0, width), boxes[prior][:, 1::2].clamp(0, height)
     moved = torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], dim=1)
     real = (moved[:, 2] > moved[:, 0]) & (moved[:, 3] > moved[:, 1])
     moved, score, label = moved[real], score[real], label[real]
@@ -215,21 +209,24 @@ def plain_select(logits, boxes, centerness, level_sizes, image_size, scale, coun
 def test_a_batch_equals_a_plain_implementation(mean, labels, with_centerness, tied):
     torch.manual_seed(0)
     level_sizes = [200, 50, 12, 3, 1]
-    sizes, scales = [(300, 400), (250, 310), (1, 1)], [(0.5, 0.7), (2.0, 2.0), (1, 1)]
+    sizes = [(300, 400), (250, 310), (1, 1)]
     logits = torch.randn(3, 266, labels) * 1.5 + mean
     if tied:
         logits = logits.round()
     corner = torch.rand(3, 266, 2) * 350 - 10
     boxes = torch.cat([corner, corner + torch.rand(3, 266, 2) * 150 - 5], dim=-1)
     centerness = torch.randn(3, 266) if with_centerness else None
+    folded = logits if centerness is None else logits_of_product(logits, centerness[..., None])
     found = select_detections(
-        logits, boxes, centerness, level_sizes, torch.tensor(sizes), scales, max_candidates=40, max_detections=25
+        folded, boxes, torch.tensor(sizes), centerness, level_sizes, max_candidates=40, max_detections=25
     )
     for i, image in enumerate(found):
         one = None if centerness is None else centerness[i]
-        expected = plain_select(logits[i], boxes[i], one, level_sizes, sizes[i], scales[i], 40, 25)
-        # A sigmoid's last bit depends on the tensor's shape.
-        torch.testing.assert_close(image["scores"], expected["scores"], rtol=1e-6, atol=0)
+        expected = plain_select(logits[i], boxes[i], one, level_sizes, sizes[i], 40, 25)
+        # A sigmoid's last bit depends on the tensor's shape; the product's logits round once more.
+        torch.testing.assert_close(
+            image["scores"], expected["scores"], rtol=1e-6 if centerness is None else 1e-5, atol=0
+        )
         assert image["labels"].tolist() == expected["labels"].tolist()
         assert image["boxes"].tolist() == expected["boxes"].tolist()
 
@@ -238,7 +235,7 @@ def test_an_image_without_detections_among_others():
     logits = torch.tensor([[0.9, 0.01], [0.02, 0.8]]).logit().repeat(3, 1, 1)
     logits[1] = -9
     boxes = tiles(2).repeat(3, 1, 1).requires_grad_()  # gradients do no harm
-    found = select_detections(logits, boxes, torch.ones(3, 2), [1, 1], torch.tensor([IMAGE] * 3), [(1, 1)] * 3)
+    found = select_detections(logits, boxes, torch.tensor([IMAGE] * 3), torch.full((3, 2), 9.0), [1, 1])
     assert [image["labels"].tolist() for image in found] == [[0, 1], [], [0, 1]], "images don't suppress each other"
     assert found[1]["scores"].shape == (0,) and found[1]["boxes"].shape == (0, 4)
     assert found[1]["labels"].dtype == torch.int64

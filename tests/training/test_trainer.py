@@ -317,7 +317,7 @@ def test_only_what_the_model_reads_is_copied_and_without_waiting(tmp_path: Path,
         assert copies.waits == [] and {"image_id", "size", "orig_size"} <= set(batch["labels"])
         prepared = trainer.to_device(batch)
     assert copies.waits == [False] * 5
-    assert set(prepared["labels"]) == {"boxes", "class_labels", "mask"}
+    assert set(prepared["labels"]) == {"boxes_xyxy", "class_labels", "mask"}
     assert all(value.is_meta for value in (*prepared["labels"].values(), prepared["pixel_values"]))
     assert batch["labels"]["image_id"].device.type == "cpu"
 
@@ -407,7 +407,7 @@ def test_workers_that_persist_stop_augmenting(tmp_path: Path) -> None:
     largest = []
 
     def step(model, inputs, *args):
-        boxes = inputs["labels"]["boxes"]
+        boxes = inputs["labels"]["boxes_xyxy"]
         largest.append(float((boxes[..., 2:] - boxes[..., :2]).max()))
         return torch.zeros((), requires_grad=True)
 

@@ -42,7 +42,7 @@ class DetectorTester:
         return self.get_config(), {"pixel_values": pixels, "pixel_mask": mask}
 
     def labels(self):
-        box = torch.tensor([[8.0, 8.0, 40.0, 40.0], [30.0, 10.0, 90.0, 60.0]])
+        box = torch.tensor([[0.25, 0.4, 0.3, 0.5], [0.6, 0.5, 0.6, 0.7]])
         return [{"boxes": box.clone(), "class_labels": torch.tensor([0, 2])} for _ in range(self.batch_size)]
 
 

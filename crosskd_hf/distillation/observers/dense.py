@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from ...models.base import DenseDetector, Labels
-from ...models.outputs import DenseDetectorOutput, DetectionLosses, GroundTruth, HeadPredictions, Priors
-from ...models.targets import pad_ground_truth, unpadded_sizes
+from ...models.base import DenseDetector
+from ...models.outputs import DetectionLosses, GroundTruth, HeadPredictions, Priors
+from ...models.targets import Labels, pad_ground_truth, unpadded_sizes
 from ..alignment import align
 from ..observation import Observation, Observer, PairError, Predictions, Targets
 
@@ -124,8 +124,10 @@ class DenseObserver(Observer):
         with torch.autocast(pixel_values.device.type, enabled=False):
             predictions, priors = model.flatten(head), model.priors(head)
             # A teacher's images are the student's, which has looked at them.
-            of_images = unpadded_sizes if labels is None else model.image_sizes
-            sizes = of_images(pixel_values, pixel_mask)
+            if labels is None:
+                sizes = unpadded_sizes(pixel_values, pixel_mask)
+            else:
+                sizes = model.image_sizes(pixel_values, pixel_mask, labels)
             if labels is not None:
                 losses, truth = model.losses(predictions, priors, sizes, labels)
                 loss_dict = {name: term.sum() for name, term in losses.terms.items()}
@@ -136,7 +138,7 @@ class DenseObserver(Observer):
                     context=replace(observation.context, losses=losses),
                 )
             if self.keeps_outputs:
-                outputs = self._outputs(predictions, priors, sizes)
+                outputs = model.output(predictions, priors, sizes)
                 observation = replace(observation, outputs=outputs, image_sizes=sizes)
             if self.keeps_predictions:
                 mask = model.class_weights(model.valid_priors(priors, sizes))
@@ -151,27 +153,18 @@ class DenseObserver(Observer):
 
     def ground_truth(self, labels: Labels, image_sizes: Tensor) -> GroundTruth:
         """See `Observer.ground_truth`."""
-        return pad_ground_truth(labels, len(image_sizes))
+        return pad_ground_truth(labels, image_sizes)
 
     def labels_with(self, labels: Labels | None, more: GroundTruth, image_sizes: Tensor) -> dict[str, Tensor]:
         """Padded labels: rows are added, so that their number doesn't depend on what was detected."""
         parts = [more] if labels is None else [self.ground_truth(labels, image_sizes), more]
         scores = [part.mask.float() if part.scores is None else part.scores for part in parts]
         return {
-            "boxes": torch.cat([part.boxes for part in parts], 1),
+            "boxes_xyxy": torch.cat([part.boxes for part in parts], 1),
             "class_labels": torch.cat([part.labels for part in parts], 1),
             "mask": torch.cat([part.mask for part in parts], 1),
             "scores": torch.cat(scores, 1),
         }
-
-    def _outputs(self, predictions: HeadPredictions, priors: Priors, image_sizes: Tensor) -> DenseDetectorOutput:
-        return DenseDetectorOutput(
-            logits=predictions.logits,
-            pred_boxes=self.model.decode(predictions.boxes, priors),
-            centerness=predictions.centerness,
-            image_sizes=image_sizes,
-            level_sizes=torch.tensor(priors.level_sizes).expand(len(image_sizes), -1),
-        )
 
     def finish(self, taps: DenseTaps, guide: Observation) -> Predictions:
         """The towers from the tapped block on, and the prediction convolutions."""

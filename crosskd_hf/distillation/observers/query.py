@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ...models.families import BLIND_TO_PADDING
 from ...models.outputs import GroundTruth
-from ...models.targets import pad_ground_truth, unpadded_sizes
+from ...models.targets import pad_ground_truth, relative_boxes, unpadded_sizes
 from ...models.transformers_detectors import TransformersLabels, detection_losses, processor_of, use_fp32_losses
 from ..observation import Observation, Observer, PairError
 from .decoders import DECODERS, decoder_of
@@ -88,16 +87,13 @@ class QueryObserver(Observer):
 
     def ground_truth(self, labels: TransformersLabels, image_sizes: Tensor) -> GroundTruth:
         """See `Observer.ground_truth`."""
-        scales = image_sizes.flip(1).repeat(1, 2)
-        boxes = [box_convert(label["boxes"], "cxcywh", "xyxy") * s for label, s in zip(labels, scales, strict=True)]
-        relabelled = [{**label, "boxes": xyxy} for label, xyxy in zip(labels, boxes, strict=True)]
-        return pad_ground_truth(relabelled, len(image_sizes))
+        return pad_ground_truth(labels, image_sizes)
 
     def labels_with(
         self, labels: TransformersLabels | None, more: GroundTruth, image_sizes: Tensor
     ) -> list[dict[str, Tensor]]:
         """A dict per image: `class_labels` and `boxes`. The given boxes stay as they are; scores aren't passed on."""
-        boxes = box_convert(more.boxes, "xyxy", "cxcywh") / image_sizes.flip(1).repeat(1, 2)[:, None]
+        boxes = relative_boxes(more.boxes, image_sizes)
         rows = zip(more.labels, boxes, more.mask, strict=True)
         added = [{"class_labels": classes[mask], "boxes": cxcywh[mask]} for classes, cxcywh, mask in rows]
         if labels is None:
