@@ -34,7 +34,7 @@ from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
 from crosskd_hf.utils.images import resized_size
 
 SIDES = (800, 1333)
-COLLATOR = DetectionCollator(DenseDetectorImageProcessor(), normalize=False)
+COLLATOR = DetectionCollator(DenseDetectorImageProcessor(), normalize=False, padded=True)
 Batch = Sequence[SampleKey]
 
 

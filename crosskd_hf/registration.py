@@ -14,21 +14,25 @@ from types import ModuleType
 
 def _configurations() -> None:
     from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from .models.configuration import CONFIGS
 
-    for config in CONFIGS.values():
+    for name, config in CONFIGS.items():
         AutoConfig.register(config.model_type, config, exist_ok=True)
+        if name not in CONFIG_MAPPING:  # AutoConfig.for_model("gfl")
+            CONFIG_MAPPING.register(name, config)
 
 
 def _models() -> None:
-    from transformers import AutoModelForObjectDetection
+    from transformers import AutoModel, AutoModelForObjectDetection
     from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
     from .models import MODELS
 
     for model in MODELS.values():
-        AutoModelForObjectDetection.register(model.config_class, model, exist_ok=True)
+        for auto_class in (AutoModel, AutoModelForObjectDetection):
+            auto_class.register(model.config_class, model, exist_ok=True)
         # The pipeline looks names up here, and warns about models that it doesn't find.
         MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES[model.config_class.model_type] = model.__name__
 

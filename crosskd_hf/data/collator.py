@@ -1,10 +1,11 @@
 """Items -> batch: resized, with the pixels made by the image processor, whose code inference runs, too."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torchvision.ops import box_convert
 
 from ..data.transforms import resize
 from ..utils.label_checks import check_labels
@@ -16,16 +17,15 @@ MIN_PADDED_BOXES = 8
 class DetectionCollator:
     """Makes a batch from the items of a `DetectionDataset`.
 
-    Gives `pixel_values` (N, 3, H, W) float32, `pixel_mask` (N, H, W) bool, and
-    - for training items `labels`, a dict of the whole batch, padded: `class_labels` (N, G) int64, `boxes_xyxy`
-      (N, G, 4) float32 in pixels of the resized image, `mask` (N, G) bool, True for real boxes, and to know the images
-      by `image_id` (N,) int64, `size` and `orig_size` (N, 2) int64, both (height, width);
-    - for evaluation items `image_ids` (N,) int64 and `original_sizes` (N, 2) int64, (height, width).
-
-    Padded here, in the loader's workers, and to few different lengths, the boxes cost the model nothing that grows
-    with the images of a batch, and a compiled model needn't be compiled again for every number of boxes.
+    Gives `pixel_values` (N, 3, H, W) float32, `pixel_mask` (N, H, W) bool and, unless the items are unlabelled,
+    `labels`: a dict per image with `class_labels` (G,) int64, `boxes` (G, 4) float32 cxcywh, relative to the image
+    without padding, `image_id` (1,), and `size` and `orig_size` (2,) int64, (height, width) resized and in the file.
 
     Args:
+        padded: make one dict of the batch instead, with the boxes padded, in pixels: `class_labels` (N, G),
+            `boxes_xyxy` (N, G, 4), `mask` (N, G) bool, True for real boxes, `image_id` (N,), `size` and `orig_size`
+            (N, 2). Padded here, in the loader's workers, and to few different lengths, boxes cost the model nothing
+            that grows with the images of a batch, and a compiled model is one program for any number of boxes.
         processor: whose `normalize_and_pad` gives `pixel_values` and `pixel_mask` of resized (3, h, w) uint8 images.
         normalize: False leaves that to `finish`, on the device that trains. Then `pixel_values` are (N, 3, H, W) uint8
             with H and W the largest of the batch, and instead of the mask there are `pixel_sizes` (N, 2), (height,
@@ -34,12 +34,13 @@ class DetectionCollator:
 
     processor: Any
     normalize: bool = True
+    padded: bool = False
 
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate.
 
         Raises:
-            ValueError: no items, a mixture of training and evaluation items, or labels that `check_labels` refuses.
+            ValueError: no items, a mixture of labelled and unlabelled ones, or labels that `check_labels` refuses.
         """
         labelled = are_labelled(items)
         batch = _resize_and_stack(items)
@@ -47,7 +48,9 @@ class DetectionCollator:
             sizes = (item["size"] for item in items)
             images = [image[:, :h, :w] for image, (h, w) in zip(batch["pixel_values"], sizes, strict=True)]
             batch = dict(self.processor.normalize_and_pad(images))
-        return {**batch, **({"labels": _labels(items)} if labelled else known_images(items))}
+        if not labelled:
+            return batch
+        return {**batch, "labels": _padded_labels(items) if self.padded else [item_labels(item) for item in items]}
 
     def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch made with `normalize=False` as it is with True, on the batch's device and without waiting for it."""
@@ -61,27 +64,37 @@ class DetectionCollator:
         return {**made, **{name: value for name, value in batch.items() if not name.startswith("pixel_")}}
 
 
-def are_labelled(items: Sequence[dict[str, Any]]) -> bool:
-    """Whether items are of training and have boxes.
+def are_labelled(items: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether items have boxes, if only none.
 
     Raises:
         ValueError: no items, or a mixture.
     """
     kinds = {"boxes" in item for item in items}
     if len(kinds) != 1:
-        raise ValueError("a batch needs at least one item, and training items only or evaluation items only")
+        raise ValueError("a batch needs at least one item, and labelled items only or unlabelled items only")
     return kinds.pop()
 
 
-def known_images(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """What evaluation knows images by: `image_ids` (N,) and `original_sizes` (N, 2), (height, width), int64."""
+def item_labels(item: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Labels of an item as DETR's are; see `DetectionCollator`.
+
+    Raises:
+        ValueError: see `check_labels`.
+    """
+    boxes, classes, size = item["boxes"], item["class_labels"], torch.tensor(item["size"])
+    mask = torch.ones(1, len(boxes), dtype=torch.bool)
+    check_labels(boxes[None], classes[None], mask, size[None], names=[f"image_id {item['image_id']}"])
     return {
-        "image_ids": torch.tensor([item["image_id"] for item in items], dtype=torch.int64),
-        "original_sizes": torch.tensor([item["original_size"] for item in items], dtype=torch.int64),
+        "class_labels": classes,
+        "boxes": box_convert(boxes, "xyxy", "cxcywh") / size.flip(0).repeat(2),
+        "image_id": torch.tensor([item["image_id"]]),
+        "size": size,
+        "orig_size": torch.tensor(item["original_size"]),
     }
 
 
-def _resize_and_stack(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def _resize_and_stack(items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """Resized one after another and copied at once, each into the memory that the one before has just left.
 
     To resize all and then stack them takes a tenth of the loader's time more, spent on waiting for memory.
@@ -102,7 +115,7 @@ def padded_number(boxes: int) -> int:
     return max(MIN_PADDED_BOXES, 1 << max(boxes - 1, 0).bit_length())
 
 
-def _labels(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def _padded_labels(items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     counts = torch.tensor([len(item["boxes"]) for item in items])
     length = padded_number(int(counts.max()))
     boxes, classes = torch.zeros(len(items), length, 4), torch.zeros(len(items), length, dtype=torch.int64)

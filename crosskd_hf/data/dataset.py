@@ -1,7 +1,8 @@
-"""Items of a training or an evaluation set: an image, the size it gets and, in training, its boxes."""
+"""Items of a training or an evaluation set: an image, the size it gets, and its boxes."""
 
 import math
 import operator
+from collections import UserDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,23 +25,21 @@ from ..utils.images import ImageError, load_tensor
 ROWS_AT_ONCE = 1000
 
 
-class DetectionDataset(Dataset[dict[str, Any]]):
+class DetectionDataset(Dataset["Item"]):
     """Decodes and augments the images of a split.
 
-    Items are dicts: `image` (3, h, w) uint8 RGB, decoded and augmented; `size`, the (height, width) in pixels that it
+    Items have `image` (3, h, w) uint8 RGB, decoded and augmented; `size`, the (height, width) in pixels that it
     gets, at the latest from the collator (an image that grows is resized straight into the batch); `image_id` int;
-    `original_size` (height, width) in pixels; and, in training, `class_labels` (G,) int64 and `boxes` (G, 4) float32,
-    xyxy in pixels of the resized image. Evaluation items have no boxes: the metrics read the ground truth from the
-    split.
+    `original_size` (height, width) in pixels; and `class_labels` (G,) int64 and `boxes` (G, 4) float32, xyxy in pixels
+    of the resized image. (COCO's metrics read the ground truth from the split.)
 
-    Augmentation is a function of (seed, epoch, index) alone, so that neither the number of workers, nor prefetching,
-    nor a resumed run changes it. Plain indices are those of epoch 0: an `OrientationBatchSampler` gives others, and
-    Accelerate tells it the epoch. Training leaves out crowd boxes, boxes less than 1 pixel wide or high, those of no
-    area and those outside the image.
+    With an `OrientationBatchSampler`, augmentation is a function of (seed, epoch, index) alone, so that neither the
+    number of workers, nor prefetching, nor a resumed run changes it. Items leave out crowd boxes, boxes less than 1
+    pixel wide or high, those of no area and those outside the image.
 
     Args:
         split: see `load_coco` and `keep_for_training`.
-        train: augment, and give boxes.
+        train: augment.
         short_side, long_side: see `SizeToFit`.
         multiscale, multiscale_short_sides: see `SizeToFit`; evaluation has one size.
         flip_probability: of a horizontal flip in training, without `augment`.
@@ -82,30 +81,32 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         self.fit: Callable[[Sample], Sample]
         if self.multiscale != "batch":
             self.fit = SizeToFit(short_side, long_side, self.multiscale, self.multiscale_short_sides)
-        columns = ["image_id", "image", "file_name", "width", "height"]
-        rows = split.dataset.select_columns([*columns, "objects"] if train else columns)
+        rows = split.dataset.select_columns(["image_id", "image", "file_name", "width", "height", "objects"])
         self._rows = rows.cast_column("image", datasets.Image(decode=False))  # decoded by `load_tensor`
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
-        """The item of an index (at epoch 0) or of a `SampleKey`.
+    def __getitem__(self, key: int | SampleKey) -> "Item":
+        """The item of an index or of a `SampleKey`.
+
+        A key decides what augmentation draws, so that a resumed run sees the same images. For an index, as
+        transformers' Trainer and plain loaders have them, draws come from torch's global generator.
 
         Raises:
             IndexError: no such index.
             DataError: an image that cannot be read, or whose size is not the one in the annotation file.
         """
+        drawn = 0 if isinstance(key, SampleKey) or not self.train else int(torch.randint(2**31, ()))
         key = key if isinstance(key, SampleKey) else SampleKey(0, operator.index(key))
         if not 0 <= key.index < len(self):
             raise IndexError(f"index {key.index} is outside a data set of {len(self)} images")
         row = self._read(key.index)
         sample: Sample = {"image": row["image"]}
-        if self.train:
-            sample["class_labels"], sample["boxes"] = training_boxes(row["objects"], row["height"], row["width"])
+        sample["class_labels"], sample["boxes"] = training_boxes(row["objects"], row["height"], row["width"])
         plain = key.epoch >= self.plain_from
         steps = [step for step in self.augmentations if not plain or isinstance(step, RandomFlip)]
-        parts = (self.seed, key.epoch, key.index, *([key.turn] if key.turn else []))
+        parts = (self.seed, key.epoch, key.index, *([key.turn] if key.turn else []), *([drawn] if drawn else []))
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would also reseed the GPUs' generators, and those are not restored here.
             torch.random.default_generator.manual_seed(stable_seed(*parts))
@@ -113,10 +114,10 @@ class DetectionDataset(Dataset[dict[str, Any]]):
                 sample["batch_draw"] = stable_seed(self.seed, key.epoch, key.batch)
             for step in (*steps, self.fit):
                 sample = step(sample)
-        if self.train:  # a sliver at the image's edge may have been rounded to nothing
-            keep = (sample["boxes"][:, 2:] > sample["boxes"][:, :2]).all(1)
-            sample["boxes"], sample["class_labels"] = sample["boxes"][keep], sample["class_labels"][keep]
-        return {**sample, "image_id": row["image_id"], "original_size": (row["height"], row["width"])}
+        # A sliver at the image's edge may have been rounded to nothing.
+        keep = (sample["boxes"][:, 2:] > sample["boxes"][:, :2]).all(1)
+        sample["boxes"], sample["class_labels"] = sample["boxes"][keep], sample["class_labels"][keep]
+        return Item({**sample, "image_id": row["image_id"], "original_size": (row["height"], row["width"])})
 
     def use_processor(self, processor: Any) -> None:
         """Resize images as a processor of transformers does it, instead of to `short_side` and `long_side`."""
@@ -159,6 +160,11 @@ class DetectionDataset(Dataset[dict[str, Any]]):
                 f"says {row['width']} x {row['height']}: its boxes would not fit; correct one or the other"
             )
         return row
+
+
+class Item(UserDict[str, Any]):
+    """An item of a `DetectionDataset`. transformers' Trainer takes keys that a model doesn't know out of each `dict`,
+    which this isn't."""
 
 
 def training_boxes(objects: dict[str, list[Any]], height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,17 +1,13 @@
 """Images and batches as a detector's own image processor makes them: for detectors of transformers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-from torchvision.ops import box_convert
 from transformers.image_transforms import get_size_with_aspect_ratio
-from transformers.image_utils import SizeDict
+from transformers.image_utils import SizeDict, get_image_size_for_max_height_width
 
-from ..utils.label_checks import check_labels
-from .collator import are_labelled, known_images
+from .collator import are_labelled, item_labels
 from .transforms import Multiscale, Sample, draw_short_side, with_boxes_at
 
 
@@ -44,6 +40,8 @@ class SizeForProcessor:
         wanted = self._size(sample)
         if "height" in wanted:
             size = (wanted["height"], wanted["width"])
+        elif "max_height" in wanted:
+            size = get_image_size_for_max_height_width((height, width), wanted["max_height"], wanted["max_width"])
         else:
             size = get_size_with_aspect_ratio((height, width), wanted["shortest_edge"], wanted["longest_edge"])
         return with_boxes_at(size, {**sample, "size": size, "processor_size": wanted}, (height, width))
@@ -66,11 +64,9 @@ def plain_size(processor: Any) -> dict[str, int]:
 class ProcessorCollator:
     """Makes a batch from the items of a `DetectionDataset`, as detectors of transformers take it.
 
-    Gives `pixel_values` (N, 3, H, W) and, if the processor pads, `pixel_mask` (N, H, W), and
-    - for training items `labels`, a list of a dict per image: `class_labels` (G,) int64 and `boxes` (G, 4) float32,
-      cxcywh relative to the image without padding, as predictions are (transformers' processors have them relative
-      to the padded batch);
-    - for evaluation items `image_ids` (N,) int64 and `original_sizes` (N, 2) int64, (height, width).
+    Gives `pixel_values` (N, 3, H, W), `pixel_mask` (N, H, W) if the processor pads, and `labels` as
+    `DetectionCollator` does it: boxes are relative to the image without padding, as predictions are.
+    (transformers' processors have them relative to the padded batch.)
 
     Args:
         processor: of the detector.
@@ -78,11 +74,11 @@ class ProcessorCollator:
 
     processor: Any
 
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate.
 
         Raises:
-            ValueError: no items, a mixture of training and evaluation items, or labels that `check_labels` refuses.
+            ValueError: no items, a mixture of labelled and unlabelled ones, or labels that `check_labels` refuses.
         """
         labelled = are_labelled(items)
         images, first = [item["image"] for item in items], items[0]["processor_size"]
@@ -94,13 +90,4 @@ class ProcessorCollator:
             images = [self.processor.resize(image, SizeDict(**item["processor_size"])) for image, item in sized]
         batch = self.processor(images, **size, input_data_format="channels_first", return_tensors="pt")
         made = {name: batch[name] for name in ("pixel_values", "pixel_mask") if name in batch}
-        return {**made, **({"labels": [_labels(item) for item in items]} if labelled else known_images(items))}
-
-
-def _labels(item: dict[str, Any]) -> dict[str, Tensor]:
-    boxes, classes = item["boxes"], item["class_labels"]
-    size = torch.tensor(item["size"])
-    mask = torch.ones(1, len(boxes), dtype=torch.bool)
-    names = [f"image_id {item['image_id']}"]
-    check_labels(boxes[None], classes[None], mask, size[None], names=names)
-    return {"class_labels": classes, "boxes": box_convert(boxes, "xyxy", "cxcywh") / size.flip(0).repeat(2)}
+        return {**made, **({"labels": [item_labels(item) for item in items]} if labelled else {})}

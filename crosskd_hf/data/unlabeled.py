@@ -14,13 +14,13 @@ from .annotation_files import files_hash, images_in, leaves_folder
 from .cache import CacheDir, cached_rows
 from .checks import ImageRecord, arrow_row, cache_note, check_records, read_cache_note
 from .columns import open_split, refuse_foreign_paths, sources_of
-from .dataset import DetectionDataset
+from .dataset import DetectionDataset, Item
 from .errors import DataError, Problems
 from .sampler import SampleKey
 from .split import DetectionSplit, annotation_features
 
 
-class MixedDataset(Dataset[dict[str, Any]]):
+class MixedDataset(Dataset[Item]):
     """Labelled items, and behind them unlabelled ones, which have no boxes.
 
     Args:
@@ -35,12 +35,12 @@ class MixedDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.labeled) + len(self.unlabeled)
 
-    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+    def __getitem__(self, key: SampleKey) -> Item:
         """See `DetectionDataset`."""
         if key.index < len(self.labeled):
             return self.labeled[key]
         item = self.unlabeled[key._replace(index=key.index - len(self.labeled))]
-        return {name: value for name, value in item.items() if name not in ("boxes", "class_labels")}
+        return Item({name: value for name, value in item.items() if name not in ("boxes", "class_labels")})
 
     def set_epochs(self, epochs: int) -> None:
         """See `DetectionDataset.set_epochs`."""

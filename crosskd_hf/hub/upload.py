@@ -11,6 +11,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from transformers.utils.hub import hf_api
 
+from ..models.standalone import MODULE
 from ..utils.redact import public
 from ..utils.strict_yaml import RecipeError, read_yaml
 from .model_card import CARD_FILE, is_generated
@@ -22,6 +23,7 @@ METRICS_FILE = "evaluation/eval_metrics.json"
 MODEL_FILES = (
     *("config.json", "preprocessor_config.json"),
     *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+    f"{MODULE}.py",
 )
 # Everything else stays here: predictions are large, training_args.bin is a pickle that may hold a token, and
 # underscored files are a run's own.

@@ -124,6 +124,10 @@ class DenseDetectorConfig(PreTrainedConfig):
         self.id2label = dict(enumerate(names))
         self.label2id = {name: label for label, name in enumerate(names)}
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Do nothing; see `DenseDetector.register_for_auto_class`."""
+
     def __post_init__(self, **kwargs):
         self._check_labels(kwargs.get("num_labels"))
         super().__post_init__(**kwargs)

@@ -28,6 +28,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from ..utils.images import load_rgb, resized_size, to_rgb
 from .configuration import DenseDetectorConfig, check_number
 from .postprocess import select_detections
+from .standalone import mark, write_module
 from .targets import relative_boxes
 
 logger = logging.getLogger(__name__)
@@ -161,6 +162,19 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
             nms_threshold=config.nms_threshold,
             **pixel_style(config),
         )
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, standalone: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Save the processor; see transformers, and `DenseDetector.save_pretrained` for `standalone`."""
+        if standalone:
+            mark(self, AutoImageProcessor=type(self))
+        write_module(save_directory, self)
+        return super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Do nothing; see `DenseDetector.register_for_auto_class`."""
 
     def pixel_style(self) -> dict[str, Any]:
         """What it does to grey levels of 0..255, in the terms of `pixel_style`."""

@@ -31,7 +31,7 @@ MAY_CHANGE = (
     *("logging_steps", "logging_strategy", "eval_steps", "eval_strategy", "save_steps", "save_strategy"),
     *("save_total_limit", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
     *("per_device_eval_batch_size", "load_best_model_at_end", "dataloader_persistent_workers"),
-    *("evaluation_pictures", "project"),
+    *("evaluation_pictures", "project", "standalone"),
 )
 # Those that make up the global batch with the number of processes: `check_batch` compares the product.
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")

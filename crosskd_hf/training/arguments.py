@@ -15,6 +15,7 @@ from transformers.training_args import OptimizerNames
 from ..utils.recipe_fields import Problem
 
 WARMUP_STYLES = ("linear", "constant")
+DEFAULT_OUTPUT = "trainer_output"  # as transformers has it
 NO_DECAY = ("none", "norms", "norms_and_biases")
 # What the trainer can't work with otherwise, or would silently ignore -> (value, why).
 FIXED_ARGUMENTS: dict[str, tuple[Any, str]] = {
@@ -145,6 +146,10 @@ class DetectionTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers."})  # noqa: RUF036
     evaluation_pictures: int = field(
         default=8, metadata={"help": "Images on the sheet that trackers get after an evaluation; 0: none."}
+    )
+    standalone: bool = field(
+        default=False,
+        metadata={"help": "transformers loads saved models with trust_remote_code=True, without import crosskd_hf."},
     )
     label_names: list[str] | None = field(
         default_factory=lambda: ["labels"], metadata={"help": "Model inputs that are labels."}

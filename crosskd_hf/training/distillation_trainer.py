@@ -2,13 +2,13 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback
+from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, TrainerCallback
 
 from ..data.dataset import DetectionDataset
 from ..data.sampler import MixedBatchSampler, OrientationBatchSampler
@@ -21,9 +21,9 @@ from ..utils.distributed import check_same, num_processes
 from ..utils.escaping import printable
 from ..weights.loading import weights_digest
 from ..weights.mmdet import CheckpointError
-from .arguments import DetectionTrainingArguments
+from .arguments import DEFAULT_OUTPUT, DetectionTrainingArguments
 from .trainer import DetectionTrainer
-from .trainer_inputs import as_dataset, as_detector, processor_for
+from .trainer_inputs import as_dataset, as_detector, first_detector, processor_for
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,8 @@ class DistillationTrainer(DetectionTrainer):
         unlabeled_dataset: further images, without boxes. Their batches are dealt in between: the student learns from
             the teacher alone there. Their terms are logged as `unlabeled_...`.
         unlabeled_ratio: unlabelled batches per labelled batch.
-        args, train_dataset, eval_dataset, processing_class, callbacks, optimizers: see `DetectionTrainer`.
+        args and all others: see `DetectionTrainer`. `model_init` makes the student; each training has methods and
+            adapters of its own then.
 
     Raises:
         PairError: if the student can't learn from this teacher, naming why.
@@ -52,13 +53,16 @@ class DistillationTrainer(DetectionTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | str,
-        teacher: PreTrainedModel | str,
-        args: DetectionTrainingArguments,
+        model: PreTrainedModel | str | None = None,
+        teacher: PreTrainedModel | str | None = None,
+        args: DetectionTrainingArguments | None = None,
         *,
         train_dataset: DetectionDataset | DetectionSplit | None = None,
         eval_dataset: DetectionDataset | DetectionSplit | None = None,
         processing_class: BaseImageProcessor | None = None,
+        data_collator: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
         methods: Sequence[KDMethod] | None = None,
         teacher_processor: BaseImageProcessor | None = None,
         unlabeled_dataset: DetectionDataset | DetectionSplit | None = None,
@@ -66,21 +70,29 @@ class DistillationTrainer(DetectionTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
-        student, self.teacher = as_detector(model), as_detector(teacher)
+        if teacher is None:
+            raise ValueError("give the trainer a teacher; DetectionTrainer trains without one")
+        args = DetectionTrainingArguments(DEFAULT_OUTPUT) if args is None else args
+        student, self.teacher = first_detector(model, model_init), as_detector(teacher)
         processing_class = processing_class or processor_for(model, student.config)
-        teacher_processor = teacher_processor or processor_for(teacher, self.teacher.config)
+        self.teacher_processor = teacher_processor or processor_for(teacher, self.teacher.config)
         if methods is None:
             methods = [CrossKD() if is_dense(self.teacher.config) else QueryCrossKD()]
-        self.pair = DistillationPair(student, self.teacher, methods, processing_class, args.seed, teacher_processor)
+        self.pair = DistillationPair(
+            student, self.teacher, methods, processing_class, args.seed, self.teacher_processor
+        )
         super().__init__(
             student,
             args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            data_collator=data_collator,
+            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.model_init = model_init  # type: ignore[assignment]
         self.unlabeled_ratio = unlabeled_ratio
         self.unlabeled_dataset = None
         if unlabeled_dataset is not None:
@@ -102,11 +114,24 @@ class DistillationTrainer(DetectionTrainer):
         if self.is_world_process_zero():
             for note in self.pair.notes:
                 logger.log(logging.WARNING if PARTLY in note else logging.INFO, "%s", printable(note))
+        self._prepare_pair()
+
+    def _prepare_pair(self) -> None:
         # Before it moves: the teacher as it was given stays where it is.
-        self.pair.prepare_teacher(args.fold_teacher_batchnorm, PRECISIONS.get(self.accelerator.mixed_precision))
-        self.pair.to(args.device)
-        if args.channels_last:
+        precision = PRECISIONS.get(self.accelerator.mixed_precision)
+        self.pair.prepare_teacher(self.args.fold_teacher_batchnorm, precision)
+        self.pair.to(self.args.device)
+        if self.args.channels_last:
             self.pair.to(memory_format=torch.channels_last)
+
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
+        """The student of the next training, in a pair of its own; see `DetectionTrainer.call_model_init`."""
+        student = super().call_model_init(trial)
+        methods: list[Any] = [type(method)(method.settings) for method in self.pair.methods.values()]
+        processors = self.processing_class, self.teacher_processor
+        self.pair = DistillationPair(student, self.teacher, methods, processors[0], self.args.seed, processors[1])
+        self._prepare_pair()
+        return student
 
     def trained_module(self) -> nn.Module:
         """The pair."""

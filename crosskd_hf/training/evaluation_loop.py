@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import ModelOutput
 
 from ..data.dataset import DetectionDataset
 from ..utils.distributed import share_buffers
@@ -15,6 +15,7 @@ from ..utils.memory import out_of_memory_explained
 from ..utils.redact import public
 from .base import BaseTrainer
 from .coco_metrics import CocoEvaluator
+from .seen_batches import SeenBatches, known_images
 from .tracking import evaluation_sheet, trackers
 
 EVALUATION_FOLDER = "evaluation"
@@ -33,6 +34,7 @@ class CocoEvaluation(BaseTrainer):
     ) -> EvalLoopOutput:
         """COCO metrics of the eval data. Predictions are post-processed at once, and raw outputs never kept.
 
+        With `compute_metrics` they are kept after all, on the CPU, and its metrics are added; see `SeenBatches`.
         The detections are written to `output_dir/evaluation` as COCO results, the numbers beside them.
 
         Raises:
@@ -44,7 +46,7 @@ class CocoEvaluation(BaseTrainer):
         share_buffers(model)
         dataset = dataloader.dataset
         assert isinstance(dataset, DetectionDataset)  # see `get_eval_dataloader`
-        evaluator = CocoEvaluator(dataset.split)
+        evaluator, seen = CocoEvaluator(dataset.split), SeenBatches()
         predicts = description == "Prediction"  # `predict`, whose metrics aren't remembered
         if not predicts:
             self.callback_handler.eval_dataloader = dataloader
@@ -52,7 +54,12 @@ class CocoEvaluation(BaseTrainer):
             for batch in dataloader:
                 if self.termination.noted:
                     break
-                evaluator.update(batch["image_ids"].tolist(), self.detect(model, batch))
+                outputs = self.forward_images(model, batch)
+                image_ids, sizes = known_images(batch["labels"])
+                detections = self.processing_class.post_process_object_detection(outputs, 0.0, sizes)
+                evaluator.update(image_ids.tolist(), detections)
+                if self.compute_metrics is not None:
+                    seen.add(outputs, batch["labels"])
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         if self.termination.agreed_now():
             model.train(was_training)
@@ -65,6 +72,9 @@ class CocoEvaluation(BaseTrainer):
             if (count := self.args.evaluation_pictures) and trackers(self):
                 self.evaluation_sheet = evaluation_sheet(dataset, evaluator, count)
             metrics = self._metrics(evaluator, dataset, metric_key_prefix)
+        if self.compute_metrics is not None:
+            evaluated = seen.gathered()
+            metrics = None if metrics is None else {**metrics, **self.compute_metrics(evaluated)}
         (metrics,) = broadcast_object_list([metrics])
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         if not predicts:
@@ -89,11 +99,8 @@ class CocoEvaluation(BaseTrainer):
         return metrics
 
     @torch.no_grad()
-    def detect(self, model: PreTrainedModel, batch: dict) -> list[dict[str, Tensor]]:
-        """Detections of a batch in original pixels: `scores`, `labels`, `boxes` xyxy an image."""
+    def forward_images(self, model: PreTrainedModel, batch: dict) -> ModelOutput:
+        """The model's output for the images of a batch."""
         inputs = self.to_device({name: value for name, value in batch.items() if name.startswith("pixel_")})
         with self.accelerator.autocast():
-            outputs = model(**inputs)
-        return self.processing_class.post_process_object_detection(
-            outputs, threshold=0.0, target_sizes=batch["original_sizes"]
-        )
+            return model(**inputs)

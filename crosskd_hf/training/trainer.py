@@ -4,13 +4,14 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
-from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback
+from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
 
@@ -22,10 +23,11 @@ from ..data.split import DetectionSplit
 from ..data.unlabeled import MixedDataset
 from ..models.families import is_dense
 from ..models.image_processing import DenseDetectorImageProcessor
+from ..models.standalone import mark
 from ..models.transformers_detectors import detection_losses, use_fp32_losses
 from ..utils.distributed import check_same
 from ..utils.memory import out_of_memory_explained
-from .arguments import DetectionTrainingArguments
+from .arguments import DEFAULT_OUTPUT, DetectionTrainingArguments
 from .base import MODEL_LABELS
 from .evaluation_loop import CocoEvaluation
 from .optimization import build_optimizer, group_values, groups_of, multistep_scheduler
@@ -33,7 +35,7 @@ from .saving import SafeSaving
 from .step_monitor import NonFiniteLossError, StepMonitor
 from .termination import TerminationSignal, obey_parent_only
 from .tracking import TrackingCallback
-from .trainer_inputs import as_dataset, as_detector, check_classes, processor_for, refuse_unsupported
+from .trainer_inputs import as_dataset, as_detector, check_classes, first_detector, processor_for, refuse_unsupported
 
 logger = logging.getLogger(__name__)
 MAX_OVERFLOWS = 20  # steps in a row: GradScaler halves its scale in each, from 65536 to below 0.1
@@ -50,8 +52,11 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
         train_dataset: a `DetectionDataset`, or a `DetectionSplit`, which is then resized as the processor does it.
         eval_dataset: the same.
         processing_class: the image processor, saved beside the model; None makes the one that goes with the model.
-        callbacks, optimizers: as in `transformers.Trainer`. Its data_collator, compute_metrics and model_init can't
-            be given: detectors have their own, and COCO's metrics.
+        data_collator: makes a batch of the items of a `DetectionDataset`; None: the one that goes with the model.
+        compute_metrics: further metrics, beside COCO's; what it is given, `SeenBatches` says.
+        model_init: makes the model anew for each training, in place of `model`; for `hyperparameter_search` it may
+            take the trial.
+        callbacks, optimizers: as in `transformers.Trainer`.
 
     Raises:
         ValueError: if the data's labels aren't the model's, the arguments ask for DataParallel, FSDP or DeepSpeed, or
@@ -60,16 +65,20 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
 
     def __init__(
         self,
-        model: PreTrainedModel | str,
-        args: DetectionTrainingArguments,
+        model: PreTrainedModel | str | None = None,
+        args: DetectionTrainingArguments | None = None,
         *,
         train_dataset: DetectionDataset | DetectionSplit | None = None,
         eval_dataset: DetectionDataset | DetectionSplit | None = None,
         processing_class: BaseImageProcessor | None = None,
+        data_collator: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
-        detector = as_detector(model)
+        detector = first_detector(model, model_init)
+        args = DetectionTrainingArguments(DEFAULT_OUTPUT) if args is None else args
         refuse_unsupported(args)
         processor = processing_class or processor_for(model, detector.config)
         datasets: dict[str, DetectionDataset | None] = {}
@@ -91,18 +100,24 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
                     "rate of about 1e-4, and max_grad_norm 0.1",
                     detector.config.model_type,
                 )
+        if args.standalone and is_dense(detector.config):  # transformers' own detectors need nothing
+            mark(detector.config, AutoConfig=type(detector.config), AutoModelForObjectDetection=type(detector))
+            mark(processor, AutoImageProcessor=type(processor))
         if args.channels_last:
             detector.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
         super().__init__(
             model=detector,
             args=args,
-            data_collator=_collator(processor, args),
+            data_collator=data_collator or _collator(processor, args),
+            compute_metrics=compute_metrics,
             train_dataset=datasets["train_dataset"],
             eval_dataset=datasets["eval_dataset"],
             processing_class=processor,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.model_init = model_init  # type: ignore[assignment] # not given above, where a second model would be made
+        self._output_dir = args.output_dir
         groups_of(self.trained_module(), args)  # a factor that is of no parameter ends here, and not in `train`
         self.monitor = StepMonitor(self.args.device)
         self.train_sampler: OrientationBatchSampler | MixedBatchSampler | None = None
@@ -191,6 +206,20 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
         return batches, count
 
     # Optimisation -----------------------------------------------------------------------------------------------
+
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
+        """The model of the next training, which is a trial of `hyperparameter_search` or none.
+
+        A trial writes into a folder of its own in `output_dir`, `run-NUMBER`.
+        """
+        self.args.output_dir = self._output_dir if trial is None else f"{self._output_dir}/run-{trial.number}"
+        model = as_detector(super().call_model_init(trial))  # type: ignore[arg-type]
+        if not is_dense(model.config):
+            use_fp32_losses(model)
+        if self.args.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
+        self.train_sampler = self.average = None
+        return model
 
     def train(self, *args, **kwargs) -> TrainOutput:
         """As `transformers.Trainer` does it."""
@@ -297,7 +326,7 @@ def _collator(
     if not isinstance(processor, DenseDetectorImageProcessor):
         return ProcessorCollator(processor)
     # A GPU normalises faster than the loaders, which then send a quarter of the bytes.
-    return DetectionCollator(processor, normalize=args.device.type == "cpu")
+    return DetectionCollator(processor, normalize=args.device.type == "cpu", padded=True)
 
 
 class _TrainingHooks(TrainerCallback):

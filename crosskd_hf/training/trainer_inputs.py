@@ -1,5 +1,7 @@
 """What a trainer is given: made of what stands for it, and refused where it can't work."""
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -7,6 +9,7 @@ from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_tensorboard_available, is_trackio_available, is_wandb_available
 
 from ..data.dataset import DetectionDataset
+from ..data.processor_size import plain_size
 from ..data.split import DetectionSplit
 from ..models.families import FAMILIES, is_dense, label_names_of
 from ..models.image_processing import DenseDetectorImageProcessor
@@ -30,6 +33,11 @@ def as_detector(model: PreTrainedModel | str) -> PreTrainedModel:
     Raises:
         ValueError: it is a model of another kind.
     """
+    if hasattr(model, "merge_and_unload"):
+        raise ValueError(
+            "a PEFT model can't be trained here, as only what it adds would be saved: train it with transformers' "
+            "Trainer, or give this trainer model.merge_and_unload()"
+        )
     if not isinstance(model, PreTrainedModel):
         return load_detector(str(model))
     if not is_dense(model.config) and model.config.model_type not in FAMILIES:
@@ -40,7 +48,22 @@ def as_detector(model: PreTrainedModel | str) -> PreTrainedModel:
     return model
 
 
-def processor_for(model: PreTrainedModel | str, config: PreTrainedConfig) -> BaseImageProcessor:
+def first_detector(model: PreTrainedModel | str | None, model_init: Callable[..., PreTrainedModel] | None) -> Any:
+    """The detector that a trainer begins with; of a `model_init`, one that shows what it makes.
+
+    Raises:
+        ValueError: neither is given, or both; see `as_detector`.
+    """
+    if (model is None) == (model_init is None):
+        raise ValueError("give the trainer a model or a model_init: one of the two")
+    if model_init is None:
+        assert model is not None
+        return as_detector(model)
+    takes_trial = len(inspect.signature(model_init).parameters) > 0
+    return as_detector(model_init(None) if takes_trial else model_init())
+
+
+def processor_for(model: PreTrainedModel | str | None, config: PreTrainedConfig) -> BaseImageProcessor:
     """The image processor of a detector: of transformers' own the one saved beside it, if a folder or Hub id names it.
 
     Args:
@@ -86,7 +109,11 @@ def as_dataset(data: Dataset | DetectionSplit, processor: Any, train: bool, seed
         return dataset
     if isinstance(data, DetectionDataset):
         return data
-    size = processor.size
+    size = plain_size(processor)
+    if "shortest_edge" not in size:
+        dataset = DetectionDataset(data, train=train, seed=seed)
+        dataset.use_processor(processor)
+        return dataset
     return DetectionDataset(
         data, train=train, short_side=size["shortest_edge"], long_side=size["longest_edge"], seed=seed
     )

@@ -21,7 +21,7 @@ def item(image_id, height, width, boxes=None):
 
 @pytest.fixture
 def collator():
-    return DetectionCollator(DenseDetectorImageProcessor(image_mean=[0.0] * 3, image_std=[1.0] * 3))
+    return DetectionCollator(DenseDetectorImageProcessor(image_mean=[0.0] * 3, image_std=[1.0] * 3), padded=True)
 
 
 def test_training_batch(collator):
@@ -73,16 +73,26 @@ def test_images_are_resized_into_the_batch(normalize):
         assert not made.any()
 
 
-def test_evaluation_batch(collator):
-    batch = collator([item(7, 20, 40), item(9, 34, 6)])
-    assert set(batch) == {"pixel_values", "pixel_mask", "image_ids", "original_sizes"}
-    assert batch["image_ids"].tolist() == [7, 9] and batch["image_ids"].dtype == torch.int64
-    assert batch["original_sizes"].tolist() == [[10, 20], [17, 3]] and batch["original_sizes"].dtype == torch.int64
+def test_unlabelled_batch(collator):
+    assert set(collator([item(7, 20, 40), item(9, 34, 6)])) == {"pixel_values", "pixel_mask"}
+
+
+def test_labels_are_detrs_unless_they_are_padded():
+    collator = DetectionCollator(DenseDetectorImageProcessor())
+    labels = collator([item(7, 20, 40, [[1, 2, 3, 4], [4, 6, 8, 8]]), item(9, 34, 6, [])])["labels"]
+    assert {name: value.tolist() for name, value in labels[0].items()} == {
+        "class_labels": [0, 1],
+        "boxes": [pytest.approx([0.05, 0.15, 0.05, 0.1]), pytest.approx([0.15, 0.35, 0.1, 0.1])],
+        "image_id": [7],
+        "size": [20, 40],
+        "orig_size": [10, 20],
+    }
+    assert labels[1]["boxes"].shape == (0, 4) and labels[1]["size"].tolist() == [34, 6]
 
 
 @pytest.mark.parametrize("items", [[], [item(7, 4, 4), item(9, 4, 4, [])]])
 def test_refused_batches(collator, items):
-    with pytest.raises(ValueError, match="at least one item, and training items only or evaluation items only"):
+    with pytest.raises(ValueError, match="at least one item, and labelled items only or unlabelled items only"):
         collator(items)
 
 
@@ -92,10 +102,10 @@ def test_refused_batches(collator, items):
 def test_finishing_on_the_device_gives_the_same_batch(settings, boxes):
     processor = DenseDetectorImageProcessor(**settings)
     items = [item(7, 20, 40, boxes), item(9, 34, 6, boxes)]
-    raw = DetectionCollator(processor, normalize=False)
+    raw = DetectionCollator(processor, normalize=False, padded=True)
     light = raw(items)
     assert light["pixel_values"].shape == (2, 3, 34, 40) and light["pixel_values"].dtype == torch.uint8
-    done, expected = raw.finish(light), DetectionCollator(processor)(items)
+    done, expected = raw.finish(light), DetectionCollator(processor, padded=True)(items)
     assert set(done) == set(expected)
     done, expected = ({**b.pop("labels", {}), **b} for b in (done, expected))
     assert all(torch.equal(done[name], expected[name]) for name in expected)

@@ -28,7 +28,7 @@ def first_batch(path, cache, **settings) -> dict:
     )  # fmt: skip
     dataset, _ = load_datasets(data, seed=0)
     assert dataset.split.label_names == CLASSES
-    collate = DetectionCollator(DenseDetectorImageProcessor.for_model(GFLConfig(), 64, 96))
+    collate = DetectionCollator(DenseDetectorImageProcessor.for_model(GFLConfig(), 64, 96), padded=True)
     return collate([dataset[SampleKey(0, index)] for index in range(len(dataset))])
 
 

@@ -108,7 +108,7 @@ def test_images_are_read_only_when_they_are_needed(tmp_path: Path, detector, wor
         next(predictions)
         assert len(asked) <= limit + 2 * ((count - 1) // 2)
     predictions.close()
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 def test_broken_images(tmp_path: Path, detector) -> None:

@@ -80,8 +80,8 @@ def test_the_pair_is_trained_and_the_model_is_the_student(tmp_path: Path) -> Non
     assert_same(saved, trainer.average.model.state_dict())
     assert any(not torch.equal(value, weights[name]) for name, value in saved.items())
     assert not (trainer.run_folder / METHODS_FILE).exists()
-    detect, evaluated = trainer.detect, []
-    trainer.detect = lambda model, batch: (evaluated.append(model), detect(model, batch))[1]
+    forward, evaluated = trainer.forward_images, []
+    trainer.forward_images = lambda model, batch: (evaluated.append(model), forward(model, batch))[1]
     trainer.evaluate()
     assert evaluated and all(model is trainer.average.model for model in evaluated)
 
