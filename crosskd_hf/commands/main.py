@@ -1,4 +1,5 @@
-"""The `crosskd` command: demo, check-data, convert-data, train, evaluate, predict, info, export, convert."""
+"""The `crosskd` command: demo, check-data, convert-data, train, evaluate, report, predict, info, export,
+convert."""
 
 import argparse
 import gc
@@ -8,11 +9,11 @@ from collections.abc import Sequence
 import shtab
 
 from ..version import __version__
-from . import check_data, convert, convert_data, demo, evaluate, export, info, predict, train
+from . import check_data, convert, convert_data, demo, evaluate, export, info, predict, report, train
 from .arguments import parse
 from .stdout import lenient_output
 
-MODULES = (train, evaluate, convert, demo, check_data, convert_data, predict, info, export)
+MODULES = (train, evaluate, report, convert, demo, check_data, convert_data, predict, info, export)
 COMMANDS = {module.__name__.rpartition(".")[2].replace("_", "-"): module for module in MODULES}
 TRAINING = ("train", "demo")  # resume from their last checkpoint; what they are for isn't on stdout
 

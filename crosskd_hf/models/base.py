@@ -264,7 +264,7 @@ class DenseDetector(PreTrainedModel):
         """(N, P) validity of the priors -> their class weights before any assignment."""
         return valid.float()
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override] # what isn't named here is passed on
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
@@ -285,11 +285,13 @@ class DenseDetector(PreTrainedModel):
             write_module(save_directory, self.config)
         super().save_pretrained(save_directory, is_main_process, **kwargs)
 
-    def push_to_hub(self, repo_id: str, *, standalone: bool = False, **kwargs: Any) -> str:
+    def push_to_hub(  # type: ignore[override]
+        self, repo_id: str, *, standalone: bool = False, **kwargs: Any
+    ) -> str:
         """Upload the model; see transformers, and `save_pretrained` for `standalone`."""
         if standalone:
             mark(self.config, AutoConfig=type(self.config), AutoModelForObjectDetection=type(self))
-        return super().push_to_hub(repo_id, **kwargs)
+        return super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:

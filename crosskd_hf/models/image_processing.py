@@ -163,7 +163,7 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
             **pixel_style(config),
         )
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override] # what isn't named here is passed on
         self, save_directory: str | os.PathLike, *, standalone: bool = False, **kwargs: Any
     ) -> list[str]:
         """Save the processor; see transformers, and `DenseDetector.save_pretrained` for `standalone`."""

@@ -5,6 +5,7 @@
 was saved so stays so when it is loaded and saved again.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def mark(owner: Any, **classes: type) -> None:
     owner.auto_map = {auto_class: f"{MODULE}.{one.__name__}" for auto_class, one in classes.items()}
 
 
-def write_module(folder: str | Path, owner: Any) -> None:
+def write_module(folder: str | os.PathLike[str], owner: Any) -> None:
     """Write the module that an `auto_map` of `mark` names, with the classes that one in the folder has already.
 
     Args:

@@ -124,6 +124,8 @@ def describe_model(
 def _usual_size(processor: Any) -> tuple[int, int]:
     if processor.size.height:
         return processor.size.height, processor.size.width
+    if processor.size.max_height:
+        return processor.size.max_height, processor.size.max_width
     short, long = processor.size["shortest_edge"], processor.size["longest_edge"]
     return resized_size(short, round(short * ASPECT), short, long)
 

@@ -57,6 +57,31 @@ class ImageDetections(NamedTuple):
     boxes: np.ndarray
 
 
+class ClassResult(NamedTuple):
+    """COCO's numbers of a class, 0..1, or -1 where no box is of it.
+
+    Attributes:
+        name: of the class.
+        boxes: of the ground truth, without crowds.
+        ap, ap50: average precision, at IoU 0.50:0.95 and 0.50.
+        recall: at 100 detections an image, the mean of IoU 0.50:0.95.
+        precision: (101,), at IoU 0.50 and recall 0, 0.01, ..., 1.
+    """
+
+    name: str
+    boxes: int
+    ap: float
+    ap50: float
+    recall: float
+    precision: np.ndarray
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of what isn't -1, "no ground truth"; -1 if all is."""
+    values = values[values > -1]
+    return float(values.mean()) if values.size else -1.0
+
+
 def _coco_classes(backend: str) -> tuple[str, type, type]:
     """Name of the package, and its versions of COCO's two classes: annotations and evaluation.
 
@@ -169,6 +194,47 @@ class CocoEvaluator:
         Raises:
             ValueError: there is no image to evaluate on.
         """
+        evaluation = self._accumulated()
+        metrics = dict(zip(SUMMARY_NAMES, map(float, evaluation.stats), strict=True))
+        # (IoU thresholds, recall thresholds, classes by increasing category id, area ranges, detection limits):
+        # all areas come first, 100 detections last.
+        precision = evaluation.eval["precision"][:, :, :, 0, -1]
+        for name, row in self._class_rows():
+            metrics[f"AP/{name}"] = _mean(precision[:, :, row])
+        return metrics
+
+    def class_results(self) -> list[ClassResult]:
+        """What `compute` has of each class, in more detail and in the order of the labels.
+
+        Raises:
+            ValueError: there is no image to evaluate on.
+        """
+        evaluation = self._accumulated()
+        precision, recall = evaluation.eval["precision"][:, :, :, 0, -1], evaluation.eval["recall"][:, :, 0, -1]
+        counts = [0] * len(self._category_ids)
+        for objects in _column(self._split, "objects"):
+            for label, crowd in zip(objects["category"], objects["iscrowd"], strict=True):
+                counts[label] += not crowd
+        return [
+            ClassResult(
+                name,
+                counts[label],
+                _mean(precision[:, :, row]),
+                _mean(precision[0, :, row]),
+                _mean(recall[:, row]),
+                precision[0, :, row],
+            )
+            for label, (name, row) in enumerate(self._class_rows())
+        ]
+
+    def _class_rows(self) -> Iterator[tuple[str, int]]:
+        """Name of each label, and its row in COCO's tables, which are in the order of the category ids."""
+        rows = {category_id: row for row, category_id in enumerate(sorted(self._category_ids))}
+        for name, category_id in zip(self._split.label_names, self._category_ids, strict=True):
+            yield name, rows[category_id]
+
+    def _accumulated(self) -> Any:
+        """COCO's evaluation, done."""
         if not self._image_ids:
             raise ValueError("there is no image to evaluate on")
         unseen = len(self._known_ids - self._detections.keys())
@@ -181,16 +247,7 @@ class CocoEvaluator:
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-        metrics = dict(zip(SUMMARY_NAMES, map(float, evaluation.stats), strict=True))
-        # (IoU thresholds, recall thresholds, classes by increasing category id, area ranges, detection limits):
-        # all areas come first, 100 detections last.
-        precision = evaluation.eval["precision"][:, :, :, 0, -1]
-        rows = {category_id: row for row, category_id in enumerate(sorted(self._category_ids))}
-        for name, category_id in zip(self._split.label_names, self._category_ids, strict=True):
-            values = precision[:, :, rows[category_id]]
-            values = values[values > -1]
-            metrics[f"AP/{name}"] = float(values.mean()) if values.size else -1.0
-        return metrics
+        return evaluation
 
     def results(self) -> list[dict[str, Any]]:
         """The detections in COCO's result format, image after image in the order of the split.

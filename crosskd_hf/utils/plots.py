@@ -1,5 +1,6 @@
 """PNG charts. matplotlib is imported when one is drawn, not with the package."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +45,13 @@ def bars(figure: "Figure", position: tuple[int, int, int], title: str, counts: M
     axes.invert_yaxis()
     axes.set_title(printable(title).replace("$", r"\$"), fontsize="medium")
     axes.tick_params(labelsize="small")
+
+
+def as_svg(figure: "Figure") -> str:
+    """A figure as an SVG document."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    return buffer.getvalue()
 
 
 def learning_curves(curves: Mapping[str, Sequence[tuple[float, float]]], x_label: str, path: Path) -> None:

@@ -20,6 +20,7 @@ from crosskd_hf.data.coco import load_coco
 from crosskd_hf.data.columns import load_columns
 from crosskd_hf.data.dataset import DetectionDataset
 from crosskd_hf.data.errors import DataError
+from crosskd_hf.data.sampler import SampleKey
 from crosskd_hf.data.split import DetectionSplit
 
 NAMES = ["cat", "dog"]
@@ -62,7 +63,8 @@ def assert_same(split: DetectionSplit, coco: DetectionSplit) -> None:
     ]
     assert split.label_names == tuple(NAMES)
     mine, theirs = (DetectionDataset(s, train=True, short_side=64, long_side=96, seed=3) for s in (split, coco))
-    for one, other in zip(mine, theirs, strict=True):
+    for key in (SampleKey(0, index) for index in range(len(theirs))):
+        one, other = mine[key], theirs[key]
         assert all(torch.equal(one[key], other[key]) for key in ("image", "boxes", "class_labels"))
 
 
