@@ -12,12 +12,24 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .data.coco import load_coco
+    from .data.collator import DetectionCollator
     from .data.columns import load_columns
     from .data.dataset import DetectionDataset
     from .data.errors import DataError
     from .data.shapes import load_shapes
     from .data.split import DetectionSplit, keep_for_training
-    from .distillation import PKD, CrossKD, DistillationPair, KDMethod, Mimic
+    from .distillation import (
+        PKD,
+        CrossKD,
+        DistillationPair,
+        KDMethod,
+        Mimic,
+        PairError,
+        QueryCrossKD,
+        QueryMimic,
+        SoftBoxes,
+        pair_up,
+    )
     from .inference.pipeline import DenseDetectionPipeline
     from .models import (
         CONFIGS,
@@ -46,12 +58,24 @@ if TYPE_CHECKING:
 # Module -> the public names that it holds.
 HOMES = {
     "data.coco": ("load_coco",),
+    "data.collator": ("DetectionCollator",),
     "data.columns": ("load_columns",),
     "data.dataset": ("DetectionDataset",),
     "data.errors": ("DataError",),
     "data.shapes": ("load_shapes",),
     "data.split": ("DetectionSplit", "keep_for_training"),
-    "distillation": ("PKD", "CrossKD", "DistillationPair", "KDMethod", "Mimic"),
+    "distillation": (
+        "PKD",
+        "CrossKD",
+        "DistillationPair",
+        "KDMethod",
+        "Mimic",
+        "PairError",
+        "QueryCrossKD",
+        "QueryMimic",
+        "SoftBoxes",
+        "pair_up",
+    ),
     "inference.pipeline": ("DenseDetectionPipeline",),
     "models": (
         "CONFIGS",

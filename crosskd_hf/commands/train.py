@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import add_recipe
@@ -67,6 +68,18 @@ def train_recipe(recipe: "Recipe", dry_run: bool = False, accept_changes: bool =
     if trainer is not None and not dry_run:
         with explained(run_errors()):
             running.run(trainer, recipe)
+        if trainer.is_world_process_zero():
+            print(_closing_lines(trainer.run_folder))
+
+
+def _closing_lines(folder: Path) -> str:
+    """What came of a run. It is complete, whatever keeps its report from being written."""
+    from ..studies.closing import close_run
+
+    try:
+        return close_run(folder)
+    except Exception as error:
+        return f"model    {folder}\nno report was written: {error}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

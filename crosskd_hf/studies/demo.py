@@ -10,26 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from ..data.dataset import DetectionDataset
-from ..data.load import load_split
-from ..inference.detect import detect_images
-from ..models.base import DenseDetector
-from ..models.image_processing import DenseDetectorImageProcessor
 from ..recipe.load import load_recipe
-from ..recipe.run_folder import STATE_FILE, final_metrics
+from ..recipe.run_folder import final_metrics
 from ..recipe.sections import Recipe
 from ..training.coco_metrics import SUMMARY_NAMES
-from ..training.evaluation_pictures import THRESHOLD, Boxes, evenly_spaced, example, with_boxes
-from ..utils.plots import learning_curves
 from ..utils.progress import say
-from ..utils.visualization import contact_sheet
-from ..weights.loading import load_detector, load_processor
+from .report import REPORT_FILE, write_report
 
 TEACHER_RECIPE, STUDENT_RECIPE = "shapes_teacher", "shapes_crosskd"
 TEACHER, ALONE, DISTILLED = "teacher", "student alone", "student + CrossKD"
-SHEET_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -67,10 +56,10 @@ def stages(output: Path, seed: int, overrides: list[str]) -> list[Stage]:
 def run_demo(
     output: Path, seed: int, overrides: list[str], train: Callable[[Recipe], None]
 ) -> dict[str, dict[str, float]]:
-    """Train what is not trained yet, print the table, and draw curves and contact sheet.
+    """Train what is not trained yet, print the table, and write the report.
 
     Args:
-        output: folder of the three runs and the pictures.
+        output: folder of the three runs and the report.
         seed: of weights, order and augmentation.
         overrides: `section.key=value`, of both recipes.
         train: runs a recipe, unless it is finished.
@@ -89,19 +78,12 @@ def run_demo(
     metrics = {}
     for stage in runs:
         metrics[stage.name] = {key.removeprefix("eval_"): value for key, value in final_metrics(stage.output).items()}
-    learning_curves({stage.name: read_curve(stage.output) for stage in runs}, "epoch", output / "learning_curves.png")
-    draw_contact_sheet(runs, output / "contact_sheet.png")
+    report, _ = write_report([stage.output for stage in runs], output / REPORT_FILE)
     table = format_table(runs, metrics)
     (output / "results.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{table}\n\nwritten to {output}: results.json, learning_curves.png, contact_sheet.png")
+    print(f"\n{table}\n\nreport   {report}: curves, classes, pictures, costs")
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
     return metrics
-
-
-def read_curve(folder: Path) -> list[tuple[float, float]]:
-    """(epoch, AP) of every evaluation of a finished run."""
-    history = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["log_history"]
-    return [(entry["epoch"], entry["eval_AP"]) for entry in history if "eval_AP" in entry]
 
 
 def format_table(runs: list[Stage], metrics: dict[str, dict[str, float]]) -> str:
@@ -115,28 +97,3 @@ def format_table(runs: list[Stage], metrics: dict[str, dict[str, float]]) -> str
     gains = "".join(f"{100 * (metrics[DISTILLED][n] - metrics[ALONE][n]):>+8.1f}" for n in names)
     lines.append(f"{'gain of CrossKD':<42}{gains}")
     return "\n".join(lines)
-
-
-def draw_contact_sheet(runs: list[Stage], path: Path) -> None:
-    """Ground truth, student alone and distilled student on evenly spaced validation images (not chosen by result)."""
-    data = runs[-1].recipe().data
-    split = load_split(data, data.val_split, data.max_val_images)
-    dataset = DetectionDataset(split, train=False, short_side=data.short_side, long_side=data.long_side)
-    students = [stage for stage in runs if stage.name != TEACHER]
-    models = [load_detector(str(stage.output)).eval() for stage in students]
-    processor = load_processor(str(students[0].output))
-    rows = []
-    for index in evenly_spaced(SHEET_IMAGES, len(split)):
-        _, image, truth, _ = example(dataset, index)
-        columns = [truth, *(detect(model, processor, image) for model in models)]
-        rows.append([with_boxes(image, boxes) for boxes in columns])
-    contact_sheet(rows, ["ground truth", *(stage.name for stage in students)]).save(path)
-
-
-def detect(model: DenseDetector, processor: DenseDetectorImageProcessor, image: Image.Image) -> Boxes:
-    """What a model finds, above the sheet's threshold."""
-    inputs, sizes = [processor(image, return_tensors="pt")], [(image.height, image.width)]
-    (detections,) = detect_images(model, processor, inputs, sizes, THRESHOLD)
-    labels = detections["labels"].tolist()
-    names = [model.config.id2label[label] for label in labels]
-    return Boxes(detections["boxes"], labels, names, detections["scores"].tolist())

@@ -13,12 +13,14 @@ class Matches:
 
     Attributes:
         of_truth: (G,) detection that a box was found by, whatever its class; -1: missed.
-        of_detections: (K,) box that a detection found; -1: made up.
+        of_detections: (K,) box that a detection found; -1: none.
+        double: (K,) bool, whether it found none, but lies on a box that another one has found.
         labels, found: classes of the boxes (G,) and of the detections (K,).
     """
 
     of_truth: Tensor
     of_detections: Tensor
+    double: Tensor
     labels: Tensor
     found: Tensor
 
@@ -29,9 +31,14 @@ class Matches:
         return int((self.found[self.of_truth[hit]] == self.labels[hit]).sum())
 
     @property
+    def made_up(self) -> Tensor:
+        """(K,) bool: detections of nothing."""
+        return (self.of_detections < 0) & ~self.double
+
+    @property
     def errors(self) -> int:
         """Boxes missed or of another class, and detections made up."""
-        return len(self.labels) - self.right + int((self.of_detections < 0).sum())
+        return len(self.labels) - self.right + int(self.made_up.sum())
 
 
 def match(boxes: Tensor, labels: Tensor, found_boxes: Tensor, found_labels: Tensor, iou: float = 0.5) -> Matches:
@@ -52,7 +59,8 @@ def match(boxes: Tensor, labels: Tensor, found_boxes: Tensor, found_labels: Tens
             if of_detections[k] < 0 and len(labels) and free.max() >= iou:
                 of_detections[k] = free.argmax()
                 of_truth[free.argmax()] = k
-    return Matches(of_truth, of_detections, labels, found_labels)
+    double = (of_detections < 0) & (overlaps >= iou).any(1)
+    return Matches(of_truth, of_detections, double, labels, found_labels)
 
 
 def confusion(matches: list[Matches], classes: int) -> Tensor:
@@ -62,6 +70,6 @@ def confusion(matches: list[Matches], classes: int) -> Tensor:
     for one in matches:
         columns = torch.cat([one.found, torch.tensor([classes])])[one.of_truth]  # -1 is the last: missed
         table.index_put_((one.labels, columns), torch.ones_like(columns), accumulate=True)
-        made_up = one.found[one.of_detections < 0]
+        made_up = one.found[one.made_up]
         table[classes].scatter_add_(0, made_up, torch.ones_like(made_up))
     return table

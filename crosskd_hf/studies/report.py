@@ -2,7 +2,6 @@
 
 import base64
 import io
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,8 +206,8 @@ def _looked_at(runs: Sequence[RunResults], split: DetectionSplit, threshold: flo
         "counts": {
             "boxes": sum(len(one.labels) for one in outcomes),
             "right": found,
-            "made_up": sum(int((one.of_detections < 0).sum()) for one in outcomes),
-            "errors": statistics.mean([one.errors for one in outcomes]),
+            "made_up": sum(int(one.made_up.sum()) for one in outcomes),
+            "double": sum(int(one.double.sum()) for one in outcomes),
         },
         "worst": [_picture_row(runs, split, i, outcomes[i], threshold) for i in worst[:PICTURES]],
         "best": [_picture_row(runs, split, i, outcomes[i], threshold) for i in best[:PICTURES]],
@@ -265,7 +264,7 @@ def _picture_row(
         "name": split.dataset.with_format("arrow", columns=["file_name"])[index].to_pylist()[0]["file_name"],
         "right": outcome.right,
         "boxes": len(outcome.labels),
-        "made_up": int((outcome.of_detections < 0).sum()),
+        "made_up": int(outcome.made_up.sum()),
         "pictures": [(name, _jpeg(picture)) for name, picture in pictures],
     }
 

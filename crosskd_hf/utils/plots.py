@@ -1,7 +1,7 @@
 """PNG charts. matplotlib is imported when one is drawn, not with the package."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,21 +52,3 @@ def as_svg(figure: "Figure") -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     return buffer.getvalue()
-
-
-def learning_curves(curves: Mapping[str, Sequence[tuple[float, float]]], x_label: str, path: Path) -> None:
-    """AP against training progress.
-
-    Args:
-        curves: name -> points (progress, AP 0..1).
-        x_label: what progress is counted in.
-        path: of the PNG.
-    """
-    figure = new_figure(7, 4.5)
-    axes = figure.add_subplot()
-    for name, points in curves.items():
-        axes.plot([x for x, _ in points], [100 * y for _, y in points], marker="o", markersize=3, label=name)
-    axes.set(xlabel=x_label, ylabel="AP (COCO, %)", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    save_figure(figure, path)

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from crosskd_hf.commands import main as cli
 from crosskd_hf.recipe import running
@@ -43,10 +42,8 @@ def test_a_demo_is_interrupted_and_goes_on(tmp_path, capsys, monkeypatch):
     gain = 100 * (metrics[demo.DISTILLED]["AP"] - metrics[demo.ALONE]["AP"])
     assert any(line.startswith("gain of CrossKD") and f"{gain:+.1f}" in line for line in printed.splitlines())
     assert "crosskd train shapes_crosskd" in printed and "teacher=null distillation=null" in printed
-    for name in ("learning_curves.png", "contact_sheet.png"):
-        with Image.open(tmp_path / name) as picture:
-            assert min(picture.size) > 200
-    assert [epoch for epoch, _ in demo.read_curve(tmp_path / "alone")] == [1.0, 2.0]
+    report = (tmp_path / "report.html").read_text()
+    assert all(f">{name}<" in report for name in ("teacher", "alone", "crosskd")) and report.count("<img") > 8
 
 
 def test_both_students_differ_in_the_teacher_alone(tmp_path):
