@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..utils.lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from .compatibility import pair_up
     from .method import KDMethod
     from .methods import method_class, method_names
     from .methods.crosskd import CrossKD
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # Module -> the public names that it holds.
 HOMES = {
+    "compatibility": ("pair_up",),
     "method": ("KDMethod",),
     "methods": ("method_class", "method_names"),
     "methods.crosskd": ("CrossKD",),
@@ -51,4 +53,5 @@ __all__ = [
     "Targets",
     "method_class",
     "method_names",
+    "pair_up",
 ]
