@@ -11,14 +11,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import AutoModelForObjectDetection
 
-from crosskd_hf import (
-    DenseDetectorImageProcessor,
-    DetectionCollator,
-    DetectionDataset,
-    GFLConfig,
-    GFLForObjectDetection,
-    load_shapes,
-)
+from crosskd_hf import DenseDetectorImageProcessor, DetectionDataset, GFLConfig, GFLForObjectDetection, load_shapes
 from crosskd_hf.data.collator import DetectionCollator
 from crosskd_hf.data.sampler import OrientationBatchSampler
 from crosskd_hf.distillation import PKD, CrossKD, DistillationPair
