@@ -26,9 +26,16 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         RecipeError, ValueError: if a value can't be used, or the output folder holds another run.
     """
+    import torch
+
     from ..recipe.run_folder import check_folder
     from ..studies.demo import run_demo
+    from ..utils.machine import is_busy, threads_are_chosen
+    from ..utils.progress import say
     from .train import train_recipe
 
     check_folder(arguments.output_dir, "--output-dir")
+    if is_busy() and not threads_are_chosen():
+        say("this machine has other work: the demo uses one thread")
+        torch.set_num_threads(1)
     run_demo(Path(arguments.output_dir), arguments.seed, arguments.overrides, train_recipe)

@@ -16,12 +16,13 @@ USER_ERRORS = (RecipeError, OSError, OutOfMemoryError, ValueError)
 def run_errors() -> tuple[type[Exception], ...]:
     """What ends in one message while a run trains. Other errors there keep their tracebacks."""
     from ..data.errors import DataError
+    from ..models.postprocess import NonFiniteOutputError
     from ..training.run_lock import FolderInUseError
     from ..training.step_monitor import NonFiniteLossError
     from ..weights.mmdet import CheckpointError
 
     own = (CheckpointError, DataError, FolderInUseError, NonFiniteLossError, OutOfMemoryError, RecipeError)
-    return (*own, OSError, UnicodeEncodeError)
+    return (*own, NonFiniteOutputError, OSError, UnicodeEncodeError)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,8 @@ def with_layout(data: DataSection) -> DataSection:
     root = Path(data.path).expanduser()
     split = split_and_part(data.train_split)[0]
     if (root / data.annotations.format(split=split)).is_file() or any(root.glob("annotations/*.json")):
-        return replace(data, layout="coco")
+        shared = not (root / data.images.format(split=split)).is_dir() and (root / "images").is_dir()
+        return replace(data, layout="coco", images="images" if shared and data.images == "{split}" else data.images)
     if any(root.glob(ROBOFLOW_COCO.format(split="*"))):
         return replace(data, layout="coco", annotations=ROBOFLOW_COCO, images="{split}")
     if root.is_file() or any(root.glob("data.y*ml")) or (any(root.glob("*.y*ml")) and any(root.glob("labels"))):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..models.base import DenseDetector
 from ..models.image_processing import DenseDetectorImageProcessor
+from ..models.postprocess import check_outputs
 
 
 @torch.inference_mode()
@@ -44,7 +45,7 @@ def detect_images(
         names = [name for name in ("pixel_values", "pixel_mask") if name in inputs[indices[0]]]
         batch = {name: torch.cat([inputs[index][name] for index in indices]).to(model.device) for name in names}
         sizes = [target_sizes[index] for index in indices]
-        detected = processor.post_process_object_detection(model(**batch), threshold, sizes)
+        detected = processor.post_process_object_detection(check_outputs(model(**batch)), threshold, sizes)
         for index, one in zip(indices, detected, strict=True):
             detections[index] = {name: value.cpu() for name, value in one.items()}
     return [detections[index] for index in range(len(inputs))]

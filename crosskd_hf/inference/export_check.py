@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature, PreTrainedModel
 
 from ..models.image_processing import DenseDetectorImageProcessor
+from ..models.postprocess import check_outputs
 from ..models.targets import unpadded_sizes
 from .export_graph import OUTPUTS, ExportError, portable, suppress
 
@@ -104,7 +105,7 @@ def detections_of_model(
 ) -> list[Detections]:
     """What PyTorch finds in a batch: one dict per image, with boxes in pixels of `pixel_values`."""
     sizes = unpadded_sizes(inputs["pixel_values"], inputs.get("pixel_mask"))
-    return processor.post_process_object_detection(model(**inputs), threshold=0.0, target_sizes=sizes)
+    return processor.post_process_object_detection(check_outputs(model(**inputs)), threshold=0.0, target_sizes=sizes)
 
 
 def detections(outputs: Sequence[Tensor], processor: DenseDetectorImageProcessor | None = None) -> list[Detections]:

@@ -173,7 +173,7 @@ def check_prediction_folder(output: str, pictures: Path | None, paths: Sequence[
             start = file.read(100)
         if not re.match(rb'\[\s*(\]|\{"image_id": )', start):
             raise PredictionError(f"{results} is no file of this command: name another folder with --output-dir.")
-        say(f"{results} is of an earlier call, and will be replaced")
+        say(f"{results} is of an earlier call: this one replaces it at its end")
     if pictures is None:
         return
     if inside := [path for path in paths if path.resolve().is_relative_to(pictures.resolve())]:

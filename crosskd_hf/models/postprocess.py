@@ -4,12 +4,34 @@ Nothing is done level by level or class by class: which level, image or class a 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.ops import nms
 
 NMS_SHARE = 10  # of the candidates, so many times `max_detections` are enough for nearly every image
+
+
+class NonFiniteOutputError(ValueError):
+    """A model gives NaN or infinity, of which post-processing would make "nothing found"."""
+
+
+def check_outputs(outputs: Any) -> Any:
+    """A detector's outputs as they are. The host waits for the device.
+
+    Args:
+        outputs: `logits` and `pred_boxes`.
+
+    Raises:
+        NonFiniteOutputError: they hold NaN, or boxes infinity.
+    """
+    if outputs.logits.isnan().any() or not outputs.pred_boxes.isfinite().all():
+        raise NonFiniteOutputError(
+            "the model gives NaN or infinity: its weights are damaged or diverged, or half precision is too narrow "
+            "for them. Take an earlier checkpoint, or try fp32."
+        )
+    return outputs
 
 
 def select_detections(

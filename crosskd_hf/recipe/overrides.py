@@ -33,8 +33,11 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r} must look like section.key=value, or section=null.")
     value = _override_value(parts, text, override) if text else ""
     if len(parts) == 1:
+        if key not in SECTIONS:
+            raise RecipeError(f"override {override!r}: there is no section {key}; there are {', '.join(SECTIONS)}.")
         if value is not None:
-            raise RecipeError(f"override {override!r}: a section can only be set to null.")
+            key_of = "teacher.checkpoint" if key == "teacher" else f"{key}.KEY"
+            raise RecipeError(f"override {override!r} sets a section: write {key_of}={text}.")
         if key not in OPTIONAL_SECTIONS:
             choice = " and ".join(OPTIONAL_SECTIONS)
             raise RecipeError(f"override {override!r}: only {choice} can be taken out of a recipe.")

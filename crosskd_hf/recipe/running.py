@@ -16,6 +16,7 @@ from ..training.run_lock import folder_lock
 from ..training.trainer import DetectionTrainer
 from ..utils.distributed import check_shared
 from ..utils.escaping import printable_lines
+from ..utils.machine import is_busy, threads_are_chosen
 from ..utils.memory import out_of_memory_explained
 from ..utils.progress import say
 from .build import build_trainer
@@ -73,6 +74,8 @@ def prepare(recipe: Recipe, dry_run: bool = False, accept_changes: bool = False)
         for note in recipe.notes:
             tell(note)
         tell(printable_lines(describe(trainer)))
+        if trainer.args.device.type == "cpu" and is_busy() and not threads_are_chosen():
+            tell("this machine has other work: with OMP_NUM_THREADS=1 a step may take a fraction of the time")
     return trainer
 
 

@@ -10,6 +10,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import ModelOutput
 
 from ..data.dataset import DetectionDataset
+from ..models.postprocess import check_outputs
 from ..utils.distributed import share_buffers
 from ..utils.memory import out_of_memory_explained
 from ..utils.redact import public
@@ -100,7 +101,11 @@ class CocoEvaluation(BaseTrainer):
 
     @torch.no_grad()
     def forward_images(self, model: PreTrainedModel, batch: dict) -> ModelOutput:
-        """The model's output for the images of a batch."""
+        """The model's output for the images of a batch.
+
+        Raises:
+            NonFiniteOutputError: see `check_outputs`.
+        """
         inputs = self.to_device({name: value for name, value in batch.items() if name.startswith("pixel_")})
         with self.accelerator.autocast():
-            return model(**inputs)
+            return check_outputs(model(**inputs))

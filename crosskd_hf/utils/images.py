@@ -22,7 +22,10 @@ ImageSource = str | os.PathLike[str] | bytes
 # Kinds of raster images. Of the others that Pillow knows, some are read by programs that it starts (EPS).
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 # What is looked for in folders and by patterns. A file that is named itself may have any name.
-IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_EXTENSIONS = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".mpo"),
+    *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
+)
 LARGEST_FILE = 1 << 30  # bytes; twice what the largest image that Pillow thinks safe takes unpacked
 JPEG_END = b"\xff\xd9"
 # TIFF's tags, see https://www.itu.int/itudoc/itu-t/com16/tiff-fx/docs/tiff6.pdf

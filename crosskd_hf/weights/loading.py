@@ -1,12 +1,13 @@
 """Detectors and their image processors from folders, the Hub, and MMDetection checkpoints."""
 
+import contextlib
 import copy
 import hashlib
 import logging
 import os
 import pickle
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from ..models import CONFIGS, MODELS, DenseDetectorConfig
 from ..models.architecture import ArchitectureSection, build_config
@@ -272,16 +274,28 @@ def _check_config(source: str, shown: str) -> None:
         raise CheckpointError(f"{shown!r} can't be loaded as a detector (config.json: {reason})") from error
 
 
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' own report of missing weights, which advises to train: here they are an error."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
 def _load_saved(source: str, shown: str) -> tuple[PreTrainedModel, dict[str, Any]]:
     """transformers' model of a folder or Hub id, and what it says of the weights' names and shapes."""
     try:
-        return AutoModelForObjectDetection.from_pretrained(
-            source,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `load_detector` tells them, with the shapes
-            trust_remote_code=False,
-        )
+        with _quiet_transformers():
+            return AutoModelForObjectDetection.from_pretrained(
+                source,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `load_detector` tells them, with the shapes
+                trust_remote_code=False,
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         reason = without_credentials(first_line(error))
         if isinstance(error, pickle.UnpicklingError):  # torch advises to execute it
@@ -325,8 +339,8 @@ def load_processor(source: str) -> BaseImageProcessor:
         if "trust_remote_code" in str(error):  # transformers advises to trust the code
             reason = "it is code of the model's own, which is never run here"
         raise CheckpointError(
-            f"{source!r} has no image processor that can be read (preprocessor_config.json: {reason}). Save it beside "
-            "the model with DenseDetectorImageProcessor.for_model(model.config).save_pretrained(...)."
+            f"{source!r} has no image processor that can be read (preprocessor_config.json: {reason}). Correct it, or "
+            "save a new one with DenseDetectorImageProcessor.for_model(model.config).save_pretrained(...)."
         ) from error
 
 

@@ -124,7 +124,7 @@ def load_reference_state(model: DenseDetector, state: dict[str, Tensor], source:
 
 
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:
-    """Refuse weights that hold NaN or infinity.
+    """Refuse weights that hold NaN or infinity, and negative variances of a BatchNorm.
 
     Args:
         state: parameters and buffers by name.
@@ -138,6 +138,12 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
         raise CheckpointError(
             f"{source} holds NaN or infinity in {len(wrong)} of {len(state)} tensors: {listed(wrong, 3)}. It "
             "is damaged, or of a run that diverged: fetch it again, or take an earlier checkpoint."
+        )
+    negative = [name for name, value in state.items() if name.endswith("running_var") and (value < 0).any()]
+    if negative:
+        raise CheckpointError(
+            f"{source} holds negative variances, of which the square root is NaN: {listed(negative, 3)}. It is "
+            "damaged: fetch it again, or take an earlier checkpoint."
         )
 
 

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from tiny import LABELS, tiny_model, tiny_processor, write_tiny_coco
+from tiny import LABELS, tiny_args, tiny_model, tiny_processor, tiny_split, write_tiny_coco
 
 from crosskd_hf.commands.predict import add_arguments, run
 from crosskd_hf.inference import predict as module
 from crosskd_hf.inference import prediction_writer
+from crosskd_hf.inference.export_check import detections_of_model
 from crosskd_hf.inference.image_files import (
     Annotated,
     ImageEntry,
@@ -29,6 +30,9 @@ from crosskd_hf.inference.image_files import (
 )
 from crosskd_hf.inference.predict import predict
 from crosskd_hf.inference.prediction_writer import Prediction, check_prediction_folder, coco_results
+from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
+from crosskd_hf.models.postprocess import NonFiniteOutputError
+from crosskd_hf.training.trainer import DetectionTrainer
 from crosskd_hf.utils.images import load_rgb
 
 
@@ -494,3 +498,22 @@ def test_out_of_memory_names_batch_and_option(detector, tmp_path: Path, monkeypa
     monkeypatch.setattr(module, "detect_images", fail)
     with pytest.raises(torch.OutOfMemoryError, match=r"2 images of 64 x 96 pixels.*--batch-size"):
         list(predict(model, processor, paths, batch_size=2))
+
+
+def test_outputs_that_are_not_finite_are_no_empty_result(tmp_path: Path) -> None:
+    """Of weights that are finite: "nothing found" would be a wrong answer."""
+    model = tiny_model(head_blocks=1)
+    with torch.no_grad():
+        model.head.box_predictor.weight.fill_(1e38)
+    model.save_pretrained(tmp_path / "model")
+    processor = DenseDetectorImageProcessor.for_model(model.config, 64, 96)
+    processor.save_pretrained(tmp_path / "model")
+    with pytest.raises(NonFiniteOutputError, match="gives NaN or infinity"):
+        list(predict(model.eval(), processor, [noise(tmp_path / "a.png")]))
+    trainer = DetectionTrainer(
+        model, tiny_args(tmp_path / "run"), eval_dataset=tiny_split(tmp_path / "data"), processing_class=processor
+    )
+    with pytest.raises(NonFiniteOutputError):
+        trainer.evaluate()
+    with pytest.raises(NonFiniteOutputError):
+        detections_of_model(model, processor, processor(noise(tmp_path / "a.png"), return_tensors="pt"))

@@ -340,6 +340,24 @@ def test_weights_that_are_not_finite(tmp_path, kind):
         load_teacher(teacher(source), LABELS)
 
 
+def test_negative_variances(tmp_path):
+    model = new_model()
+    model.state_dict()["backbone.body.layer2.0.bn1.running_var"][3] = -1e-9
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"model'? holds negative variances.*: backbone\.body\.layer2\.0\.bn1"):
+        load_detector(str(tmp_path / "model"))
+
+
+def test_missing_weights_are_told_once(tmp_path, capfd):
+    """By us: transformers' own report advises to train."""
+    model = new_model()
+    state = {name: value for name, value in model.state_dict().items() if name != "head.box_predictor.bias"}
+    model.save_pretrained(tmp_path / "model", state_dict=state)
+    with pytest.raises(CheckpointError, match=r"lacks 1 weights of its model, such as head\.box_predictor\.bias"):
+        load_detector(str(tmp_path / "model"))
+    assert "newly initialized" not in "".join(capfd.readouterr())
+
+
 # MMDetection checkpoints --------------------------------------------------------------------------------------------
 
 
