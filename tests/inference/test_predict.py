@@ -174,7 +174,7 @@ def test_files_folders_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_sources_without_images(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.png").touch()
-    with pytest.raises(PredictionError, match=r"folder .* holds no images \(\.bmp .*\.webp\); --recursive looks"):
+    with pytest.raises(PredictionError, match=r"folder .* holds no images \(\.avif .*\.webp\); --recursive looks"):
         find_images([str(tmp_path)])
     (tmp_path / "sub" / "a.png").unlink()
     with pytest.raises(PredictionError, match=r"holds no images \(.*\.jpg.*\)\.$"):
@@ -516,4 +516,4 @@ def test_outputs_that_are_not_finite_are_no_empty_result(tmp_path: Path) -> None
     with pytest.raises(NonFiniteOutputError):
         trainer.evaluate()
     with pytest.raises(NonFiniteOutputError):
-        detections_of_model(model, processor, processor(noise(tmp_path / "a.png"), return_tensors="pt"))
+        detections_of_model(model, processor, processor(str(noise(tmp_path / "a.png")), return_tensors="pt"))
