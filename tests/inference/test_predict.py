@@ -179,7 +179,7 @@ def test_sources_without_images(tmp_path: Path) -> None:
     (tmp_path / "sub" / "a.png").unlink()
     with pytest.raises(PredictionError, match=r"holds no images \(.*\.jpg.*\)\.$"):
         find_images([str(tmp_path)], recursive=True)
-    with pytest.raises(PredictionError, match=r"the pattern .*\*\.jpg matches no images \(\.bmp"):
+    with pytest.raises(PredictionError, match=r"the pattern .*\*\.jpg matches no images \(\.avif"):
         find_images([str(tmp_path / "*.jpg")])
     with pytest.raises(PredictionError, match=r"there is no file or folder .*nowhere"):
         find_images([str(tmp_path / "nowhere")])
