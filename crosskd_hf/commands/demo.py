@@ -9,6 +9,9 @@ from .arguments import at_least
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `crosskd demo`."""
     parser.add_argument("--output-dir", default="runs/demo", help="where models and pictures go (default: runs/demo)")
+    parser.add_argument(
+        "--full", action="store_true", help="train the teacher, too, and the students for longer: some 10 minutes"
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, help="of weights, order and augmentation (default: 0)")
     parser.add_argument(
         "overrides",
@@ -38,4 +41,4 @@ def run(arguments: argparse.Namespace) -> None:
     if is_busy() and not threads_are_chosen():
         say("this machine has other work: the demo uses one thread")
         torch.set_num_threads(1)
-    run_demo(Path(arguments.output_dir), arguments.seed, arguments.overrides, train_recipe)
+    run_demo(Path(arguments.output_dir), arguments.seed, arguments.overrides, train_recipe, arguments.full)

@@ -448,7 +448,7 @@ def test_a_wheel_carries_what_is_no_python_file():
     assert settings["package-dir"] == {"": "."}
     assert (package / "recipes").resolve() == RECIPES.resolve()
     data = {"crosskd_hf": ["py.typed"], "crosskd_hf.hub": ["*.md"], "crosskd_hf.recipes": ["*.yaml"]}
-    data["crosskd_hf.studies"] = ["*.html"]
+    data["crosskd_hf.studies"] = ["*.html", "demo_teacher/*"]
     assert settings["package-data"] == data
 
 
