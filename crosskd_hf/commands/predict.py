@@ -1,6 +1,7 @@
 """Detections of image files: pictures with boxes, and COCO results."""
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "all images share."
     )
     parser.add_argument("model", help="folder or Hub id of a saved detector")
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="image file, folder, or glob pattern in quotes")
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="image file or URL, folder, or pattern in quotes")
     parser.add_argument("--recursive", action="store_true", help="also the images in folders of a folder")
     parser.add_argument("--output-dir", default="predictions", help="where results go (default: predictions)")
     parser.add_argument(
@@ -59,12 +60,14 @@ def run(arguments: argparse.Namespace) -> None:
         PredictionError, CheckpointError: see `predict_files`.
         SystemExit: with status 1, when all else is written, if an image that is a source itself was left out.
     """
+    from ..inference.image_files import fetch_images
     from ..inference.predict_files import predict_files
     from ..utils.progress import say
 
+    sources = fetch_images(arguments.sources, Path(arguments.output_dir) / "downloads")
     written = predict_files(
         arguments.model,
-        arguments.sources,
+        sources,
         arguments.output_dir,
         recursive=arguments.recursive,
         threshold=arguments.threshold,
@@ -86,5 +89,5 @@ def run(arguments: argparse.Namespace) -> None:
     if left_out:
         total = count + len(left_out)
         print(f"{len(left_out)} of {total} images were left out:\n  " + "\n  ".join(left_out.values()))
-    if written.lacks_one_of(arguments.sources):
+    if written.lacks_one_of(sources):
         raise SystemExit(1)

@@ -13,7 +13,10 @@ from ..utils.escaping import file_name, printable
 from ..utils.images import IMAGE_EXTENSIONS
 from ..utils.label_names import coco_spelling
 from ..utils.messages import first_line
+from ..weights.download import fetch
+from ..weights.mmdet import CheckpointError
 
+URLS = ("http://", "https://")
 PICTURE_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 
 
@@ -51,6 +54,22 @@ def find_images(sources: Sequence[str], recursive: bool = False) -> list[Path]:
     """
     images = {os.path.abspath(path): path for source in reversed(sources) for path in _matches(source, recursive)}
     return sorted(images.values())
+
+
+def fetch_images(sources: Sequence[str], folder: Path) -> list[str]:
+    """Sources as they are, except for URLs: those are downloaded once, and the files take their places.
+
+    Args:
+        sources: see `find_images`.
+        folder: of downloaded files; made when there are some.
+
+    Raises:
+        PredictionError: an address can't be reached.
+    """
+    try:
+        return [str(fetch(source, folder)) if source.startswith(URLS) else source for source in sources]
+    except CheckpointError as error:
+        raise PredictionError(str(error)) from None  # what it hides of the URL stays hidden
 
 
 def number_images(names: Sequence[str]) -> list[ImageEntry]:

@@ -517,3 +517,16 @@ def test_outputs_that_are_not_finite_are_no_empty_result(tmp_path: Path) -> None
         trainer.evaluate()
     with pytest.raises(NonFiniteOutputError):
         detections_of_model(model, processor, processor(str(noise(tmp_path / "a.png")), return_tensors="pt"))
+
+
+def test_urls_are_fetched_once(saved, tmp_path: Path, server) -> None:
+    image = noise(tmp_path / "a.png").read_bytes()
+    server.files = {"/photos/a.png": image, "/b?token=secret": image}
+    urls = [f"{server.url}/photos/a.png", f"{server.url}/b?token=secret"]
+    for _ in range(2):
+        command(saved, *urls, "--output-dir", tmp_path / "out")
+    assert sorted(server.requests) == ["/b?token=secret", "/photos/a.png"]
+    names = {result["file_name"] for result in results(tmp_path / "out")}
+    assert len(names) == 2 and any(name.endswith("a.png") for name in names) and "secret" not in "".join(names)
+    with pytest.raises(PredictionError, match=r"/c\.png can't be fetched \(HTTP Error 404"):
+        command(saved, f"{server.url}/c.png?token=secret", "--output-dir", tmp_path / "out")
