@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from ..studies.evaluate_model import evaluate_model
-    from ..training.coco_metrics import format_metrics
+    from ..training.metric_table import format_metrics
     from ..utils.progress import say
 
     if arguments.max_images is not None and arguments.max_images < 1:

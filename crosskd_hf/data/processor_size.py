@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import SizeDict, get_image_size_for_max_height_width
 
@@ -90,4 +91,9 @@ class ProcessorCollator:
             images = [self.processor.resize(image, SizeDict(**item["processor_size"])) for image, item in sized]
         batch = self.processor(images, **size, input_data_format="channels_first", return_tensors="pt")
         made = {name: batch[name] for name in ("pixel_values", "pixel_mask") if name in batch}
-        return {**made, **({"labels": [item_labels(item) for item in items]} if labelled else {})}
+        if not labelled:
+            return made
+        labels = [item_labels(item) for item in items]
+        if "height" in first:  # what an image was resized to that fills up a batch of another size
+            labels = [{**label, "size": torch.tensor([first["height"], first["width"]])} for label in labels]
+        return {**made, "labels": labels}

@@ -3,7 +3,6 @@
 import functools
 import logging
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,13 +20,13 @@ from .configuration import DenseDetectorConfig
 from .fpn import FPN, FPNConv
 from .head import ClassPredictor, DenseHead, HeadConv, HeadOutput, HeadSpec, LevelScales, flatten_levels
 from .outputs import DenseDetectorOutput, DetectionLosses, GroundTruth, HeadPredictions, Priors
-from .standalone import mark, write_module
+from .standalone import Standalone
 from .targets import Labels, box_frames, pad_ground_truth, padded_labels, relative_boxes, unpadded_sizes
 
 logger = logging.getLogger(__name__)
 
 
-class DenseDetector(PreTrainedModel):
+class DenseDetector(Standalone, PreTrainedModel):  # type: ignore[misc] # transformers wraps its push_to_hub
     """Base of the detectors. A detector gives its head's shape, priors, decoding, assignment and losses; everything
     else is here."""
 
@@ -264,38 +263,8 @@ class DenseDetector(PreTrainedModel):
         """(N, P) validity of the priors -> their class weights before any assignment."""
         return valid.float()
 
-    def save_pretrained(  # type: ignore[override] # what isn't named here is passed on
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        *,
-        standalone: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Save the model; see transformers.
-
-        Args:
-            save_directory, is_main_process, **kwargs: as in transformers.
-            standalone: have transformers load it without `import crosskd_hf`, with `trust_remote_code=True`. A model
-                that was loaded from such a folder is always saved so.
-        """
-        if standalone:
-            mark(self.config, AutoConfig=type(self.config), AutoModelForObjectDetection=type(self))
-        if is_main_process:
-            write_module(save_directory, self.config)
-        super().save_pretrained(save_directory, is_main_process, **kwargs)
-
-    def push_to_hub(  # type: ignore[override]
-        self, repo_id: str, *, standalone: bool = False, **kwargs: Any
-    ) -> str:
-        """Upload the model; see transformers, and `save_pretrained` for `standalone`."""
-        if standalone:
-            mark(self.config, AutoConfig=type(self.config), AutoModelForObjectDetection=type(self))
-        return super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Do nothing. transformers would copy this module, without what it imports, into each folder it saves."""
+    def _auto_classes(self) -> tuple[Any, dict[str, type]]:
+        return self.config, {"AutoConfig": type(self.config), "AutoModelForObjectDetection": type(self)}
 
     def get_input_embeddings(self) -> nn.Conv2d:
         """The first convolution: what transformers hooks to have gradients flow into a frozen backbone."""

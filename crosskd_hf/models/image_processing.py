@@ -2,10 +2,8 @@
 
 import functools
 import logging
-import math
 import os
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import timm
@@ -15,26 +13,21 @@ from torchvision.ops import box_convert
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import (
-    AnnotationFormat,
     ChannelDimension,
     PILImageResampling,
     SizeDict,
     get_image_size_for_max_height_width,
-    validate_annotations,
 )
-from transformers.models.detr.image_processing_detr import prepare_coco_detection_annotation
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from ..utils.images import load_rgb, resized_size, to_rgb
 from .configuration import DenseDetectorConfig, check_number
 from .postprocess import select_detections
-from .standalone import mark, write_module
-from .targets import relative_boxes
+from .processor_inputs import as_uint8, channels_can_only_be_last, given_sides, labels_of
+from .standalone import Standalone
 
 logger = logging.getLogger(__name__)
 
-LARGEST_SIDE = 100_000  # pixels
-SIZES = (("shortest_edge", "longest_edge"), ("max_height", "max_width"), ("height", "width"))  # what `size` can be
 LEVELS = 5  # of a dense detector
 # Keyword arguments of `DenseDetectorImageProcessor`: grey levels 0..255, channels in the order that the model sees.
 RGB_IMAGENET: dict[str, Any] = {
@@ -72,7 +65,7 @@ class DenseDetectorImageProcessorKwargs(ImagesKwargs, total=False):
     size_divisor: int
 
 
-class DenseDetectorImageProcessor(TorchvisionBackend):
+class DenseDetectorImageProcessor(Standalone, TorchvisionBackend):
     """Prepares images and annotations for a dense detector, and keeps what its predictions are cut down with.
 
     Images are resized to `size` (bilinear on uint8, no antialiasing), normalised in grey levels 0..255, and padded
@@ -142,7 +135,7 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
                     f"image_mean is {mean!r}, image_std {std!r}; both must have a number for each channel."
                 )
         if self.do_resize:
-            _check_size(self.size)  # type: ignore[arg-type] # of __init__ on, it is a SizeDict
+            given_sides(self.size)  # type: ignore[arg-type] # of __init__ on, it is a SizeDict
         if isinstance(self.resample, int):
             PILImageResampling(self.resample)  # a ValueError names what it isn't
 
@@ -163,18 +156,8 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
             **pixel_style(config),
         )
 
-    def save_pretrained(  # type: ignore[override] # what isn't named here is passed on
-        self, save_directory: str | os.PathLike, *, standalone: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """Save the processor; see transformers, and `DenseDetector.save_pretrained` for `standalone`."""
-        if standalone:
-            mark(self, AutoImageProcessor=type(self))
-        write_module(save_directory, self)
-        return super().save_pretrained(save_directory, **kwargs)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Do nothing; see `DenseDetector.register_for_auto_class`."""
+    def _auto_classes(self) -> tuple[Any, dict[str, type]]:
+        return self, {"AutoImageProcessor": type(self)}
 
     def pixel_style(self) -> dict[str, Any]:
         """What it does to grey levels of 0..255, in the terms of `pixel_style`."""
@@ -203,9 +186,9 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
         """One image as (C, h, w) uint8. Raises ValueError for values that are no grey levels."""
         if do_convert_rgb and isinstance(image, Image.Image):
             image = to_rgb(image)
-        if input_data_format is None and _channels_can_only_be_last(getattr(image, "shape", ())):
+        if input_data_format is None and channels_can_only_be_last(getattr(image, "shape", ())):
             input_data_format = ChannelDimension.LAST
-        return _as_uint8(super().process_image(image, do_convert_rgb, input_data_format, device, **kwargs))
+        return as_uint8(super().process_image(image, do_convert_rgb, input_data_format, device, **kwargs))
 
     def preprocess(self, images: Any, annotations: Any = None, **kwargs: Any) -> BatchFeature:
         """Images, and their annotations, as a batch for the model; the processor itself is called with the same.
@@ -241,7 +224,7 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
         Raises:
             ValueError: a `size` that isn't one of the three kinds.
         """
-        first, second = _check_size(size)
+        first, second = given_sides(size)
         if size.shortest_edge:
             first, second = resized_size(image.shape[-2], image.shape[-1], first, second)
         elif size.max_height:
@@ -276,7 +259,7 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
         resized = [self.resize(image, size, resample) for image in images] if do_resize else images
         batch = self._normalize_and_pad(resized, **kwargs).convert_to_tensors(return_tensors)
         if annotations is not None:
-            labels = _labels(images, annotations, [(image.shape[-2], image.shape[-1]) for image in resized])
+            labels = labels_of(images, annotations, [(image.shape[-2], image.shape[-1]) for image in resized])
             batch["labels"] = [BatchFeature(label, tensor_type=return_tensors) for label in labels]
         return batch
 
@@ -373,59 +356,6 @@ class DenseDetectorImageProcessor(TorchvisionBackend):
             max_detections=self.max_detections,
         )
         return [{name: value[one["scores"] > threshold] for name, value in one.items()} for one in detections]
-
-
-def _labels(
-    images: list[torch.Tensor], annotations: Any, sizes: Sequence[tuple[int, int]]
-) -> list[dict[str, torch.Tensor]]:
-    """COCO's annotations of images -> labels at the sizes, (height, width), that they were resized to."""
-    annotations = [annotations] if isinstance(annotations, dict) else annotations
-    if len(annotations) != len(images):
-        raise ValueError(f"{len(annotations)} annotations were given for {len(images)} images")
-    validate_annotations(AnnotationFormat.COCO_DETECTION, (AnnotationFormat.COCO_DETECTION,), annotations)
-    labels = []
-    for image, annotation, size in zip(images, annotations, sizes, strict=True):
-        label = prepare_coco_detection_annotation(image, annotation)
-        frame = label["orig_size"]
-        label["boxes"] = relative_boxes(label["boxes"][None], frame[None])[0]
-        label["area"] = label["area"] * (math.prod(size) / math.prod(image.shape[-2:]))
-        label["size"] = torch.tensor(size, device=frame.device)
-        labels.append(label)
-    return labels
-
-
-def _check_size(size: SizeDict) -> tuple[int, int]:
-    """The two sides that are given. Raise ValueError for sides that images can't be resized to."""
-    given = [pair for pair in SIZES if any(getattr(size, side) is not None for side in pair)]
-    if len(given) != 1:
-        kinds = ", or ".join(" and ".join(pair) for pair in SIZES)
-        raise ValueError(f"size is {dict(size)}; it must have {kinds}.")
-    for side in given[0]:
-        pixels = getattr(size, side)
-        if isinstance(pixels, bool) or not (isinstance(pixels, Integral) and 1 <= int(pixels) <= LARGEST_SIDE):
-            raise ValueError(
-                f"size has the {side} {pixels!r}; it must be a whole number of pixels from 1 to {LARGEST_SIDE}."
-            )
-    first, second = given[0]
-    return getattr(size, first), getattr(size, second)
-
-
-def _channels_can_only_be_last(shape: Sequence[int]) -> bool:
-    # transformers takes (1, w, 3) for a grey image of height w: an image of one row is likelier. (3, w, 3) stays open.
-    return len(shape) == 3 and shape[-1] == 3 and shape[0] != 3
-
-
-def _as_uint8(image: torch.Tensor) -> torch.Tensor:
-    if image.dtype == torch.uint8:
-        return image
-    if image.dtype == torch.bool:
-        return image.to(torch.uint8) * 255
-    low, high = image.min().item(), image.max().item()
-    if not 0 <= low <= high <= 255:  # NaN fails here as well
-        raise ValueError(f"image values must be grey levels 0..255 (or 0..1 as floats), got {low} to {high}")
-    if image.is_floating_point() and high <= 1:
-        image = image * 255
-    return image.round().to(torch.uint8) if image.is_floating_point() else image.to(torch.uint8)
 
 
 @functools.lru_cache(maxsize=16)

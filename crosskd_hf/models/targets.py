@@ -27,9 +27,15 @@ def unpadded_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
 
 def box_frames(labels: Labels | None) -> Tensor | None:
     """(N, 2) float height and width of what the boxes of each image are relative to: `size` of its label, as the image
-    processors of DETR and of this package give it. None: an image lacks it, or labels are padded."""
-    if not labels or isinstance(labels, Mapping) or not all("size" in label for label in labels):
+    processors of DETR and of this package give it. None: no label has it, or they are padded.
+
+    Raises:
+        ValueError: some labels have it and some don't.
+    """
+    if not labels or isinstance(labels, Mapping) or not any("size" in label for label in labels):
         return None
+    if lacking := [index for index, label in enumerate(labels) if "size" not in label]:
+        raise ValueError(f"labels: image {lacking[0]} has no size, but others do; give it to all of them or to none")
     return torch.stack([torch.as_tensor(label["size"]).reshape(2).float() for label in labels])
 
 

@@ -9,9 +9,9 @@ from transformers import TrainerCallback
 
 from ..hub.upload import RECIPE_FILE
 from ..training.checkpoints import last_complete_checkpoint
-from ..training.coco_metrics import format_metrics
 from ..training.disk_space import check_disk_space, full_disk_explained
 from ..training.distillation_trainer import DistillationTrainer
+from ..training.metric_table import format_metrics
 from ..training.run_lock import folder_lock
 from ..training.trainer import DetectionTrainer
 from ..utils.distributed import check_shared

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from ..hub.upload import Content, read_recipe
 from ..recipe.run_folder import is_finished
-from ..training.coco_metrics import percent
+from ..training.metric_table import percent
 from ..utils.escaping import printable
 from .report import write_report
+from .run_results import ReportError
 
 
 def close_run(folder: Path) -> str:
@@ -19,7 +20,10 @@ def close_run(folder: Path) -> str:
     Raises:
         Exception: whatever keeps the report from being written; the run itself is complete.
     """
-    path, runs = write_report([*_alone(folder), folder])
+    try:
+        path, runs = write_report([*_alone(folder), folder])
+    except ReportError:  # the run beside it was evaluated on something else since
+        path, runs = write_report([folder])
     *others, last = runs
     better = [f"{one.name} {percent(one.metrics['AP'])}" for one in others]
     lines = [

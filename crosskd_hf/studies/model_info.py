@@ -17,7 +17,8 @@ from transformers.utils import cached_file
 from ..hub.upload import METRICS_FILE, RECIPE_FILE, read_recipe
 from ..models.base import DenseDetector
 from ..models.families import backbone_name, label_names_of
-from ..training.coco_metrics import SETTINGS, SUMMARY_NAMES, percent
+from ..training.coco_metrics import SETTINGS, SUMMARY_NAMES
+from ..training.metric_table import percent
 from ..training.step_monitor import memory_gb
 from ..utils.escaping import printable
 from ..utils.images import resized_size

@@ -1,12 +1,18 @@
 """`crosskd new`: a recipe that fits a data set: splits, classes, image sizes, length, a batch for the memory."""
 
+import copy
 import math
 import os
+import shlex
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import timm
 import torch
+import yaml
+from transformers import AutoConfig
 
 from ..data.errors import DataError
 from ..data.layouts import with_layout
@@ -14,8 +20,12 @@ from ..data.load import load_split
 from ..data.settings import DataSection
 from ..data.split import DetectionSplit
 from ..models.configuration import CONFIGS
-from ..recipe.load import load_recipe
+from ..models.families import is_dense
+from ..recipe.load import parse_recipe
+from ..utils.escaping import printable
 from ..utils.files import write_atomically
+from ..utils.messages import first_line
+from ..utils.redact import without_credentials
 
 TRAIN_NAMES = ("train", "train2017", "training", "trainval")
 VAL_NAMES = ("val", "valid", "validation", "val2017", "dev", "test")
@@ -29,7 +39,7 @@ GIGABYTES_PER_IMAGE = 5.0
 PIXELS = 800 * 1333
 STUDENT, TEACHER = "gfl/resnet18.tv_in1k", "gfl/resnet50.tv_in1k"
 
-TEMPLATE = """\
+HEADER = """\
 # {images} images of {classes} classes to train on, {val_images} to evaluate on: {names}.
 # Look at the data first:
 #   crosskd check-data {recipe}
@@ -37,49 +47,12 @@ TEMPLATE = """\
 #   accelerate launch -m crosskd_hf train {recipe}
 #   accelerate launch -m crosskd_hf train {recipe} teacher=null distillation=null training.output_dir={output}_alone
 #   crosskd report {output}_alone {output}
-model:
-{student}
-teacher:
-  checkpoint: {teacher}
-distillation:
-  methods: [{method}]
-data:
-{data}
-training:
-  output_dir: {output}
-  num_train_epochs: {epochs}
-  per_device_train_batch_size: {batch}
-  gradient_accumulation_steps: {accumulation}
-  per_device_eval_batch_size: {batch}
-{optimizer}
-  dataloader_num_workers: {workers}
-  eval_strategy: epoch
-  save_strategy: epoch
-  logging_steps: 50
-  seed: 0
 """
 TEACHER_HELP = """\
 # Train the teacher:
 #   accelerate launch -m crosskd_hf train {recipe} teacher=null distillation=null {overrides}
 #     training.output_dir={output}     (one line)
 """
-DENSE_OPTIMIZER = """\
-  base_batch_size: 16
-  learning_rate: 0.01
-  warmup_steps: {warmup}
-  lr_milestones: [{first}, {second}]"""
-QUERY_OPTIMIZER = """\
-  base_batch_size: 16
-  optim: adamw_torch
-  learning_rate: 1.0e-4
-  backbone_lr_factor: 0.5
-  no_decay: norms_and_biases
-  max_grad_norm: 0.1
-  ema_decay: 0.999
-  ema_warmup_steps: {warmup}
-  warmup_steps: {warmup}
-  lr_milestones: []
-  group_by_orientation: false # all images have one size"""
 
 
 @dataclass(frozen=True)
@@ -88,94 +61,112 @@ class Detector:
 
     Attributes:
         text: how it was named.
-        detector, backbone: of a new dense one; None of a saved one.
+        dense: whether it is one of the dense detectors.
+        detector, backbone: of a new one; None of a saved one.
     """
 
     text: str
+    dense: bool
     detector: str | None = None
     backbone: str | None = None
 
     @classmethod
     def named(cls, text: str) -> "Detector":
-        """By its name. A folder goes first; else what begins with a dense detector's name is one."""
+        """By its name. A folder goes first; else what begins with a dense detector's name is one.
+
+        Raises:
+            ValueError: timm has no such backbone, or no configuration can be read.
+        """
         detector, slash, backbone = text.partition("/")
         if slash and backbone and detector in CONFIGS and not Path(text).exists():
-            return cls(text, detector, backbone)
-        return cls(text)
+            if not timm.is_model(backbone.partition(".")[0]):
+                raise ValueError(f"timm has no backbone {backbone!r} (of {text}): see timm.list_models()")
+            return cls(text, True, detector, backbone)
+        try:
+            config = AutoConfig.from_pretrained(text, trust_remote_code=False)
+        except Exception as error:  # whatever a file may hold
+            raise ValueError(
+                f"{text!r} is no DETECTOR/BACKBONE ({', '.join(CONFIGS)}), and no folder or Hub id of a detector "
+                f"that can be read ({without_credentials(first_line(error))})"
+            ) from error
+        return cls(text, is_dense(config))
 
     @property
-    def dense(self) -> bool:
-        """Whether it is known to be one of the dense detectors."""
+    def new(self) -> bool:
+        """Whether it isn't trained yet."""
         return self.detector is not None
 
-    def overrides(self) -> str:
-        """`section.key=value`, for a command line."""
-        if self.dense:
-            return f"model.detector={self.detector} model.backbone={self.backbone}"
-        return f"model.pretrained={self.text}"
-
-    def section(self) -> str:
-        """The recipe's lines."""
-        if self.dense:
-            return f"  detector: {self.detector}\n  backbone: {self.backbone}"
-        return f"  pretrained: {self.text}"
+    def section(self) -> dict[str, str]:
+        """The recipe's section `model`."""
+        if self.detector is None or self.backbone is None:
+            return {"pretrained": self.text}
+        return {"detector": self.detector, "backbone": self.backbone}
 
 
 def write_recipe(path: Path, data: DataSection, student: str = STUDENT, teacher: str = TEACHER) -> list[str]:
-    """Write a recipe, and check it as a run does.
+    """Write a recipe, checked as a run does it.
 
     Args:
         path: of the new file.
-        data: where the data is, with `train_split` and `val_split` where they can't be guessed.
+        data: where the data is, with `train_split` and `val_split` where they can't be guessed. What differs from the
+            defaults is kept.
         student, teacher: see `Detector`. A teacher that isn't trained yet is trained first: the recipe says how.
 
     Returns:
         what was found and chosen, in lines.
 
     Raises:
-        DataError, FileNotFoundError, ValueError: there is no data to train on.
-        RecipeError: the recipe can't run.
+        DataError, FileNotFoundError, ValueError: there is no data to train on, or no such detector.
+        RecipeError: the recipe can't run. Nothing is written.
     """
-    train, val, data = splits_of(data)
     pupil, master = Detector.named(student), Detector.named(teacher)
-    output = f"runs/{path.stem}"
-    trained = f"{output}_teacher" if master.dense else master.text
-    short, long = sides(train)
-    batch, accumulation = batches(short * long, len(train))
+    train, val, data = splits_of(data)
+    size = sides(train)
+    batch, accumulation = batches(size[0] * size[1], len(train))
     epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(STEPS * batch * accumulation / len(train))))
-    optimizer = DENSE_OPTIMIZER if pupil.dense else QUERY_OPTIMIZER
     steps = math.ceil(len(train) / (batch * accumulation)) * epochs
-    help_ = TEACHER_HELP.format(recipe=path, overrides=master.overrides(), output=trained) if master.dense else ""
-    names = ", ".join(train.label_names[:8]) + (", ..." if len(train.label_names) > 8 else "")
-    text = TEMPLATE.format(
-        recipe=path,
-        images=len(train),
-        val_images=len(val),
-        classes=len(train.label_names),
-        names=" ".join(names.split()),
-        teacher_help=help_,
-        teacher=trained,
-        student=pupil.section(),
-        method="crosskd" if pupil.dense and master.dense else "query_crosskd" if not pupil.dense else "mimic",
-        data=_data_lines(data, pupil, (short, long)),
-        output=output,
-        epochs=epochs,
-        batch=batch,
-        accumulation=accumulation,
-        optimizer=optimizer.format(
-            warmup=min(500, max(1, steps // 10)), first=round(epochs * 2 / 3), second=round(epochs * 11 / 12)
-        ),
-        workers=min(4, max(1, (os.cpu_count() or 1) // 2)),
+    output = f"runs/{path.stem}"
+    trained = f"{output}_teacher" if master.new else master.text
+    method = ("crosskd" if pupil.dense else "query_crosskd") if pupil.dense == master.dense else "soft_boxes"
+    content = {
+        "model": pupil.section(),
+        "teacher": {"checkpoint": trained},
+        "distillation": {"methods": [method]},
+        "data": _data_section(data, pupil, size),
+        "training": {
+            "output_dir": output,
+            "num_train_epochs": epochs,
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulation,
+            "per_device_eval_batch_size": batch,
+            **_optimizer(pupil, epochs, min(500, max(1, steps // 10))),
+            "dataloader_num_workers": min(4, max(1, (os.cpu_count() or 1) // 2)),
+            **{"eval_strategy": "epoch", "save_strategy": "epoch", "logging_steps": 50, "seed": 0},
+        },
+    }
+    parse_recipe(copy.deepcopy(content), str(path))
+    names = printable(", ".join(train.label_names[:8]) + (", ..." if len(train.label_names) > 8 else ""))
+    words = {"recipe": path, "output": output}
+    quoted = {name: printable(shlex.quote(str(word))) for name, word in words.items()}
+    overrides = " ".join(f"model.{name}={value}" for name, value in master.section().items())
+    header = HEADER.format(
+        **quoted,
+        **{"images": len(train), "classes": len(train.label_names), "val_images": len(val), "names": names},
+        teacher_help=TEACHER_HELP.format(
+            recipe=quoted["recipe"], overrides=overrides, output=printable(shlex.quote(trained))
+        )
+        if master.new
+        else "",
     )
-    write_atomically(path, text)
-    load_recipe(path, [])
+    write_atomically(path, header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     return [
         f"data       {len(train)} images of {data.train_split}, {len(val)} of {data.val_split}; {data.layout}",
         f"classes    {len(train.label_names)}: {names}",
-        f"images     resized to {short} x {long} at most",
+        f"images     resized to {size[0]} x {size[1]} at most",
         f"training   {epochs} epochs, {steps} steps of {batch} x {accumulation} images",
         f"student    {pupil.text}",
-        f"teacher    {master.text}" + (", to be trained first" if master.dense else ""),
+        f"teacher    {master.text}" + (", to be trained first" if master.new else ""),
+        f"method     {method}",
     ]
 
 
@@ -231,19 +222,25 @@ def _gigabytes() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / 2
 
 
-def _data_lines(data: DataSection, pupil: Detector, size: tuple[int, int]) -> str:
-    default, lines = DataSection(), [f"  layout: {data.layout}", f"  path: {data.path}"]
-    lines += [f"  train_split: {data.train_split}", f"  val_split: {data.val_split}"]
-    lines += [
-        f'  {name}: "{getattr(data, name)}"'
-        for name in ("annotations", "images")
-        if getattr(data, name) != getattr(default, name)
-    ]
-    if data.box_format != default.box_format or data.box_unit != default.box_unit:
-        lines += [f"  box_format: {data.box_format}", f"  box_unit: {data.box_unit}"]
+def _data_section(data: DataSection, pupil: Detector, size: tuple[int, int]) -> dict[str, Any]:
+    """What differs from the defaults, and sizes and augmentation where the user says nothing of them."""
+    given, default = asdict(data), asdict(DataSection())
+    section = {name: given[name] for name in ("layout", "path", "train_split", "val_split")}
     if pupil.dense:
-        lines += [f"  short_side: {size[0]}", f"  long_side: {size[1]}", "  flip_probability: 0.5"]
+        section |= {"short_side": size[0], "long_side": size[1]}
     else:
         side = min(640, max(size))
-        lines += [f"  size: [{side}, {side}]", "  augment: [photometric_distort, zoom_out, iou_crop, flip]"]
-    return "\n".join([*lines, "  filter_empty: true", "  on_error: stop"])
+        section |= {"size": [side, side], "augment": ["photometric_distort", "zoom_out", "iou_crop", "flip"]}
+    return section | {name: value for name, value in given.items() if value != default[name]}
+
+
+def _optimizer(pupil: Detector, epochs: int, warmup: int) -> dict[str, Any]:
+    """SGD as published for dense detectors; AdamW as the authors of D-FINE and RT-DETR fine-tune."""
+    if pupil.dense:
+        milestones = [round(epochs * 2 / 3), round(epochs * 11 / 12)]
+        return {"base_batch_size": 16, "learning_rate": 0.01, "warmup_steps": warmup, "lr_milestones": milestones}
+    return {
+        **{"base_batch_size": 16, "optim": "adamw_torch", "learning_rate": 1e-4, "backbone_lr_factor": 0.5},
+        **{"no_decay": "norms_and_biases", "max_grad_norm": 0.1, "ema_decay": 0.999, "ema_warmup_steps": warmup},
+        **{"warmup_steps": warmup, "lr_milestones": [], "group_by_orientation": False},
+    }

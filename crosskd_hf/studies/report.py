@@ -14,8 +14,8 @@ from PIL import Image
 
 from ..data.dataset import DetectionDataset
 from ..data.split import DetectionSplit
-from ..training.coco_metrics import percent
 from ..training.evaluation_pictures import Boxes, example, with_boxes
+from ..training.metric_table import percent
 from ..utils.escaping import printable
 from ..utils.files import write_atomically
 from ..utils.plots import as_svg, new_figure

@@ -85,7 +85,7 @@ def ground_truth(folder: Path) -> DetectionSplit:
         ReportError: the folder has no evaluation.
         RecipeError, DataError, OSError: the data can't be read.
     """
-    evaluation = _read(folder / METRICS_FILE).get(SETTINGS, {})
+    evaluation = _metrics(folder)[SETTINGS]
     recipe = folder / RECIPE_FILE
     if not recipe.is_file():
         raise ReportError(f"{folder} has no {RECIPE_FILE}: a report needs the folder of a run of `crosskd train`")
@@ -110,17 +110,17 @@ def read_run(folder: Path, split: DetectionSplit, name: str | None = None) -> Ru
     Raises:
         ReportError: the run isn't finished, or its predictions are of other images or classes.
     """
-    metrics = _read(folder / METRICS_FILE)
-    evaluation = metrics.pop(SETTINGS, {})
+    metrics = _metrics(folder)
+    evaluation = metrics.pop(SETTINGS)
     evaluator = CocoEvaluator(split)
     try:
-        _add_predictions(evaluator, split, _read(folder / EVALUATION_FOLDER / PREDICTIONS_FILE))
+        _add_predictions(evaluator, split, _read(folder / EVALUATION_FOLDER / PREDICTIONS_FILE, list))
     except (KeyError, TypeError, ValueError) as error:
         raise ReportError(
             f"the predictions of {folder} aren't of the images and classes of this report ({error}): report on runs "
             "that were evaluated on the same split"
         ) from error
-    history = _read(folder / STATE_FILE).get("log_history", []) if (folder / STATE_FILE).is_file() else []
+    history = _read(folder / STATE_FILE, dict).get("log_history", []) if (folder / STATE_FILE).is_file() else []
     weights = folder / WEIGHTS
     return RunResults(
         name=name or folder.name,
@@ -175,10 +175,21 @@ def _add_predictions(evaluator: CocoEvaluator, split: DetectionSplit, results: l
         evaluator.update([image_id], [detection])
 
 
-def _read(path: Path) -> Any:
+def _metrics(folder: Path) -> dict[str, Any]:
+    """The last evaluation's metrics, and of which images they are."""
+    metrics = _read(folder / METRICS_FILE, dict)
+    if not isinstance(metrics.get(SETTINGS), dict):
+        raise ReportError(f"{folder / METRICS_FILE} doesn't say of which images it is: evaluate the run again")
+    return metrics
+
+
+def _read(path: Path, kind: type) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ReportError(f"{path} is missing: a report needs the folder of a finished run") from error
     except ValueError as error:
         raise ReportError(f"{path} is no JSON ({error})") from error
+    if not isinstance(content, kind):
+        raise ReportError(f"{path} holds no {kind.__name__}: it isn't of `crosskd train`")
+    return content

@@ -73,7 +73,7 @@ class DistillationTrainer(DetectionTrainer):
         if teacher is None:
             raise ValueError("give the trainer a teacher; DetectionTrainer trains without one")
         args = DetectionTrainingArguments(DEFAULT_OUTPUT) if args is None else args
-        student, self.teacher = first_detector(model, model_init), as_detector(teacher)
+        student, self.teacher = first_detector(model, model_init, optimizers), as_detector(teacher)
         processing_class = processing_class or processor_for(model, student.config)
         self.teacher_processor = teacher_processor or processor_for(teacher, self.teacher.config)
         if methods is None:

@@ -1,12 +1,13 @@
 """How a trainer evaluates: COCO metrics of detections that are post-processed at once."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
 from transformers.utils import ModelOutput
 
 from ..data.dataset import DetectionDataset
@@ -20,6 +21,18 @@ from .seen_batches import SeenBatches, known_images
 from .tracking import evaluation_sheet, trackers
 
 EVALUATION_FOLDER = "evaluation"
+
+
+def _users_metrics(metrics: dict[str, Any], prefix: str, ours: dict[str, float]) -> dict[str, Any]:
+    """What a user's `compute_metrics` gave, as numbers and without the prefix that all metrics get.
+
+    Raises:
+        ValueError: one is called as a metric of COCO.
+    """
+    named = {name.removeprefix(f"{prefix}_"): value for name, value in denumpify_detensorize(metrics).items()}
+    if clash := sorted(set(named) & set(ours)):
+        raise ValueError(f"compute_metrics gives {clash[0]}, which COCO's metrics are called by: give it another name")
+    return named
 
 
 class CocoEvaluation(BaseTrainer):
@@ -75,7 +88,8 @@ class CocoEvaluation(BaseTrainer):
             metrics = self._metrics(evaluator, dataset, metric_key_prefix)
         if self.compute_metrics is not None:
             evaluated = seen.gathered()
-            metrics = None if metrics is None else {**metrics, **self.compute_metrics(evaluated)}
+            if metrics is not None:
+                metrics |= _users_metrics(self.compute_metrics(evaluated), metric_key_prefix, metrics)
         (metrics,) = broadcast_object_list([metrics])
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         if not predicts:

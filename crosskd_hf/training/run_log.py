@@ -6,7 +6,8 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from ..utils.progress import Progress, duration, is_quiet
-from .coco_metrics import SUMMARY_NAMES, percent
+from .coco_metrics import SUMMARY_NAMES
+from .metric_table import percent
 from .step_monitor import STEP_CLOCKS
 
 # What a training log has besides the loss terms, whose names methods choose.

@@ -23,8 +23,7 @@ from ..data.split import DetectionSplit
 from ..data.unlabeled import MixedDataset
 from ..models.families import is_dense
 from ..models.image_processing import DenseDetectorImageProcessor
-from ..models.standalone import mark
-from ..models.transformers_detectors import detection_losses, use_fp32_losses
+from ..models.transformers_detectors import detection_losses
 from ..utils.distributed import check_same
 from ..utils.memory import out_of_memory_explained
 from .arguments import DEFAULT_OUTPUT, DetectionTrainingArguments
@@ -35,7 +34,14 @@ from .saving import SafeSaving
 from .step_monitor import NonFiniteLossError, StepMonitor
 from .termination import TerminationSignal, obey_parent_only
 from .tracking import TrackingCallback
-from .trainer_inputs import as_dataset, as_detector, check_classes, first_detector, processor_for, refuse_unsupported
+from .trainer_inputs import (
+    as_dataset,
+    as_detector,
+    first_detector,
+    prepare_detector,
+    processor_for,
+    refuse_unsupported,
+)
 
 logger = logging.getLogger(__name__)
 MAX_OVERFLOWS = 20  # steps in a row: GradScaler halves its scale in each, from 65536 to below 0.1
@@ -77,7 +83,7 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
-        detector = first_detector(model, model_init)
+        detector = first_detector(model, model_init, optimizers)
         args = DetectionTrainingArguments(DEFAULT_OUTPUT) if args is None else args
         refuse_unsupported(args)
         processor = processing_class or processor_for(model, detector.config)
@@ -85,26 +91,16 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
         for name, data, train in (("train_dataset", train_dataset, True), ("eval_dataset", eval_dataset, False)):
             datasets[name] = dataset = None if data is None else as_dataset(data, processor, train, args.seed)
             if dataset is not None:
-                check_classes(detector, dataset, name, "give the model id2label=split.id2label")
                 check_same(f"the images and classes of {name}", (len(dataset), dataset.split.label_names))
-        if not is_dense(detector.config):
-            use_fp32_losses(detector)
-            if getattr(args, "activation_checkpointing", False) and not detector.supports_gradient_checkpointing:
-                kind = detector.config.model_type
-                raise ValueError(
-                    f"training.activation_checkpointing is true, but {kind} can't do it: set it to false."
-                )
-            if train_dataset is not None and args.optim == OptimizerNames.SGD:
-                logger.warning(
-                    "training.optim is sgd, with which dense detectors are trained; %s wants adamw_torch, a learning "
-                    "rate of about 1e-4, and max_grad_norm 0.1",
-                    detector.config.model_type,
-                )
-        if args.standalone and is_dense(detector.config):  # transformers' own detectors need nothing
-            mark(detector.config, AutoConfig=type(detector.config), AutoModelForObjectDetection=type(detector))
-            mark(processor, AutoImageProcessor=type(processor))
-        if args.channels_last:
-            detector.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
+        prepare_detector(detector, args, datasets)
+        if isinstance(processor, DenseDetectorImageProcessor) and args.standalone:
+            processor.mark_standalone(True)
+        if not is_dense(detector.config) and train_dataset is not None and args.optim == OptimizerNames.SGD:
+            logger.warning(
+                "training.optim is sgd, with which dense detectors are trained; %s wants adamw_torch, a learning "
+                "rate of about 1e-4, and max_grad_norm 0.1",
+                detector.config.model_type,
+            )
         super().__init__(
             model=detector,
             args=args,
@@ -117,7 +113,7 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
             optimizers=optimizers,
         )
         self.model_init = model_init  # type: ignore[assignment] # not given above, where a second model would be made
-        self._output_dir = args.output_dir
+        self._output_dir, self._trials = args.output_dir, 0
         groups_of(self.trained_module(), args)  # a factor that is of no parameter ends here, and not in `train`
         self.monitor = StepMonitor(self.args.device)
         self.train_sampler: OrientationBatchSampler | MixedBatchSampler | None = None
@@ -211,13 +207,16 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
         """The model of the next training, which is a trial of `hyperparameter_search` or none.
 
         A trial writes into a folder of its own in `output_dir`, `run-NUMBER`.
+
+        Raises:
+            ValueError: see `prepare_detector`.
         """
-        self.args.output_dir = self._output_dir if trial is None else f"{self._output_dir}/run-{trial.number}"
+        self.args.output_dir = self._output_dir
+        if trial is not None:
+            number = getattr(trial, "number", self._trials)  # optuna's; other backends give a dict
+            self.args.output_dir, self._trials = f"{self._output_dir}/run-{number}", self._trials + 1
         model = as_detector(super().call_model_init(trial))  # type: ignore[arg-type]
-        if not is_dense(model.config):
-            use_fp32_losses(model)
-        if self.args.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
+        prepare_detector(model, self.args, {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset})
         self.train_sampler = self.average = None
         return model
 

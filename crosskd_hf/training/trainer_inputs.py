@@ -1,9 +1,10 @@
 """What a trainer is given: made of what stands for it, and refused where it can't work."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_tensorboard_available, is_trackio_available, is_wandb_available
@@ -11,9 +12,10 @@ from transformers.integrations import is_tensorboard_available, is_trackio_avail
 from ..data.dataset import DetectionDataset
 from ..data.processor_size import plain_size
 from ..data.split import DetectionSplit
+from ..models.base import DenseDetector
 from ..models.families import FAMILIES, is_dense, label_names_of
 from ..models.image_processing import DenseDetectorImageProcessor
-from ..models.transformers_detectors import processor_of
+from ..models.transformers_detectors import processor_of, use_fp32_losses
 from ..utils.label_names import coco_spelling, near_matches, spelling_problem
 from ..utils.messages import listed
 from ..weights.loading import load_detector, load_processor
@@ -48,19 +50,54 @@ def as_detector(model: PreTrainedModel | str) -> PreTrainedModel:
     return model
 
 
-def first_detector(model: PreTrainedModel | str | None, model_init: Callable[..., PreTrainedModel] | None) -> Any:
+def first_detector(
+    model: PreTrainedModel | str | None,
+    model_init: Callable[..., PreTrainedModel] | None,
+    optimizers: tuple = (None, None),
+) -> Any:
     """The detector that a trainer begins with; of a `model_init`, one that shows what it makes.
 
     Raises:
-        ValueError: neither is given, or both; see `as_detector`.
+        ValueError: neither is given, or both, or optimizers, which know the parameters of one model only; see
+            `as_detector`.
     """
     if (model is None) == (model_init is None):
         raise ValueError("give the trainer a model or a model_init: one of the two")
+    if model_init is not None and any(optimizers):
+        raise ValueError("optimizers can't be given with model_init: each training makes its own")
     if model_init is None:
         assert model is not None
         return as_detector(model)
     takes_trial = len(inspect.signature(model_init).parameters) > 0
     return as_detector(model_init(None) if takes_trial else model_init())
+
+
+def prepare_detector(
+    detector: PreTrainedModel, args: DetectionTrainingArguments, datasets: Mapping[str, DetectionDataset | None]
+) -> None:
+    """Check a detector against arguments and data, and set it up for training.
+
+    Args:
+        detector: is changed.
+        args: of the trainer.
+        datasets: what messages call each -> data set.
+
+    Raises:
+        ValueError: data has other classes, or the detector can't do what the arguments ask for.
+    """
+    for name, dataset in datasets.items():
+        if dataset is not None:
+            check_classes(detector, dataset, name, "give the model id2label=split.id2label")
+    if isinstance(detector, DenseDetector):
+        if args.standalone:  # transformers' own detectors need nothing
+            detector.mark_standalone(True)
+    else:
+        use_fp32_losses(detector)
+        if getattr(args, "activation_checkpointing", False) and not detector.supports_gradient_checkpointing:
+            kind = detector.config.model_type
+            raise ValueError(f"training.activation_checkpointing is true, but {kind} can't do it: set it to false.")
+    if args.channels_last:
+        detector.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
 
 
 def processor_for(model: PreTrainedModel | str | None, config: PreTrainedConfig) -> BaseImageProcessor:

@@ -110,6 +110,17 @@ def test_the_short_side_of_each_image_is_drawn_where_the_ratio_is_kept(tmp_path,
     assert drawn == set(sides) if multiscale == "choice" else drawn <= set(range(32, 49)) and len(drawn) > 2
 
 
+def test_an_image_that_fills_up_a_batch_has_its_size(tmp_path) -> None:
+    """The first one's: what its pixels were resized to."""
+    options = {"multiscale": "batch", "multiscale_short_sides": [32, 64]}
+    dataset = dataset_for(RTDetrImageProcessor(size=FIXED), tiny_split(tmp_path), **options)
+    items = {item["size"]: item for item in (dataset[SampleKey(0, 0, batch)] for batch in range(12))}
+    assert set(items) == {(32, 32), (64, 64)}
+    batch = ProcessorCollator(dataset.fit.processor)([items[32, 32], items[64, 64]])
+    assert batch["pixel_values"].shape[-2:] == (32, 32)
+    assert [label["size"].tolist() for label in batch["labels"]] == [[32, 32]] * 2
+
+
 def test_the_last_epochs_have_the_processors_size(tmp_path) -> None:
     options = {"multiscale": "batch", "multiscale_short_sides": (32,), "augment": ["flip"], "plain_epochs": 1}
     dataset = dataset_for(RTDetrImageProcessor(size=FIXED), tiny_split(tmp_path), **options)

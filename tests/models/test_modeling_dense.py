@@ -325,6 +325,10 @@ def test_boxes_are_relative_to_what_the_mask_or_the_label_says_is_the_image():
 
 
 def test_a_size_that_is_the_files_is_refused():
+    batch = tiny_batch(2)
+    some = [{**batch["labels"][0], "size": torch.tensor([64, 96])}, batch["labels"][1]]
+    with pytest.raises(ValueError, match="image 1 has no size, but others do"):
+        tiny_model().train()(batch["pixel_values"], labels=some)
     batch = tiny_batch(1)
     label = {**batch["labels"][0], "size": torch.tensor([640, 960])}
     with pytest.raises(ValueError, match=r"size is \[\[640, 960\]\] for pixel_values of 64 x 96.*orig_size"):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_model
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils import PushToHubMixin
 
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
@@ -56,6 +57,56 @@ def test_transformers_reads_it_without_an_import(tmp_path: Path) -> None:
         assert (again / name).read_text() == (tmp_path / "model" / name).read_text(), name
     loaded = MODELS["fcos"].from_pretrained(again)
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_code_in_an_auto_map_is_not_written(tmp_path: Path) -> None:
+    """A configuration may come from anywhere; the module may be run."""
+    model = tiny_model(head_blocks=1)
+    model.config.auto_map = {"AutoConfig": "modeling_crosskd.GFLConfig;print('injected')#"}
+    (tmp_path / "modeling_crosskd.py").write_text("from crosskd_hf import GFLConfig, os;print('injected')")
+    model.save_pretrained(tmp_path)
+    written = (tmp_path / "modeling_crosskd.py").read_text()
+    assert "injected" not in written and "import GFLConfig, GFLForObjectDetection\n" in written
+    assert "injected" not in (tmp_path / "config.json").read_text()
+
+
+def test_classes_of_others_are_refused(tmp_path: Path) -> None:
+    class Mine(MODELS["gfl"]):
+        pass
+
+    with pytest.raises(ValueError, match="Mine is no class of crosskd_hf"):
+        Mine(tiny_model(head_blocks=1).config).save_pretrained(tmp_path, standalone=True)
+
+
+def test_it_stays_so_until_it_is_taken_back(tmp_path: Path) -> None:
+    model = tiny_model(head_blocks=1)
+    for folder, standalone, expected in (
+        ("a", True, True),
+        ("b", None, True),
+        ("c", False, False),
+        ("d", None, False),
+    ):
+        model.save_pretrained(tmp_path / folder, standalone=standalone)
+        assert (tmp_path / folder / "modeling_crosskd.py").exists() is expected
+        assert ("auto_map" in json.loads((tmp_path / folder / "config.json").read_text())) is expected
+
+
+@pytest.mark.parametrize("what", ["model", "processor"])
+def test_the_module_is_uploaded_too(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded = []
+
+    def push(self, repo_id, **options):
+        self.save_pretrained(tmp_path / "sent")
+        uploaded.append((repo_id, sorted(path.name for path in (tmp_path / "sent").iterdir())))
+
+    monkeypatch.setattr(PushToHubMixin, "push_to_hub", push)
+    monkeypatch.setattr(PreTrainedModel, "push_to_hub", push)
+    model = tiny_model(head_blocks=1)
+    one = model if what == "model" else DenseDetectorImageProcessor.for_model(model.config)
+    one.save_pretrained(tmp_path / "mine", standalone=True, push_to_hub=True, repo_id="me/mine")
+    one.push_to_hub("me/other", standalone=True)
+    assert [name for name, _ in uploaded] == ["me/mine", "me/other"]
+    assert all("modeling_crosskd.py" in files for _, files in uploaded)
 
 
 def test_nothing_is_added_where_it_is_not_asked_for(tmp_path: Path) -> None:

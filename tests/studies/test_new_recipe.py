@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 from tiny import write_tiny_coco
+from transformers import RTDetrConfig
 
 from crosskd_hf.commands.main import main
 from crosskd_hf.data.settings import DataSection
+from crosskd_hf.models import CONFIGS
 from crosskd_hf.recipe.load import load_recipe
 from crosskd_hf.studies import new_recipe
 from crosskd_hf.studies.new_recipe import Detector, batches, write_recipe
@@ -47,27 +49,72 @@ def test_one_folder_of_images_and_other_splits(data: Path, tmp_path: Path) -> No
     assert (written.images, written.train_split, written.val_split) == ("images", "train", "night")
 
 
-def test_saved_detectors_of_transformers(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("student", "teacher", "method"),
+    [
+        ("gfl", "gfl", "crosskd"),
+        ("rt_detr", "rt_detr", "query_crosskd"),
+        ("gfl", "rt_detr", "soft_boxes"),
+        ("rt_detr", "gfl", "soft_boxes"),
+        ("gfl/resnet18.tv_in1k", "gfl", "crosskd"),
+    ],
+)
+def test_saved_detectors(student, teacher, method, data: Path, tmp_path: Path) -> None:
+    """What they are is read, and decides method and optimizer."""
+    for name, config in (("gfl", CONFIGS["gfl"]()), ("rt_detr", RTDetrConfig())):
+        config.save_pretrained(tmp_path / name)
+    named = {name: name if "/" in name else str(tmp_path / name) for name in (student, teacher)}
     path = tmp_path / "mine.yaml"
-    lines = write_recipe(path, DataSection(path=str(data)), "someone/dfine-small", "someone/dfine-xlarge")
+    lines = write_recipe(path, DataSection(path=str(data)), named[student], named[teacher])
     recipe = load_recipe(path, [])
-    assert recipe.model.pretrained == "someone/dfine-small" and recipe.teacher.checkpoint == "someone/dfine-xlarge"
-    assert list(recipe.distillation.methods) == ["query_crosskd"] and recipe.training["optim"] == "adamw_torch"
-    assert "to be trained first" not in "".join(lines)
-    assert len(set(recipe.data.size)) == 1
+    assert recipe.teacher.checkpoint == str(tmp_path / teacher) and list(recipe.distillation.methods) == [method]
+    assert recipe.model.pretrained == (None if "/" in student else str(tmp_path / student))
+    assert recipe.training.get("optim") == ("adamw_torch" if student == "rt_detr" else None)
+    assert (recipe.data.size is None) == (student != "rt_detr")
+    assert "to be trained first" not in "".join(lines) and lines[-1] == f"method     {method}"
+
+
+@pytest.mark.parametrize("name", ["set #2", "a: b", "123", "null", "it's", "- x", "two\nlines"])
+def test_paths_that_yaml_would_read_otherwise(name: str, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_tiny_coco(tmp_path / name, name=split)
+    path = tmp_path / f"{name} recipe.yaml"
+    write_recipe(path, DataSection(path=str(tmp_path / name)))
+    recipe = load_recipe(path, [])
+    assert recipe.data.path == str(tmp_path / name)
+    assert recipe.training["output_dir"] == f"runs/{path.stem}"
+
+
+def test_what_the_user_says_of_the_data_stays(data: Path, tmp_path: Path) -> None:
+    said = {"on_error": "skip", "max_train_images": 3, "filter_empty": False, "augment": ["flip"], "short_side": 64}
+    write_recipe(tmp_path / "mine.yaml", DataSection(path=str(data), **said))
+    written = load_recipe(tmp_path / "mine.yaml", []).data
+    assert {name: getattr(written, name) for name in said} == said
 
 
 @pytest.mark.parametrize(
     ("text", "detector", "backbone"),
     [
         ("fcos/resnet50.tv_in1k", "fcos", "resnet50.tv_in1k"),
-        ("facebook/detr-resnet-50", None, None),
-        ("fcos", None, None),
-        ("fcos/", None, None),
+        ("gfl/lcnet_050", "gfl", "lcnet_050"),
     ],
 )
 def test_names_of_detectors(text, detector, backbone) -> None:
-    assert Detector.named(text) == Detector(text, detector, backbone)
+    assert Detector.named(text) == Detector(text, True, detector, backbone)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("gfl/nosuch", "timm has no backbone 'nosuch'"),
+        ("nowhere", "'nowhere' is no DETECTOR/BACKBONE"),
+        ("fcos/", "fcos/"),
+    ],
+)
+def test_names_of_nothing(text, words, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match=words):
+        Detector.named(text)
 
 
 @pytest.mark.parametrize(

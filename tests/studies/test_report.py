@@ -105,6 +105,22 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, split) -> None
         write_report([run], costs=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("eval_metrics.json", "{}", "doesn't say of which images"),
+        ("eval_metrics.json", "[]", "holds no dict"),
+        ("eval_predictions.json", "{}", "holds no list"),
+        ("eval_predictions.json", "[", "is no JSON"),
+    ],
+)
+def test_damaged_files_are_told(name, content, words, tmp_path: Path, split) -> None:
+    run = write_run(tmp_path / "run", split)
+    (run / "evaluation" / name).write_text(content)
+    with pytest.raises(ReportError, match=rf"{name} {words}"):
+        write_report([run], costs=False)
+
+
 def test_a_teacher_of_other_data_is_left_out(tmp_path: Path, split) -> None:
     teacher = write_run(tmp_path / "teacher", split, split="train")
     _, runs = write_report([write_run(tmp_path / "student", split, 0.5, teacher)], costs=False)
@@ -115,10 +131,13 @@ def test_the_last_lines_of_a_run(tmp_path: Path, split) -> None:
     """The teacher, and the run beside it that had none."""
     teacher = write_run(tmp_path / "models" / "big", split)
     write_run(tmp_path / "runs" / "alone", split, 0.25)
-    write_run(tmp_path / "runs" / "other data", split, 0.5, split="train")
+    write_run(tmp_path / "runs" / "other data", split, 0.5, teacher)
     student = write_run(tmp_path / "runs" / "student", split, 0.75, teacher)
     first, model, report, following = close_run(student).splitlines()
     assert first == "AP 75.0 (teacher (big) 100.0, alone 25.0)"
+    metrics = tmp_path / "runs" / "alone" / "evaluation" / "eval_metrics.json"
+    metrics.write_text(metrics.read_text().replace('"mini"', '"train"'))
+    assert close_run(student).startswith("AP 75.0 (teacher (big) 100.0)\n"), "evaluated on something else since"
     assert model.endswith(str(student)) and report.endswith("report.html") and "crosskd predict" in following
 
 

@@ -20,7 +20,8 @@ from pycocotools.cocoeval import COCOeval
 from crosskd_hf.data.coco import load_coco
 from crosskd_hf.data.split import DetectionSplit
 from crosskd_hf.training import coco_metrics
-from crosskd_hf.training.coco_metrics import SUMMARY_NAMES, CocoEvaluator, format_metrics
+from crosskd_hf.training.coco_metrics import SUMMARY_NAMES, CocoEvaluator
+from crosskd_hf.training.metric_table import format_metrics
 
 Objects = list[tuple]  # label, xywh box and maybe a dict of `area`, `iscrowd`
 

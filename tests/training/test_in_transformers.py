@@ -101,6 +101,39 @@ def test_metrics_of_a_user_are_added_to_cocos(tmp_path: Path, padded: bool) -> N
     assert trainer.predict(split).metrics["test_scores"] == pytest.approx(metrics["eval_scores"])
 
 
+@pytest.mark.parametrize("value", [np.float32(0.5), torch.tensor(0.5), 0.5])
+def test_metrics_of_a_user_are_numbers_under_their_names(tmp_path: Path, value) -> None:
+    given = {"mine": value, "eval_yours": value}
+    split = tiny_split(tmp_path / "data")
+    trainer = DetectionTrainer(
+        tiny_model(head_blocks=1), tiny_args(tmp_path), eval_dataset=split, compute_metrics=lambda _: given
+    )
+    metrics = trainer.evaluate()
+    assert {type(metrics[name]) for name in ("eval_mine", "eval_yours")} == {float}
+    given["AP"] = 1.0
+    with pytest.raises(ValueError, match=r"compute_metrics gives AP, which COCO's"):
+        trainer.evaluate()
+
+
+def test_a_new_model_is_treated_as_the_first(tmp_path: Path) -> None:
+    """Marked, checked; trials of any backend."""
+    labels = [{0: "cat", 1: "dog"}]
+    split = tiny_split(tmp_path / "data")
+    trainer = DetectionTrainer(
+        args=tiny_args(tmp_path / "run", standalone=True),
+        train_dataset=split,
+        model_init=lambda: tiny_model(head_blocks=1, id2label=labels[-1]),
+    )
+    trainer.call_model_init({"learning_rate": 0.1}).save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "modeling_crosskd.py").exists() and trainer.args.output_dir.endswith("run-0")
+    labels.append({0: "dog", 1: "cat"})
+    with pytest.raises(ValueError, match="train_dataset has 2 labels"):
+        trainer.call_model_init()
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    with pytest.raises(ValueError, match="optimizers can't be given with model_init"):
+        DetectionTrainer(args=tiny_args(tmp_path), model_init=tiny_model, optimizers=(optimizer, None))
+
+
 def test_a_model_is_made_for_each_training(tmp_path: Path) -> None:
     """And a pair around it; a trial has a folder of its own."""
     made, split = [], tiny_split(tmp_path / "data")

@@ -6,7 +6,7 @@ from crosskd_hf.commands.errors import explain
 from crosskd_hf.data.errors import Kind, Problems
 from crosskd_hf.inference.image_files import picture_names
 from crosskd_hf.studies.data_report import _table
-from crosskd_hf.training.coco_metrics import format_metrics
+from crosskd_hf.training.metric_table import format_metrics
 from crosskd_hf.utils.escaping import file_name, markdown, markdown_block, markdown_code, printable, printable_lines
 from crosskd_hf.utils.plots import bars, new_figure
 from crosskd_hf.utils.progress import say
