@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import tiny_model
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils import PushToHubMixin
+from transformers.image_processing_base import ImageProcessingMixin
 
 from crosskd_hf.models import CONFIGS, MODELS
 from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
@@ -99,8 +99,8 @@ def test_the_module_is_uploaded_too(what: str, tmp_path: Path, monkeypatch: pyte
         self.save_pretrained(tmp_path / "sent")
         uploaded.append((repo_id, sorted(path.name for path in (tmp_path / "sent").iterdir())))
 
-    monkeypatch.setattr(PushToHubMixin, "push_to_hub", push)
-    monkeypatch.setattr(PreTrainedModel, "push_to_hub", push)
+    for one in (PreTrainedModel, ImageProcessingMixin):
+        monkeypatch.setattr(one, "push_to_hub", push)
     model = tiny_model(head_blocks=1)
     one = model if what == "model" else DenseDetectorImageProcessor.for_model(model.config)
     one.save_pretrained(tmp_path / "mine", standalone=True, push_to_hub=True, repo_id="me/mine")

@@ -107,7 +107,7 @@ def test_names_of_detectors(text, detector, backbone) -> None:
     ("text", "words"),
     [
         ("gfl/nosuch", "timm has no backbone 'nosuch'"),
-        ("nowhere", "'nowhere' is no DETECTOR/BACKBONE"),
+        ("nowhere", "'nowhere' is no DETECTOR"),
         ("fcos/", "fcos/"),
     ],
 )
