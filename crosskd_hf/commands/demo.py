@@ -1,6 +1,7 @@
 """See a student get better because of its teacher, offline, on generated images."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from .arguments import at_least
@@ -41,4 +42,5 @@ def run(arguments: argparse.Namespace) -> None:
     if is_busy() and not threads_are_chosen():
         say("this machine has other work: the demo uses one thread")
         torch.set_num_threads(1)
-    run_demo(Path(arguments.output_dir), arguments.seed, arguments.overrides, train_recipe, arguments.full)
+    train = partial(train_recipe, report=False)  # one of all at the end
+    run_demo(Path(arguments.output_dir), arguments.seed, arguments.overrides, train, arguments.full)

@@ -46,13 +46,14 @@ def run(arguments: argparse.Namespace) -> None:
     train_recipe(recipe, arguments.dry_run, arguments.accept_changes)
 
 
-def train_recipe(recipe: "Recipe", dry_run: bool = False, accept_changes: bool = False) -> None:
+def train_recipe(recipe: "Recipe", dry_run: bool = False, accept_changes: bool = False, report: bool = True) -> None:
     """Everything from the checks to the saved model. A finished run is not run again.
 
     Args:
         recipe: what to run.
         dry_run: build and describe it only.
         accept_changes: resume a run that was begun with another recipe, where that is possible.
+        report: write a report at the end, and say what to do next.
 
     Raises:
         SystemExit: with one message about what the user can mend.
@@ -68,7 +69,7 @@ def train_recipe(recipe: "Recipe", dry_run: bool = False, accept_changes: bool =
     if trainer is not None and not dry_run:
         with explained(run_errors()):
             running.run(trainer, recipe)
-        if trainer.is_world_process_zero():
+        if report and trainer.is_world_process_zero():
             print(_closing_lines(trainer.run_folder))
 
 

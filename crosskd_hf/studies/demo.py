@@ -26,7 +26,10 @@ from .report import REPORT_FILE, write_report
 TEACHER_RECIPE, STUDENT_RECIPE = "shapes_teacher", "shapes_crosskd"
 TEACHER, ALONE, DISTILLED = "teacher", "student alone", "student + CrossKD"
 SHIPPED_TEACHER = Path(__file__).with_name("demo_teacher")
-SHORT = ("training.num_train_epochs=4", "training.lr_milestones=[3,3.7]", "training.warmup_steps=60")
+SHORT = (
+    *("training.num_train_epochs=3", "training.lr_milestones=[2.2,2.8]", "training.warmup_steps=60"),
+    "training.eval_steps=366",  # once, at the end
+)
 
 
 @dataclass(frozen=True)
