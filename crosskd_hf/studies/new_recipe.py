@@ -146,18 +146,8 @@ def write_recipe(path: Path, data: DataSection, student: str = STUDENT, teacher:
     }
     parse_recipe(copy.deepcopy(content), str(path))
     names = printable(", ".join(train.label_names[:8]) + (", ..." if len(train.label_names) > 8 else ""))
-    words = {"recipe": path, "output": output}
-    quoted = {name: printable(shlex.quote(str(word))) for name, word in words.items()}
-    overrides = " ".join(f"model.{name}={value}" for name, value in master.section().items())
-    header = HEADER.format(
-        **quoted,
-        **{"images": len(train), "classes": len(train.label_names), "val_images": len(val), "names": names},
-        teacher_help=TEACHER_HELP.format(
-            recipe=quoted["recipe"], overrides=overrides, output=printable(shlex.quote(trained))
-        )
-        if master.new
-        else "",
-    )
+    counts = {"images": len(train), "classes": len(train.label_names), "val_images": len(val), "names": names}
+    header = HEADER.format(**counts, **_commands(path, output, trained, master))
     write_atomically(path, header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     return [
         f"data       {len(train)} images of {data.train_split}, {len(val)} of {data.val_split}; {data.layout}",
@@ -168,6 +158,14 @@ def write_recipe(path: Path, data: DataSection, student: str = STUDENT, teacher:
         f"teacher    {master.text}" + (", to be trained first" if master.new else ""),
         f"method     {method}",
     ]
+
+
+def _commands(path: Path, output: str, trained: str, master: Detector) -> dict[str, str]:
+    """What the header's commands name, quoted for a shell, and how to train a new teacher."""
+    quoted = {name: printable(shlex.quote(str(word))) for name, word in (("recipe", path), ("output", output))}
+    overrides = " ".join(f"model.{name}={value}" for name, value in master.section().items())
+    first = TEACHER_HELP.format(recipe=quoted["recipe"], overrides=overrides, output=printable(shlex.quote(trained)))
+    return {**quoted, "teacher_help": first if master.new else ""}
 
 
 def splits_of(data: DataSection) -> tuple[DetectionSplit, DetectionSplit, DataSection]:
