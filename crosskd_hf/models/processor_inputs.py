@@ -51,11 +51,17 @@ def given_sides(size: SizeDict) -> tuple[int, int]:
 
 
 def channels_can_only_be_last(shape: Sequence[int]) -> bool:
+    """Whether an image of this shape, without a known order of its axes, is (height, width, channels)."""
     # transformers takes (1, w, 3) for a grey image of height w: an image of one row is likelier. (3, w, 3) stays open.
     return len(shape) == 3 and shape[-1] == 3 and shape[0] != 3
 
 
 def as_uint8(image: torch.Tensor) -> torch.Tensor:
+    """Grey levels 0..255 as uint8; of floats up to 1, and of booleans, 1 is 255.
+
+    Raises:
+        ValueError: values beyond, or NaN.
+    """
     if image.dtype == torch.uint8:
         return image
     if image.dtype == torch.bool:

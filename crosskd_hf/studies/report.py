@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..data.dataset import DetectionDataset
 from ..data.split import DetectionSplit
-from ..training.evaluation_pictures import Boxes, example, with_boxes
+from ..training.evaluation_pictures import example, predicted_boxes, with_boxes
 from ..training.metric_table import percent
 from ..utils.escaping import printable
 from ..utils.files import write_atomically
@@ -194,28 +194,38 @@ def _class_rows(runs: Sequence[RunResults]) -> list[dict[str, Any]]:
 
 def _looked_at(runs: Sequence[RunResults], split: DetectionSplit, threshold: float) -> dict[str, Any]:
     """Confusions, and the worst and the best images, of the last run."""
-    last = runs[-1]
-    outcomes = [_outcome(last, split, index, threshold) for index in range(len(split))]
+    rows = split.dataset.with_format("arrow", columns=["image_id", "file_name", "objects"])[:].to_pylist()
+    outcomes = [_outcome(runs[-1], row, threshold) for row in rows]
     order = sorted(range(len(split)), key=lambda index: (-outcomes[index].errors, index))
     best = [i for i in reversed(order) if outcomes[i].errors == 0 and len(outcomes[i].labels)]
     best.sort(key=lambda index: -len(outcomes[index].labels))
     worst = [index for index in order if outcomes[index].errors]
-    found = sum(one.right for one in outcomes)
+    dataset = DetectionDataset(split, train=False, short_side=PICTURE_SIDE, long_side=2 * PICTURE_SIDE)
+
+    def shown(index: int) -> dict[str, Any]:
+        outcome = outcomes[index]
+        return {
+            "name": rows[index]["file_name"],
+            "right": outcome.right,
+            "boxes": len(outcome.labels),
+            "made_up": int(outcome.made_up.sum()),
+            "pictures": _pictures(runs, dataset, index, threshold),
+        }
+
     return {
         "confusion": _confusion_rows(outcomes, split.label_names),
         "counts": {
             "boxes": sum(len(one.labels) for one in outcomes),
-            "right": found,
+            "right": sum(one.right for one in outcomes),
             "made_up": sum(int(one.made_up.sum()) for one in outcomes),
             "double": sum(int(one.double.sum()) for one in outcomes),
         },
-        "worst": [_picture_row(runs, split, i, outcomes[i], threshold) for i in worst[:PICTURES]],
-        "best": [_picture_row(runs, split, i, outcomes[i], threshold) for i in best[:PICTURES]],
+        "worst": [shown(index) for index in worst[:PICTURES]],
+        "best": [shown(index) for index in best[:PICTURES]],
     }
 
 
-def _outcome(run: RunResults, split: DetectionSplit, index: int, threshold: float) -> Matches:
-    row = split.dataset.with_format("arrow", columns=["image_id", "objects"])[index].to_pylist()[0]
+def _outcome(run: RunResults, row: dict[str, Any], threshold: float) -> Matches:
     objects = row["objects"]
     kept = [i for i, crowd in enumerate(objects["iscrowd"]) if not crowd]
     boxes = torch.tensor([objects["bbox"][i] for i in kept]).reshape(-1, 4)
@@ -244,29 +254,16 @@ def _confusion_rows(outcomes: list[Matches], names: Sequence[str]) -> dict[str, 
     }
 
 
-def _picture_row(
-    runs: Sequence[RunResults], split: DetectionSplit, index: int, outcome: Matches, threshold: float
-) -> dict[str, Any]:
-    """Ground truth and what each run found, as pictures."""
-    dataset = DetectionDataset(split, train=False, short_side=PICTURE_SIDE, long_side=2 * PICTURE_SIDE)
+def _pictures(
+    runs: Sequence[RunResults], dataset: DetectionDataset, index: int, threshold: float
+) -> list[tuple[str, str]]:
+    """Ground truth and what each run found, as (name, data URL)."""
     image_id, image, truth, factors = example(dataset, index)
     pictures = [("ground truth", with_boxes(image, truth))]
     for run in runs:
-        scores, labels, boxes = run.evaluator.detections_of(image_id)
-        shown = scores > threshold
-        classes = labels[shown].tolist()
-        names = [split.label_names[label] for label in classes]
-        found = Boxes(
-            torch.from_numpy(boxes[shown]) * torch.tensor(factors * 2), classes, names, scores[shown].tolist()
-        )
+        found = predicted_boxes(run.evaluator, image_id, dataset.split.label_names, factors, threshold)
         pictures.append((run.name, with_boxes(image, found)))
-    return {
-        "name": split.dataset.with_format("arrow", columns=["file_name"])[index].to_pylist()[0]["file_name"],
-        "right": outcome.right,
-        "boxes": len(outcome.labels),
-        "made_up": int(outcome.made_up.sum()),
-        "pictures": [(name, _jpeg(picture)) for name, picture in pictures],
-    }
+    return [(name, _jpeg(picture)) for name, picture in pictures]
 
 
 def _jpeg(picture: Image.Image) -> str:

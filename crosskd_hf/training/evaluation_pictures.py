@@ -1,5 +1,6 @@
 """Example pictures of a validation set: ground truth beside the detections of models."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from PIL import Image
 from ..data.dataset import DetectionDataset
 from ..data.transforms import resize
 from ..utils.visualization import draw_boxes, label_color
+from .coco_metrics import CocoEvaluator
 
 THRESHOLD = 0.3  # detections with a lower score aren't drawn
 
@@ -51,6 +53,29 @@ def example(dataset: DetectionDataset, index: int) -> tuple[int, Image.Image, Bo
     pairs = zip(objects["category"], objects["iscrowd"], strict=True)
     names = [f"{split.label_names[label]} (crowd)" if crowd else split.label_names[label] for label, crowd in pairs]
     return item["image_id"], image, Boxes(corners, objects["category"], names), factors
+
+
+def predicted_boxes(
+    evaluator: CocoEvaluator,
+    image_id: int,
+    label_names: Sequence[str],
+    factors: tuple[float, float],
+    threshold: float = THRESHOLD,
+) -> Boxes:
+    """What an evaluation found in an image, above a score.
+
+    Args:
+        evaluator: holds the detections.
+        image_id: of the image.
+        label_names: by label.
+        factors: (x, y) from original pixels to those of the boxes; see `example`.
+        threshold: a score must be above.
+    """
+    scores, labels, boxes = evaluator.detections_of(image_id)
+    shown = scores > threshold
+    classes = labels[shown].tolist()
+    corners = torch.from_numpy(boxes[shown]) * torch.tensor(factors * 2)
+    return Boxes(corners, classes, [label_names[label] for label in classes], scores[shown].tolist())
 
 
 def with_boxes(image: Image.Image, boxes: Boxes) -> Image.Image:

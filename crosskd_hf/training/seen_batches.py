@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from torchvision.ops import box_convert
 from transformers import EvalPrediction
 from transformers.utils import ModelOutput
+
+from ..models.targets import relative_boxes
 
 Labels = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
 
@@ -48,17 +49,14 @@ class SeenBatches:
 
 def _listed(labels: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """A dict per image, as `DetectionCollator` makes them, of padded labels."""
-    listed = []
-    for i, mask in enumerate(labels["mask"]):
-        size = labels["size"][i]
-        boxes = box_convert(labels["boxes_xyxy"][i][mask], "xyxy", "cxcywh") / size.flip(0).repeat(2)
-        listed.append(
-            {
-                "class_labels": labels["class_labels"][i][mask],
-                "boxes": boxes,
-                "image_id": labels["image_id"][i].reshape(1),
-                "size": size,
-                "orig_size": labels["orig_size"][i],
-            }
-        )
-    return listed
+    boxes = relative_boxes(labels["boxes_xyxy"], labels["size"])
+    return [
+        {
+            "class_labels": labels["class_labels"][i][mask],
+            "boxes": boxes[i][mask],
+            "image_id": labels["image_id"][i].reshape(1),
+            "size": labels["size"][i],
+            "orig_size": labels["orig_size"][i],
+        }
+        for i, mask in enumerate(labels["mask"])
+    ]

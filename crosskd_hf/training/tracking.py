@@ -7,7 +7,6 @@ recipe of the run follows as text, and after each evaluation a sheet of ground t
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
@@ -17,7 +16,7 @@ from ..utils.redact import without_credentials
 from ..utils.visualization import contact_sheet
 from .base import BaseTrainer
 from .coco_metrics import CocoEvaluator
-from .evaluation_pictures import THRESHOLD, Boxes, evenly_spaced, example, with_boxes
+from .evaluation_pictures import evenly_spaced, example, predicted_boxes, with_boxes
 
 TRACKERS = (TensorBoardCallback, TrackioCallback, WandbCallback)
 PICTURE_NAME = "eval/examples"
@@ -80,14 +79,9 @@ def evaluation_sheet(dataset: DetectionDataset, evaluator: CocoEvaluator, count:
         evaluator: holds the detections of all its images.
         count: images on the sheet, a row each.
     """
-    names = dataset.split.label_names
     rows = []
     for index in evenly_spaced(count, len(dataset)):
         image_id, image, truth, factors = example(dataset, index)
-        scores, labels, boxes = evaluator.detections_of(image_id)
-        shown = scores > THRESHOLD
-        labels = labels[shown].tolist()
-        corners = torch.from_numpy(boxes[shown]) * torch.tensor(factors * 2)
-        predicted = Boxes(corners, labels, [names[label] for label in labels], scores[shown].tolist())
+        predicted = predicted_boxes(evaluator, image_id, dataset.split.label_names, factors)
         rows.append([with_boxes(image, truth), with_boxes(image, predicted)])
     return contact_sheet(rows, ["ground truth", "predictions"], TILE)

@@ -140,20 +140,15 @@ def as_dataset(data: Dataset | DetectionSplit, processor: Any, train: bool, seed
         raise ValueError(
             f"a data set must be a DetectionDataset or a DetectionSplit (see load_coco), not {type(data).__name__}"
         )
-    if not isinstance(processor, DenseDetectorImageProcessor):
-        dataset = data if isinstance(data, DetectionDataset) else DetectionDataset(data, train=train, seed=seed)
-        dataset.use_processor(processor)
-        return dataset
-    if isinstance(data, DetectionDataset):
+    dense, size = isinstance(processor, DenseDetectorImageProcessor), plain_size(processor)
+    if dense and isinstance(data, DetectionDataset):
         return data
-    size = plain_size(processor)
-    if "shortest_edge" not in size:
-        dataset = DetectionDataset(data, train=train, seed=seed)
-        dataset.use_processor(processor)
-        return dataset
-    return DetectionDataset(
-        data, train=train, short_side=size["shortest_edge"], long_side=size["longest_edge"], seed=seed
-    )
+    if dense and "shortest_edge" in size and isinstance(data, DetectionSplit):
+        short, long = size["shortest_edge"], size["longest_edge"]
+        return DetectionDataset(data, train=train, short_side=short, long_side=long, seed=seed)
+    dataset = data if isinstance(data, DetectionDataset) else DetectionDataset(data, train=train, seed=seed)
+    dataset.use_processor(processor)
+    return dataset
 
 
 def check_classes(model: PreTrainedModel, dataset: DetectionDataset, name: str, advice: str) -> None:
