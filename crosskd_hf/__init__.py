@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .data.errors import DataError
     from .data.shapes import load_shapes
     from .data.split import DetectionSplit, keep_for_training
+    from .data.stream import DetectionStream, load_stream
     from .distillation import (
         PKD,
         CrossKD,
@@ -64,6 +65,7 @@ HOMES = {
     "data.errors": ("DataError",),
     "data.shapes": ("load_shapes",),
     "data.split": ("DetectionSplit", "keep_for_training"),
+    "data.stream": ("DetectionStream", "load_stream"),
     "distillation": (
         "PKD",
         "CrossKD",
@@ -122,6 +124,7 @@ __all__ = [
     "DetectionCollator",
     "DetectionDataset",
     "DetectionSplit",
+    "DetectionStream",
     "DetectionTrainer",
     "DetectionTrainingArguments",
     "DistillationPair",
@@ -146,5 +149,6 @@ __all__ = [
     "load_columns",
     "load_recipe",
     "load_shapes",
+    "load_stream",
     "pair_up",
 ]

@@ -79,7 +79,7 @@ def check_records(
     if boxes:
         columns = np.array(boxes, dtype=np.float64)
         check_format(columns[:, :4], columns[:, 4:], box_format, unit, where)
-    checked = [(position, _check_objects(record, box_format, unit, problems)) for position, record in sized]
+    checked = [(position, check_objects(record, box_format, unit, problems)) for position, record in sized]
     if on_error == "stop":
         problems.raise_if_stopping(where)
     if not checked:
@@ -92,18 +92,29 @@ def _sized(
 ) -> Iterator[tuple[int, ImageRecord]]:
     """The records whose image can be read and is of the size that the source claims, with that size."""
     for position, (record, size) in enumerate(zip(records, _inspect(sources, len(records)), strict=True)):
-        name = f"{record.file_name} (image id {record.id})"
-        if isinstance(size, str):
-            problems.add(Kind.IMAGE, f"{name} {size}")
-        elif None not in (record.width, record.height) and size != (record.width, record.height):
-            turned = size == (record.height, record.width)
-            hint = ", a quarter turn: boxes belong to the image as people see it (EXIF orientation)" if turned else ""
-            problems.add(
-                Kind.IMAGE_SIZE,
-                f"{name} is {size[0]} x {size[1]} pixels, annotated as {record.width} x {record.height}{hint}",
-            )
-        else:
-            yield position, replace(record, width=size[0], height=size[1])
+        if (sized := with_size(record, size, problems)) is not None:
+            yield position, sized
+
+
+def with_size(record: ImageRecord, size: tuple[int, int] | str, problems: Problems) -> ImageRecord | None:
+    """A record with the size of its image; None, and a problem, if there is none or another one is claimed.
+
+    Args:
+        size: (width, height) in pixels, or why the image can't be read.
+    """
+    name = f"{record.file_name} (image id {record.id})"
+    if isinstance(size, str):
+        problems.add(Kind.IMAGE, f"{name} {size}")
+        return None
+    if None not in (record.width, record.height) and size != (record.width, record.height):
+        turned = size == (record.height, record.width)
+        hint = ", a quarter turn: boxes belong to the image as people see it (EXIF orientation)" if turned else ""
+        problems.add(
+            Kind.IMAGE_SIZE,
+            f"{name} is {size[0]} x {size[1]} pixels, annotated as {record.width} x {record.height}{hint}",
+        )
+        return None
+    return replace(record, width=size[0], height=size[1])
 
 
 def _inspect(sources: Iterable[ImageSource], total: int) -> Iterator[tuple[int, int] | str]:
@@ -126,7 +137,8 @@ def _inspect(sources: Iterable[ImageSource], total: int) -> Iterator[tuple[int, 
             progress.update(len(chunk))
 
 
-def _check_objects(record: ImageRecord, box_format: str, unit: str, problems: Problems) -> ImageRecord:
+def check_objects(record: ImageRecord, box_format: str, unit: str, problems: Problems) -> ImageRecord:
+    """A record with its boxes [x, y, w, h] in pixels; `problems` takes those that can't be, which are left out."""
     objects = []
     size = np.array([[record.width, record.height]], dtype=np.float64)
     for obj in record.objects:

@@ -84,7 +84,10 @@ def load_columns(
     def make_rows() -> tuple[datasets.Features, str, Iterator[dict[str, Any]]]:
         """The checked annotations, without the images, which stay where they are."""
         problems = Problems()
-        records = _records(source, vocabulary, where, problems)
+        records = records_of(source, vocabulary, where, problems)
+        image_id, times = Counter(record.id for record in records).most_common(1)[0]
+        if times > 1:
+            raise DataError(f"{where}: image id {image_id} appears {times} times; image ids must be unique")
         checked = check_records(records, sources_of(source), problems, where, on_error, box_format, box_unit)
         columns = {**annotation_features(vocabulary.names), "row": datasets.Value("int64")}
         rows = ({**arrow_row(record), "row": position} for position, record in checked)
@@ -120,7 +123,7 @@ def open_split(
         source = take_part(_split_of(path, base, name_of(path)), part)
     else:
         source = _open_path(path, split, config, cache_dir, where)
-    return _with_image_column(with_usual_names(source, columns, where) if columns else source, where, needed)
+    return with_image_column(with_usual_names(source, columns, where) if columns else source, where, needed)
 
 
 def _open_path(path: str, split: str, config: str | None, cache_dir: CacheDir, where: str) -> datasets.Dataset:
@@ -131,14 +134,18 @@ def _open_path(path: str, split: str, config: str | None, cache_dir: CacheDir, w
     except datasets.exceptions.DatasetGenerationError as error:
         raise DataError(f"{where} can't be read: {error.__cause__ or error}") from error
     except Exception as error:  # the library raises a dozen kinds of its own
-        text = first_line(error)
-        if not (Path(path).expanduser().is_dir() or isinstance(error, FileNotFoundError)):
-            text = f"there is no such folder here, and as a Hub id: {text}"
-        raise DataError(
-            f"{where} can't be opened as a data set ({text}). data.path "
-            "must be a Hub id, or a folder of Parquet files, of save_to_disk, or of images with metadata.jsonl; for a "
-            "folder with annotations/ set data.layout=coco."
-        ) from error
+        raise cannot_open(path, where, error) from error
+
+
+def cannot_open(path: str, where: str, error: Exception) -> DataError:
+    """The error of a path that `datasets` can't make anything of."""
+    text = first_line(error)
+    if not (Path(path).expanduser().is_dir() or isinstance(error, FileNotFoundError)):
+        text = f"there is no such folder here, and as a Hub id: {text}"
+    return DataError(
+        f"{where} can't be opened as a data set ({text}). data.path must be a Hub id, or a folder of Parquet files, "
+        "of save_to_disk, or of images with metadata.jsonl; for a folder with annotations/ set data.layout=coco."
+    )
 
 
 def _open_anything(path: str, split: str, config: str | None, cache_dir: CacheDir) -> datasets.Dataset:
@@ -167,7 +174,8 @@ def _split_of(saved: datasets.Dataset | datasets.DatasetDict, split: str, where:
     return saved[split]
 
 
-def _with_image_column(source: datasets.Dataset, where: str, needed: Sequence[str]) -> datasets.Dataset:
+def with_image_column(source: datasets.Dataset, where: str, needed: Sequence[str]) -> datasets.Dataset:
+    """The split, if it has the columns that are needed, with undecoded images in the column `image`."""
     for name in needed:
         if name not in source.column_names:
             raise DataError(
@@ -201,16 +209,14 @@ def _paths(source: datasets.Dataset) -> Iterator[tuple[str | None, bool]]:
         yield from zip(column.field("path").to_pylist(), is_embedded.to_pylist(), strict=True)
 
 
-def _records(source: datasets.Dataset, vocabulary: Vocabulary, where: str, problems: Problems) -> list[ImageRecord]:
+def records_of(source: datasets.Dataset, vocabulary: Vocabulary, where: str, problems: Problems) -> list[ImageRecord]:
+    """The annotations as they are; `problems` takes the categories that aren't known."""
     key = category_key(source, where)
     optional = [name for name in ("image_id", "file_name", "width", "height") if name in source.column_names]
     columns = {name: source.with_format("arrow", columns=[name])[:][name].to_pylist() for name in optional}
     ids = columns.get("image_id", [])
     if not ids or not all(isinstance(i, int) and abs(i) <= LARGEST_INTEGER for i in ids):
         ids = list(range(len(source)))
-    if len(set(ids)) != len(ids):
-        twice = Counter(ids).most_common(1)[0][0]
-        raise DataError(f"{where}: image id {twice} appears twice; image ids must be unique")
     names = columns.get("file_name") or [
         os.path.basename(path) if path else f"row {row}" for row, (path, _) in enumerate(_paths(source))
     ]

@@ -1,6 +1,7 @@
 """Settings of a data set -> splits and data sets."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow.compute as pc
@@ -14,6 +15,7 @@ from .layouts import with_layout
 from .settings import DataSection
 from .shapes import load_shapes
 from .split import DetectionSplit, keep_for_training, split_and_part
+from .stream import DetectionStream, StreamedSplit, load_stream, read_whole
 from .unlabeled import load_unlabeled
 from .voc import load_voc
 from .yolo import load_yolo
@@ -44,9 +46,10 @@ def load_split(data: DataSection, name: str, limit: int | None = None) -> Detect
             cache_dir=data.cache_dir,
         )
     elif data.layout == "datasets":
+        source = read_whole(data.path, name, data.config, limit, data.cache_dir) if data.streaming else data.path
         whole = load_columns(
-            data.path,
-            name,
+            source,
+            "train" if data.streaming else name,
             columns=data.columns,
             other_splits=(data.train_split, data.val_split),
             config=data.config,
@@ -57,6 +60,7 @@ def load_split(data: DataSection, name: str, limit: int | None = None) -> Detect
             on_error=data.on_error,
             cache_dir=data.cache_dir,
         )
+        whole = replace(whole, name=name, source=data.path) if data.streaming else whole
     elif data.layout == "yolo":
         whole = load_yolo(data.path, name, on_error=data.on_error, cache_dir=data.cache_dir)
     elif data.layout == "voc":
@@ -80,8 +84,8 @@ def load_split(data: DataSection, name: str, limit: int | None = None) -> Detect
     return whole.first(limit)
 
 
-def load_datasets(data: DataSection, seed: int) -> tuple[DetectionDataset, DetectionDataset]:
-    """The training and the evaluation set of a recipe.
+def load_datasets(data: DataSection, seed: int) -> tuple[DetectionDataset | DetectionStream, DetectionDataset]:
+    """The training and the evaluation set of a recipe. Only the first can be a stream.
 
     Args:
         data: the recipe's section.
@@ -92,19 +96,53 @@ def load_datasets(data: DataSection, seed: int) -> tuple[DetectionDataset, Detec
     """
     evaluated = load_split(data, data.val_split, data.max_val_images)
     check_evaluable(evaluated, data.val_split)
+    return (
+        load_training_set(data, evaluated, seed),
+        DetectionDataset(evaluated, train=False, short_side=data.short_side, long_side=data.long_side),
+    )
+
+
+def load_training_set(data: DataSection, evaluated: DetectionSplit, seed: int) -> DetectionDataset | DetectionStream:
+    """The training set of a recipe, with the classes of its evaluation set.
+
+    Args:
+        data: the recipe's section.
+        evaluated: the evaluation set.
+        seed: of the augmentation.
+
+    Raises:
+        FileNotFoundError, ValueError: the data can't be used, or there is nothing to train on.
+    """
+    names = (data.train_split, data.val_split)
+    options = {"train": True, "seed": seed, **_training_options(data)}
+    if data.streaming:
+        stream = _open_stream(data)
+        check_same_classes(stream.label_names, evaluated.label_names, names)
+        return DetectionStream(stream, **options)
     generated = data.layout == "shapes"
     whole = load_split(data, data.train_split, data.max_train_images if generated else None)
-    check_same_classes(whole, evaluated, (data.train_split, data.val_split))
+    check_same_classes(whole.label_names, evaluated.label_names, names)
     # The limit counts images that are trained on.
     train = keep_for_training(whole, filter_empty=data.filter_empty, min_image_side=data.min_image_side)
-    return (
-        DetectionDataset(
-            train if generated else train.first(data.max_train_images),
-            train=True,
-            seed=seed,
-            **_training_options(data),
-        ),
-        DetectionDataset(evaluated, train=False, short_side=data.short_side, long_side=data.long_side),
+    return DetectionDataset(train if generated else train.first(data.max_train_images), **options)
+
+
+def _open_stream(data: DataSection) -> StreamedSplit:
+    if (layout := with_layout(data).layout) != "datasets":
+        raise DataError(f"data.streaming is for layout datasets; {data.path} has layout {layout}: set it to false")
+    return load_stream(
+        data.path,
+        data.train_split,
+        columns=data.columns,
+        config=data.config,
+        box_format=data.box_format,
+        box_unit=data.box_unit,
+        label_names=data.label_names,
+        category_ids=data.category_ids,
+        on_error=data.on_error,
+        filter_empty=data.filter_empty,
+        min_image_side=data.min_image_side,
+        shuffle_buffer=data.shuffle_buffer,
     )
 
 
@@ -136,15 +174,14 @@ def _training_options(data: DataSection) -> dict[str, Any]:
     return {name: getattr(data, name) for name in (*names, "plain_epochs")}
 
 
-def check_same_classes(train: DetectionSplit, evaluated: DetectionSplit, names: tuple[str, str]) -> None:
+def check_same_classes(one: Sequence[str], other: Sequence[str], names: tuple[str, str]) -> None:
     """Raise DataError if two splits don't have the same classes in the same order: a label would mean two things.
 
     Args:
-        train, evaluated: the splits.
+        one, other: class names of the training and of the evaluation set.
         names: what they are called.
     """
-    one, other = train.label_names, evaluated.label_names
-    if one == other:
+    if list(one) == list(other):
         return
     texts = []
     for name, classes, others in ((names[0], one, other), (names[1], other, one)):

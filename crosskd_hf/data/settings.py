@@ -31,6 +31,10 @@ class DataSection:
         "layout datasets: boxes, labels, image, area, iscrowd, image_id, file_name -> the column that holds it, or "
         "column.key; empty: image and objects",
     )
+    streaming: bool = setting(
+        False, "layout datasets: read training images while they are trained on; needs training.max_steps"
+    )
+    shuffle_buffer: int = setting(1000, "streaming: images that each worker shuffles at a time", minimum=0)
     box_format: str = setting("xywh", "layout datasets: order of a box's numbers", FORMATS)
     box_unit: str = setting("pixel", "layout datasets: pixel, or relative to the image (0..1)", UNITS)
     # setting() copies a list.
@@ -94,7 +98,7 @@ class DataSection:
 
 def data_problems(data: DataSection) -> list[Problem]:
     """Combinations of settings that can't be."""
-    problems = [*_layout_problems(data), *_augment_problems(data)]
+    problems = [*_layout_problems(data), *_augment_problems(data), *_streaming_problems(data)]
     sides = data.multiscale_short_sides
     names = ("data.multiscale", "data.multiscale_short_sides")
     if data.multiscale == "range" and not (len(sides) == 2 and sides[0] < sides[1]):
@@ -123,6 +127,25 @@ def data_problems(data: DataSection) -> list[Problem]:
             text = f"data.{name} {getattr(data, name)!r} may only have the placeholder {{split}}."
             problems.append(((f"data.{name}",), text))
     return problems
+
+
+def _streaming_problems(data: DataSection) -> list[Problem]:
+    if not data.streaming:
+        return []
+    reasons = {
+        "plain_epochs": data.plain_epochs and "a stream has no last epochs",
+        "unlabeled": data.unlabeled is not None and "unlabelled images can't be mixed into a stream",
+        "max_train_images": data.max_train_images is not None and "a stream is read from its beginning to its end",
+        "layout": data.layout not in ("auto", "datasets") and "only layout datasets can be streamed",
+    }
+    return [
+        (
+            (f"data.{name}", "data.streaming"),
+            f"data.{name} is {getattr(data, name)}, but data.streaming true: {reason}.",
+        )
+        for name, reason in reasons.items()
+        if reason
+    ]
 
 
 def _augment_problems(data: DataSection) -> list[Problem]:

@@ -14,8 +14,9 @@ from .annotation_files import files_hash, images_in, leaves_folder
 from .cache import CacheDir, cached_rows
 from .checks import ImageRecord, arrow_row, cache_note, check_records, read_cache_note
 from .columns import open_split, refuse_foreign_paths, sources_of
-from .dataset import DetectionDataset, Item
+from .dataset import DetectionDataset
 from .errors import DataError, Problems
+from .items import Item
 from .sampler import SampleKey
 from .split import DetectionSplit, annotation_features
 

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from ..data.stream import DetectionStream, number_of_images
 from ..models.families import backbone_name
 from ..training.arguments import LIMITS
 from ..training.distillation_trainer import DistillationTrainer
@@ -34,7 +35,7 @@ def describe(trainer: DetectionTrainer) -> str:
                 f"unlabelled images  {len(unlabeled)} (batches per labelled batch: {trainer.unlabeled_ratio:g})"
             )
     lines += [
-        f"training images    {len(trainer.train_dataset)}",
+        f"training images    {number_of_images(trainer.train_dataset)}",
         f"validation images  {len(trainer.eval_dataset)}",
         f"labels             {trainer.model.config.num_labels}",
         f"effective batch    {args.global_batch_size} ({args.per_device_train_batch_size} a device x "
@@ -43,7 +44,7 @@ def describe(trainer: DetectionTrainer) -> str:
         f"{args.base_batch_size or args.global_batch_size})",
         *parameter_groups_told(trainer),
         f"precision          {precision(trainer)}",
-        f"steps              {planned_steps(trainer)} ({trainer.steps_per_epoch} an epoch)",
+        f"steps              {planned_steps(trainer)}{steps_an_epoch(trainer)}",
         f"output             {args.output_dir}",
     ]
     return "\n".join(lines)
@@ -85,7 +86,7 @@ def check_schedule(trainer: DetectionTrainer, recipe: Recipe) -> None:
     """
     args, steps = trainer.args, planned_steps(trainer)
     if args.get_warmup_steps(steps) > steps:
-        given = f"training ends after {steps} steps ({trainer.steps_per_epoch} an epoch)"
+        given = f"training ends after {steps} steps{steps_an_epoch(trainer)}"
         if "training.warmup_steps" in recipe.overridden:
             raise RecipeError(
                 f"training.warmup_steps is {args.warmup_steps:g}, but {given}: lower it, such as "
@@ -99,6 +100,11 @@ def check_schedule(trainer: DetectionTrainer, recipe: Recipe) -> None:
             f"{args.scaled_learning_rate:g} at the {args.global_batch_size} images of this run: lower it, or set "
             "training.base_batch_size=null."
         )
+
+
+def steps_an_epoch(trainer: DetectionTrainer) -> str:
+    """How many of the steps are an epoch, if there are any."""
+    return "" if isinstance(trainer.train_dataset, DetectionStream) else f" ({trainer.steps_per_epoch} an epoch)"
 
 
 def planned_steps(trainer: DetectionTrainer) -> int:

@@ -147,7 +147,7 @@ def compare(train: Report, evaluated: Report) -> tuple[bool, list[str]]:
         return False, [f"{name} are one split: what is measured on it says nothing about other images"]
     lines = []
     try:
-        check_same_classes(train.split, evaluated.split, (train.name, evaluated.name))
+        check_same_classes(train.split.label_names, evaluated.split.label_names, (train.name, evaluated.name))
     except DataError as error:
         lines.append(f"  ! {error}")
     refused = bool(lines)

@@ -13,6 +13,7 @@ from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, Tr
 from ..data.dataset import DetectionDataset
 from ..data.sampler import MixedBatchSampler, OrientationBatchSampler
 from ..data.split import DetectionSplit
+from ..data.stream import DetectionStream
 from ..data.unlabeled import MixedDataset
 from ..distillation import CrossKD, DistillationPair, KDMethod, PairError, QueryCrossKD
 from ..distillation.compatibility import PARTLY
@@ -57,7 +58,7 @@ class DistillationTrainer(DetectionTrainer):
         teacher: PreTrainedModel | str | None = None,
         args: DetectionTrainingArguments | None = None,
         *,
-        train_dataset: DetectionDataset | DetectionSplit | None = None,
+        train_dataset: DetectionDataset | DetectionStream | DetectionSplit | None = None,
         eval_dataset: DetectionDataset | DetectionSplit | None = None,
         processing_class: BaseImageProcessor | None = None,
         data_collator: Callable | None = None,
@@ -96,6 +97,8 @@ class DistillationTrainer(DetectionTrainer):
         self.unlabeled_ratio = unlabeled_ratio
         self.unlabeled_dataset = None
         if unlabeled_dataset is not None:
+            if isinstance(self.train_dataset, DetectionStream):
+                raise ValueError("unlabelled images can't be mixed into a stream: leave unlabeled_dataset out")
             self.unlabeled_dataset = as_dataset(unlabeled_dataset, self.processing_class, True, args.seed)
             check_same("the images of unlabeled_dataset", len(self.unlabeled_dataset))
             if len(self.unlabeled_dataset) < args.per_device_train_batch_size:

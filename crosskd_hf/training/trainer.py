@@ -20,6 +20,7 @@ from ..data.dataset import DetectionDataset
 from ..data.processor_size import ProcessorCollator
 from ..data.sampler import MixedBatchSampler, OrientationBatchSampler
 from ..data.split import DetectionSplit
+from ..data.stream import DetectionStream
 from ..data.unlabeled import MixedDataset
 from ..models.families import is_dense
 from ..models.image_processing import DenseDetectorImageProcessor
@@ -39,6 +40,7 @@ from .trainer_inputs import (
     as_detector,
     first_detector,
     prepare_detector,
+    prepare_stream,
     processor_for,
     refuse_unsupported,
 )
@@ -55,8 +57,9 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
     Args:
         model: a detector, or a folder or Hub id of one.
         args: the training arguments.
-        train_dataset: a `DetectionDataset`, or a `DetectionSplit`, which is then resized as the processor does it.
-        eval_dataset: the same.
+        train_dataset: a `DetectionDataset` or `DetectionStream`, or a `DetectionSplit`, which is then resized as the
+            processor does it.
+        eval_dataset: the same, but no stream.
         processing_class: the image processor, saved beside the model; None makes the one that goes with the model.
         data_collator: makes a batch of the items of a `DetectionDataset`; None: the one that goes with the model.
         compute_metrics: further metrics, beside COCO's; what it is given, `SeenBatches` says.
@@ -74,7 +77,7 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
         model: PreTrainedModel | str | None = None,
         args: DetectionTrainingArguments | None = None,
         *,
-        train_dataset: DetectionDataset | DetectionSplit | None = None,
+        train_dataset: DetectionDataset | DetectionStream | DetectionSplit | None = None,
         eval_dataset: DetectionDataset | DetectionSplit | None = None,
         processing_class: BaseImageProcessor | None = None,
         data_collator: Callable | None = None,
@@ -87,10 +90,12 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
         args = DetectionTrainingArguments(DEFAULT_OUTPUT) if args is None else args
         refuse_unsupported(args)
         processor = processing_class or processor_for(model, detector.config)
-        datasets: dict[str, DetectionDataset | None] = {}
-        for name, data, train in (("train_dataset", train_dataset, True), ("eval_dataset", eval_dataset, False)):
-            datasets[name] = dataset = None if data is None else as_dataset(data, processor, train, args.seed)
-            if dataset is not None:
+        datasets: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        for name, data in datasets.items():
+            if name == "train_dataset" and isinstance(data, DetectionStream):
+                prepare_stream(data, processor, args)
+            elif data is not None:
+                datasets[name] = dataset = as_dataset(data, processor, name == "train_dataset", args.seed)
                 check_same(f"the images and classes of {name}", (len(dataset), dataset.split.label_names))
         prepare_detector(detector, args, datasets)
         if isinstance(processor, DenseDetectorImageProcessor) and args.standalone:
@@ -117,6 +122,7 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
         groups_of(self.trained_module(), args)  # a factor that is of no parameter ends here, and not in `train`
         self.monitor = StepMonitor(self.args.device)
         self.train_sampler: OrientationBatchSampler | MixedBatchSampler | None = None
+        self._batches_per_epoch = 0  # until the loader is made
         self.termination = TerminationSignal()
         self.add_callback(_TrainingHooks(self))
         # Before all others, such as a tracker's that uploads the model at the end.
@@ -126,9 +132,11 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
     # Data -------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of one orientation, dealt out to the processes."""
+        """Batches of one orientation, dealt out to the processes; of a stream, as its images come."""
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset")
+        if isinstance(self.train_dataset, DetectionStream):
+            return self._stream_dataloader(self.train_dataset)
         sampler = OrientationBatchSampler(
             self.train_dataset.orientations(),
             self.args.per_device_train_batch_size,
@@ -148,6 +156,13 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
         epochs = -(-steps // self.steps_per_epoch) if steps > 0 else math.ceil(self.args.num_train_epochs)
         dataset.set_epochs(epochs)
         return loader
+
+    def _stream_dataloader(self, stream: DetectionStream) -> DataLoader:
+        """Each process and worker reads its own part, so that accelerate has nothing to deal out."""
+        size = self.args.per_device_train_batch_size
+        stream.deal(self.accelerator.process_index, self.accelerator.num_processes, size)
+        self._batches_per_epoch = self.args.max_steps * self.args.gradient_accumulation_steps
+        return DataLoader(stream, batch_size=size, **self._loader_options())
 
     def mixed(
         self, dataset: DetectionDataset, sampler: OrientationBatchSampler
@@ -218,6 +233,7 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
         model = as_detector(super().call_model_init(trial))  # type: ignore[arg-type]
         prepare_detector(model, self.args, {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset})
         self.train_sampler = self.average = None
+        self._batches_per_epoch = 0
         return model
 
     def train(self, *args, **kwargs) -> TrainOutput:
@@ -256,7 +272,7 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps an epoch."""
-        if self.train_sampler is None:
+        if not self._batches_per_epoch:
             self.get_train_dataloader()
         return max(1, -(-self._batches_per_epoch // self.args.gradient_accumulation_steps))
 

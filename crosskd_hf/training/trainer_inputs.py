@@ -8,10 +8,12 @@ import torch
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_tensorboard_available, is_trackio_available, is_wandb_available
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..data.dataset import DetectionDataset
 from ..data.processor_size import plain_size
 from ..data.split import DetectionSplit
+from ..data.stream import DetectionStream
 from ..models.base import DenseDetector
 from ..models.families import FAMILIES, is_dense, label_names_of
 from ..models.image_processing import DenseDetectorImageProcessor
@@ -73,7 +75,9 @@ def first_detector(
 
 
 def prepare_detector(
-    detector: PreTrainedModel, args: DetectionTrainingArguments, datasets: Mapping[str, DetectionDataset | None]
+    detector: PreTrainedModel,
+    args: DetectionTrainingArguments,
+    datasets: Mapping[str, DetectionDataset | DetectionStream | None],
 ) -> None:
     """Check a detector against arguments and data, and set it up for training.
 
@@ -128,6 +132,28 @@ def refuse_unsupported(args: DetectionTrainingArguments) -> None:
         raise ValueError("FSDP and DeepSpeed aren't supported; these detectors fit a GPU: use plain multi_gpu.")
 
 
+def prepare_stream(stream: DetectionStream, processor: Any, args: DetectionTrainingArguments) -> None:
+    """Have a stream resized as `as_dataset` says.
+
+    Raises:
+        ValueError: the arguments count its epochs, which it hasn't.
+    """
+    wrong = {
+        "max_steps": args.max_steps <= 0 and "set it to the number of updates",
+        "lr_milestones": bool(args.lr_milestones) and "in epochs: set null and lr_scheduler_type, or [] for none",
+        "eval_strategy": args.eval_strategy == IntervalStrategy.EPOCH and "set steps, and eval_steps",
+        "save_strategy": args.save_strategy == SaveStrategy.EPOCH and "set steps, and save_steps",
+        "logging_strategy": args.logging_strategy == IntervalStrategy.EPOCH and "set steps, and logging_steps",
+    }
+    values = {name: getattr(args, name) for name in wrong}
+    shown = {name: getattr(value, "value", value) for name, value in values.items()}  # of enumerations
+    lines = [f"training.{name} is {shown[name]}: {reason}" for name, reason in wrong.items() if reason]
+    if lines:
+        raise ValueError("a stream has no epochs:\n  - " + "\n  - ".join(lines))
+    if not isinstance(processor, DenseDetectorImageProcessor):
+        stream.use_processor(processor)
+
+
 def as_dataset(data: Dataset | DetectionSplit, processor: Any, train: bool, seed: int) -> DetectionDataset:
     """A data set, made of a split if it is one, whose images are then resized as the processor does it.
 
@@ -151,7 +177,7 @@ def as_dataset(data: Dataset | DetectionSplit, processor: Any, train: bool, seed
     return dataset
 
 
-def check_classes(model: PreTrainedModel, dataset: DetectionDataset, name: str, advice: str) -> None:
+def check_classes(model: PreTrainedModel, dataset: DetectionDataset | DetectionStream, name: str, advice: str) -> None:
     """Raise ValueError, with the advice, if a data set of this name has other classes than the model."""
     model_names, data_names = map(coco_spelling, (label_names_of(model.config), dataset.split.label_names))
     if model_names == data_names:

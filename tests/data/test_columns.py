@@ -239,7 +239,7 @@ def test_a_wrong_box_format_is_named(tmp_path, load):
         ({"bbox": [BOX]}, {}, "objects must have bbox and category"),
         ({"category": [1]}, {}, "objects must have bbox and category"),
         ({"bbox": [BOX, BOX], "category": [1]}, {}, "2 boxes, but 1 categories"),
-        ({"bbox": [BOX], "category": [1]}, {"image_id": [4, 4]}, "image id 4 appears twice"),
+        ({"bbox": [BOX], "category": [1]}, {"image_id": [4, 4]}, "image id 4 appears 2 times"),
         ({"bbox": [BOX], "category": [1]}, {"width": [41, 41], "height": [30, 30]}, "annotated as 41 x 30"),
         ({"bbox": [[1.0, 2.0, float("nan"), 3.0]], "category": [1]}, {}, "not four numbers"),
     ],

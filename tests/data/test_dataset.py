@@ -7,7 +7,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from crosskd_hf.data.coco import load_coco
-from crosskd_hf.data.dataset import DetectionDataset, training_boxes
+from crosskd_hf.data.dataset import DetectionDataset
+from crosskd_hf.data.items import training_boxes
 from crosskd_hf.data.sampler import SampleKey
 
 SMALL = {"short_side": 20, "long_side": 40}

@@ -15,6 +15,7 @@ from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
 from crosskd_hf.commands import evaluate
 from crosskd_hf.commands.errors import USER_ERRORS
 from crosskd_hf.data.coco import load_coco
+from crosskd_hf.data.stream import DetectionStream, load_stream
 from crosskd_hf.distillation import CrossKD
 from crosskd_hf.hub.upload import RECIPE_FILE
 from crosskd_hf.recipe import run_folder
@@ -87,6 +88,32 @@ def test_two_processes_have_batches_of_one_kind(tmp_path: Path) -> None:
     (kinds, length, weights), other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert kinds == [False, True] * 4 and length == 6
     assert torch.equal(weights, other[2])
+
+
+def images_of_a_stream(rank: int, port: int, folder: str) -> None:
+    """Three batches of one process of two, each of which reads a file of three images."""
+    equality.join(rank, 2, port)
+    split = load_coco(Path(folder) / "data", "mini", cache_dir=str(Path(folder) / "data" / "cache"))
+    stream = DetectionStream(load_stream(split.dataset.to_iterable_dataset(num_shards=2)), train=True)
+    args = tiny_args(Path(folder) / "run", max_steps=3, per_device_train_batch_size=1, lr_milestones=None)
+    student = tiny_model()
+    trainer = DetectionTrainer(student, args, train_dataset=stream, processing_class=tiny_processor(student))
+    seen: list[int] = []
+    collate = trainer.data_collator
+    trainer.data_collator = lambda items: (seen.extend(item["image_id"] for item in items), collate(items))[1]
+    trainer.train()
+    torch.save(
+        (seen, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]), f"{folder}/{rank}.pt"
+    )
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_read_halves_of_a_stream(tmp_path: Path) -> None:
+    tiny_split(tmp_path / "data", images=6)
+    run_processes(images_of_a_stream, (equality.free_port(), str(tmp_path)), 2)
+    (one, losses), (other, same) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert {frozenset(one[:3]), frozenset(other[:3])} == {frozenset({1, 2, 3}), frozenset({4, 5, 6})}
+    assert len(losses) == 3 and losses == same
 
 
 # Several machines ----------------------------------------------------------------------------------------------------

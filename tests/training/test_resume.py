@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import datasets
 import equality
 import pytest
 import torch
@@ -22,6 +24,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from crosskd_hf.data.coco import load_coco
 from crosskd_hf.data.dataset import DetectionDataset
+from crosskd_hf.data.stream import DetectionStream, load_stream
 from crosskd_hf.distillation import CrossKD, SoftBoxes
 from crosskd_hf.training import checkpoints
 from crosskd_hf.training.averaging import AVERAGE_FILE
@@ -61,13 +64,22 @@ class InterruptAt(TrainerCallback):
 
 
 def build(
-    root: Path, name: str, teacher: bool = False, model_seed: int = 1, unlabeled: bool = False, **options
+    root: Path,
+    name: str,
+    teacher: bool = False,
+    model_seed: int = 1,
+    unlabeled: bool = False,
+    stream: bool = False,
+    **options,
 ) -> DetectionTrainer:
     """A trainer with drop path, flips and several scales; the run's folder is `root/name`."""
     model = tiny_model(seed=model_seed, backbone="test_resnet", drop_path_rate=0.5, frozen_stages=0)
     split = tiny_split(root / "data", images=7)
     size = {"short_side": 64, "long_side": 96}
-    train = DetectionDataset(split, train=True, multiscale="choice", multiscale_short_sides=(48, 64), **size)
+    train: Any = DetectionDataset(split, train=True, multiscale="choice", multiscale_short_sides=(48, 64), **size)
+    if stream:
+        rows = split.dataset.to_iterable_dataset(num_shards=2)
+        train = DetectionStream(load_stream(rows, shuffle_buffer=4), train=True, **size)
     args = tiny_args(root / name, **{**OPTIONS, **options})
     common = {"train_dataset": train, "eval_dataset": split, "processing_class": tiny_processor(model)}
     if unlabeled:
@@ -97,9 +109,6 @@ def assert_same(one: dict, other: dict) -> None:
         if not (torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name])
     ]
     assert not different, f"{len(different)} of {len(one)} differ: {different[:5]}"
-
-
-UNDISTURBED: dict[str, dict] = {}  # options -> final state, for all tests that compare with it
 
 
 UNDISTURBED: dict[str, dict] = {}  # options -> final state, for all tests that compare with it
@@ -161,6 +170,17 @@ def test_a_run_resumed_in_mid_epoch_ends_as_an_undisturbed_one(
     whole = undisturbed(tmp_path, **options)
     interrupted(tmp_path, 5, **options)
     assert_same(whole, resumed(tmp_path, "checkpoint-3", **options))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_on_a_stream_is_resumed_in_its_second_pass(
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+    options = {"dataloader_num_workers": workers, "stream": True, "lr_milestones": None}
+    whole = undisturbed(tmp_path, **options)
+    interrupted(tmp_path, 6, **options)
+    assert_same(whole, resumed(tmp_path, "checkpoint-6", **options))
 
 
 def test_a_run_with_unlabelled_images_is_resumed(tmp_path: Path) -> None:

@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Image
 from safetensors.torch import load_file
-from tiny import tiny_args, tiny_model, tiny_processor, tiny_split, write_tiny_coco
+from tiny import tiny_args, tiny_model, tiny_processor, tiny_split, write_tiny_coco, write_tiny_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from crosskd_hf.commands import main as cli
 from crosskd_hf.data.dataset import DetectionDataset
+from crosskd_hf.data.stream import DetectionStream, load_stream
 from crosskd_hf.distillation import PKD, CrossKD
 from crosskd_hf.training import trainer as trainer_module
 from crosskd_hf.training import trainer_inputs as checks
@@ -415,3 +417,32 @@ def test_workers_that_persist_stop_augmenting(tmp_path: Path) -> None:
     trainer.train()
     plain = [largest[i : i + 3] for i in range(0, 9, 3)]
     assert max(map(max, plain[:2])) < min(plain[2])
+
+
+def test_a_stream_has_no_epochs(tmp_path: Path) -> None:
+    rows = tiny_split(tmp_path / "data").dataset.to_iterable_dataset()
+    stream = DetectionStream(load_stream(rows), train=True)
+    args = tiny_args(tmp_path / "run", max_steps=-1, num_train_epochs=20, save_strategy="epoch")
+    with pytest.raises(
+        ValueError, match=r"(?s)no epochs:.*max_steps is -1.*lr_milestones is \[8.*save_strategy is epoch"
+    ):
+        DetectionTrainer(tiny_model(), args, train_dataset=stream)
+    args = tiny_args(tmp_path / "run", lr_milestones=None)
+    with pytest.raises(ValueError, match=r"a data set must be a DetectionDataset or a DetectionSplit"):
+        DetectionTrainer(tiny_model(), args, eval_dataset=stream)
+    with pytest.raises(ValueError, match=r"unlabelled images can't be mixed into a stream"):
+        unlabeled = tiny_split(tmp_path / "data")
+        DistillationTrainer(tiny_model(), tiny_model(), args, train_dataset=stream, unlabeled_dataset=unlabeled)
+
+
+def test_a_recipe_trains_on_a_stream(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    recipe = write_tiny_recipe(tmp_path, lr_milestones=None, eval_strategy="steps", eval_steps=3)
+    rows = tiny_split(tmp_path / "data").dataset.cast_column("image", Image(decode=False))
+    rows = rows.map(lambda row: {"image": {"bytes": Path(row["image"]["path"]).read_bytes(), "path": None}})
+    rows.to_parquet(str(tmp_path / "parquet" / "train.parquet"))
+    data = [f"data.path={tmp_path / 'parquet'}", "data.train_split=train", "data.val_split=train"]
+    cli.main(["train", str(recipe), *data, "data.streaming=true"])
+    told = capsys.readouterr().out
+    assert "training images    streamed\nvalidation images  5\n" in told and "steps              3\n" in told
+    with pytest.raises(SystemExit, match=r"data.unlabeled is x, but data.streaming true"):
+        cli.main(["train", str(recipe), *data, "data.streaming=true", "data.unlabeled=x"])
