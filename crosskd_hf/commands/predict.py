@@ -1,4 +1,4 @@
-"""Detections of image files: pictures with boxes, and COCO results."""
+"""Detections of image and video files: pictures with boxes, and COCO results."""
 
 import argparse
 from pathlib import Path
@@ -12,10 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "OUTPUT_DIR/pictures, the images with the boxes drawn. Without --annotations, image_id is the file "
         "name's stem if all of them are different whole numbers, else 1, 2, ... in the order of the sorted paths, and "
         "category_id is the model's label, counted from 0. Pictures keep the images' names, from the folder on that "
-        "all images share."
+        "all images share. Of a video NAME it writes OUTPUT_DIR/videos/NAME.mp4, with the boxes, and NAME.mp4.json."
     )
     parser.add_argument("model", help="folder or Hub id of a saved detector")
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="image file or URL, folder, or pattern in quotes")
+    parser.add_argument(
+        "sources", nargs="+", metavar="SOURCE", help="image or video file or URL, folder of images, or pattern"
+    )
     parser.add_argument("--recursive", action="store_true", help="also the images in folders of a folder")
     parser.add_argument("--output-dir", default="predictions", help="where results go (default: predictions)")
     parser.add_argument(
@@ -54,17 +56,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write predictions of image files, and tell how many.
+    """Write predictions of image and video files, and tell how many.
 
     Raises:
-        PredictionError, CheckpointError: see `predict_files`.
-        SystemExit: with status 1, when all else is written, if an image that is a source itself was left out.
+        PredictionError, CheckpointError: see `predict_files` and `predict_videos`.
+        SystemExit: with status 1, when all else is written, if a file that is a source itself was left out.
     """
     from ..inference.image_files import fetch_images
+    from ..inference.predict_videos import check_videos, split_sources
+
+    output = Path(arguments.output_dir)
+    sources, videos = split_sources(fetch_images(arguments.sources, output / "downloads"))
+    targets = check_videos(videos, output)
+    failed = _predict_images(arguments, sources) if sources else False
+    failed |= _predict_videos(arguments, videos, targets) if videos else False
+    if failed:
+        raise SystemExit(1)
+
+
+def _predict_images(arguments: argparse.Namespace, sources: list[str]) -> bool:
+    """Whether an image was left out that is a source itself."""
     from ..inference.predict_files import predict_files
     from ..utils.progress import say
 
-    sources = fetch_images(arguments.sources, Path(arguments.output_dir) / "downloads")
     written = predict_files(
         arguments.model,
         sources,
@@ -89,5 +103,26 @@ def run(arguments: argparse.Namespace) -> None:
     if left_out:
         total = count + len(left_out)
         print(f"{len(left_out)} of {total} images were left out:\n  " + "\n  ".join(left_out.values()))
-    if written.lacks_one_of(sources):
-        raise SystemExit(1)
+    return written.lacks_one_of(sources)
+
+
+def _predict_videos(arguments: argparse.Namespace, videos: list[Path], targets: list[Path]) -> bool:
+    """Whether a video was left out."""
+    from ..inference.predict_videos import predict_videos
+    from ..utils.progress import say
+
+    written, left_out = predict_videos(
+        arguments.model,
+        videos,
+        targets,
+        threshold=arguments.threshold,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        stop_at_errors=arguments.on_error == "stop",
+    )
+    for video in written:
+        say(f"{video.frames} frames, {video.drawn} boxes above {arguments.threshold}")
+        say(f"written to {video.video} and {video.results}")
+    if left_out:
+        print(f"{len(left_out)} of {len(videos)} videos were left out:\n  " + "\n  ".join(left_out))
+    return bool(left_out)

@@ -85,10 +85,10 @@ def predict(
             else:
                 on_error(path, sample)
             if len(batch) == batch_size:
-                yield from _detect(model, processor, batch, threshold)
+                yield from detect(model, processor, batch, threshold)
                 batch = []
     if batch:
-        yield from _detect(model, processor, batch, threshold)
+        yield from detect(model, processor, batch, threshold)
 
 
 def _read_ahead(
@@ -109,7 +109,7 @@ def _read_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _detect(
+def detect(
     model: DenseDetector, processor: DenseDetectorImageProcessor, batch: Sequence[Sample], threshold: float
 ) -> list[Prediction]:
     """Predictions of a batch, in its order."""

@@ -118,7 +118,7 @@ def predict_files(
     check_prediction_folder(output, picture_folder, paths, pictures_of)
     annotated = read_annotated(annotations) if annotations else None
     entries = match_images(paths, annotated) if annotated else number_images(names)
-    detector, processor = _load(model, device)
+    detector, processor = load_for_prediction(model, device)
     id2label = detector.config.id2label
     category_ids = category_ids_of(id2label, annotated)
     entry_of, name_of = (dict(zip(paths, values, strict=True)) for values in (entries, pictures_of))
@@ -138,7 +138,13 @@ def predict_files(
     return Written(results, picture_folder, detections, drawn, left_out, time.perf_counter() - start)
 
 
-def _load(source: str, device: str | None) -> tuple[DenseDetector, DenseDetectorImageProcessor]:
+def load_for_prediction(source: str, device: str | None) -> tuple[DenseDetector, DenseDetectorImageProcessor]:
+    """A detector on a device (None is a GPU if there is one), and its image processor.
+
+    Raises:
+        PredictionError: the device can't be used.
+        CheckpointError: the model or its image processor can't be loaded.
+    """
     model, processor = load_detector(source), load_processor(source)
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -126,7 +126,8 @@ class PredictionWriter:
         rows = coco_results(prediction, entry, self.id2label, self.category_ids, self.json_threshold)
         self.add_results(rows)
         if self.pictures:
-            picture, path = self._draw(prediction), self.pictures / self.picture_names[prediction.path]
+            picture = draw_prediction(prediction, self.id2label, self.threshold)
+            path = self.pictures / self.picture_names[prediction.path]
             with _writing(path), replacing(path, flush=False) as temporary:
                 picture.save(temporary, format=PICTURE_FORMATS[path.suffix.lower()])
                 (self.pictures / PICTURES_MARKER).touch()
@@ -135,11 +136,13 @@ class PredictionWriter:
                 self.labels.write(prediction, self.picture_names[prediction.path])
         return len(rows), int((prediction.scores > self.threshold).sum())
 
-    def _draw(self, prediction: Prediction) -> Image.Image:
-        keep = prediction.scores > self.threshold
-        labels = prediction.labels[keep].tolist()
-        names, colors = [self.id2label[label] for label in labels], [label_color(label) for label in labels]
-        return draw_boxes(prediction.image, prediction.boxes[keep], names, prediction.scores[keep].tolist(), colors)
+
+def draw_prediction(prediction: Prediction, id2label: Mapping[int, str], threshold: float) -> Image.Image:
+    """The image with the boxes above a threshold; see `draw_boxes`."""
+    keep = prediction.scores > threshold
+    labels = prediction.labels[keep].tolist()
+    names, colors = [id2label[label] for label in labels], [label_color(label) for label in labels]
+    return draw_boxes(prediction.image, prediction.boxes[keep], names, prediction.scores[keep].tolist(), colors)
 
 
 @contextlib.contextmanager
