@@ -1,4 +1,4 @@
-"""The `crosskd` command: demo, new, check-data, convert-data, train, evaluate, report, predict, info, export,
+"""The `crosskd` command: demo, new, check-data, convert-data, train, evaluate, report, predict, show, info, export,
 convert."""
 
 import argparse
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import shtab
 
 from ..version import __version__
-from . import check_data, convert, convert_data, demo, evaluate, export, info, new, predict, report, train
+from . import check_data, convert, convert_data, demo, evaluate, export, info, new, predict, report, show, train
 from .arguments import parse
 from .stdout import lenient_output
 
-MODULES = (train, evaluate, report, convert, demo, new, check_data, convert_data, predict, info, export)
+MODULES = (train, evaluate, report, convert, demo, new, check_data, convert_data, predict, show, info, export)
 COMMANDS = {module.__name__.rpartition(".")[2].replace("_", "-"): module for module in MODULES}
 TRAINING = ("train", "demo")  # resume from their last checkpoint; what they are for isn't on stdout
 
