@@ -163,6 +163,41 @@ def test_a_model_is_made_for_each_training(tmp_path: Path) -> None:
     assert not torch.equal(made[-1].head.cls_predictor.weight, made[0].head.cls_predictor.weight)
 
 
+def test_optuna_searches(tmp_path: Path) -> None:
+    """Two trials of a pair, each in a folder of its own; the better one is found by COCO's AP."""
+    pytest.importorskip("optuna")
+    split, rates, seen = tiny_split(tmp_path / "data"), [1e-4, 1e-3], []
+    trainer = DistillationTrainer(
+        teacher=tiny_model(seed=2),
+        args=tiny_args(tmp_path / "run", max_steps=2, eval_strategy="steps", eval_steps=2, save_strategy="steps"),
+        train_dataset=split,
+        eval_dataset=split,
+        model_init=lambda: tiny_model(seed=1),
+    )
+
+    def objective(metrics: dict) -> float:
+        seen.append((trainer.args.learning_rate, metrics["eval_AP"]))
+        return trainer.args.learning_rate
+
+    best = trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", rates)},
+        compute_objective=objective,
+        n_trials=4,
+        direction="maximize",
+        backend="optuna",
+    )
+    assert best.objective == best.hyperparameters["learning_rate"] == max(rate for rate, _ in seen)
+    assert len(seen) == 4 and {rate for rate, _ in seen} <= {*rates}
+    assert {path.name for path in (tmp_path / "run").glob("run-*")} == {f"run-{number}" for number in range(4)}
+
+
+def test_a_peft_model_is_refused_in_one_line(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["cls_tower.0.conv"]))
+    with pytest.raises(ValueError, match=r"PEFT.*merge_and_unload\(\)"):
+        DetectionTrainer(model, tiny_args(tmp_path), train_dataset=tiny_split(tmp_path / "data"))
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
