@@ -62,11 +62,13 @@ def run(arguments: argparse.Namespace) -> None:
         PredictionError, CheckpointError: see `predict_files` and `predict_videos`.
         SystemExit: with status 1, when all else is written, if a file that is a source itself was left out.
     """
-    from ..inference.image_files import fetch_images
+    from ..inference.image_files import PredictionError, fetch_images
     from ..inference.predict_videos import check_videos, split_sources
 
     output = Path(arguments.output_dir)
     sources, videos = split_sources(fetch_images(arguments.sources, output / "downloads"))
+    if videos and (arguments.format != "coco" or arguments.annotations):
+        raise PredictionError("--format and --annotations are for images: name videos in a call of their own.")
     targets = check_videos(videos, output)
     failed = _predict_images(arguments, sources) if sources else False
     failed |= _predict_videos(arguments, videos, targets) if videos else False
@@ -117,12 +119,14 @@ def _predict_videos(arguments: argparse.Namespace, videos: list[Path], targets: 
         targets,
         threshold=arguments.threshold,
         batch_size=arguments.batch_size,
+        pictures=not arguments.no_pictures,
         device=arguments.device,
         stop_at_errors=arguments.on_error == "stop",
     )
     for video in written:
-        say(f"{video.frames} frames, {video.drawn} boxes above {arguments.threshold}")
-        say(f"written to {video.video} and {video.results}")
+        note = f" ({video.note})" if video.note else ""
+        say(f"{video.frames} frames, {video.drawn} boxes above {arguments.threshold}{note}")
+        say(f"written to {video.results}" + (f" and {video.video}" if video.video else ""))
     if left_out:
         print(f"{len(left_out)} of {len(videos)} videos were left out:\n  " + "\n  ".join(left_out))
     return bool(left_out)

@@ -16,18 +16,17 @@ import pyarrow.compute as pc
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..utils.escaping import printable
-from ..utils.files import CacheError
 from ..utils.images import ImageSource
-from ..utils.messages import first_line
 from .annotation_files import files_hash
-from .cache import CacheDir, cached_rows, open_cache
+from .cache import CacheDir, cached_rows
 from .checks import ImageRecord, ObjectRecord, arrow_row, cache_note, check_records, read_cache_note
 from .coco import LARGEST_INTEGER
 from .column_classes import Vocabulary, build_vocabulary, category_feature, category_key, object_rows, object_values
 from .column_names import with_usual_names
 from .errors import DataError, Kind, Problems
-from .image_folder import METADATA, check_metadata, open_image_folder
-from .split import DetectionSplit, annotation_features, no_such_split, split_and_part, take_part
+from .image_folder import METADATA
+from .opening import open_whole, read_stream, split_of
+from .split import DetectionSplit, annotation_features, split_and_part, take_part
 
 IN_MEMORY = (datasets.Dataset, datasets.DatasetDict)
 Source = str | datasets.Dataset | datasets.DatasetDict  # Hub id or folder; or what is loaded already
@@ -46,6 +45,8 @@ def load_columns(
     category_ids: Sequence[int] = (),
     on_error: str = "stop",
     cache_dir: CacheDir = None,
+    streamed: bool = False,
+    limit: int | None = None,
 ) -> DetectionSplit:
     """Load one split of a `datasets` data set.
 
@@ -61,6 +62,8 @@ def load_columns(
         category_ids: what the `category` column holds for each of `label_names`; by default 0, 1, 2, ...
         on_error: `stop` at images that can't be read and boxes that can't be, or `skip` and report them.
         cache_dir: where Arrow files go; by default the cache of `datasets`.
+        streamed: read this split from a stream, without those beside it.
+        limit: read the first rows of the stream only.
 
     Raises:
         DataError: no such data set, split or column; unknown categories; images or boxes that can't be used.
@@ -68,11 +71,16 @@ def load_columns(
     """
     name = name_of(path)
     where = f"{name}, split {split!r}"
-    source = open_split(path, split, config, cache_dir, columns)
+    if streamed and not isinstance(path, IN_MEMORY):
+        source = usual_split(read_stream(path, split, config, columns, limit, cache_dir), columns, where)
+    else:
+        source = open_split(path, split, config, cache_dir, columns)
     if not isinstance(path, IN_MEMORY):
         refuse_foreign_paths(source, where, path, cache_dir)
     splits = {where: source}
-    if not (label_names or isinstance(category_feature(source, where), datasets.ClassLabel)):
+    if streamed:
+        check_class_names(source, label_names, where)
+    elif not (label_names or isinstance(category_feature(source, where), datasets.ClassLabel)):
         for other in sorted({*other_splits} - {split}):
             splits[f"{name}, split {other!r}"] = open_split(path, other, config, cache_dir, columns)
     vocabulary = build_vocabulary(splits, label_names, category_ids, where)
@@ -120,58 +128,20 @@ def open_split(
     where = f"{name_of(path)}, split {split!r}"
     if isinstance(path, IN_MEMORY):
         base, part = split_and_part(split)
-        source = take_part(_split_of(path, base, name_of(path)), part)
+        source = take_part(split_of(path, base, name_of(path)), part)
     else:
-        source = _open_path(path, split, config, cache_dir, where)
+        source = open_whole(path, split, config, cache_dir, where)
+    return usual_split(source, columns, where, needed)
+
+
+def usual_split(
+    source: datasets.Dataset,
+    columns: Mapping[str, str] | None,
+    where: str,
+    needed: Sequence[str] = ("image", "objects"),
+) -> datasets.Dataset:
+    """A split under the usual names of columns; see `with_usual_names` and `with_image_column`."""
     return with_image_column(with_usual_names(source, columns, where) if columns else source, where, needed)
-
-
-def _open_path(path: str, split: str, config: str | None, cache_dir: CacheDir, where: str) -> datasets.Dataset:
-    try:
-        return _open_anything(path, split, config, cache_dir)
-    except (DataError, CacheError):
-        raise
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise DataError(f"{where} can't be read: {error.__cause__ or error}") from error
-    except Exception as error:  # the library raises a dozen kinds of its own
-        raise cannot_open(path, where, error) from error
-
-
-def cannot_open(path: str, where: str, error: Exception) -> DataError:
-    """The error of a path that `datasets` can't make anything of."""
-    text = first_line(error)
-    if not (Path(path).expanduser().is_dir() or isinstance(error, FileNotFoundError)):
-        text = f"there is no such folder here, and as a Hub id: {text}"
-    return DataError(
-        f"{where} can't be opened as a data set ({text}). data.path must be a Hub id, or a folder of Parquet files, "
-        "of save_to_disk, or of images with metadata.jsonl; for a folder with annotations/ set data.layout=coco."
-    )
-
-
-def _open_anything(path: str, split: str, config: str | None, cache_dir: CacheDir) -> datasets.Dataset:
-    folder = Path(path).expanduser()
-    base, part = split_and_part(split)
-    if folder.is_dir():
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            return take_part(_split_of(datasets.load_from_disk(str(folder)), base, folder), part)
-        check_metadata(folder)
-        if base in {file.parent.name for file in folder.glob(f"*/{METADATA}")}:
-            return take_part(open_image_folder(folder / base, cache_dir), part)
-        path = str(folder)  # `datasets` knows more names of splits, such as validation for val/, and sums of them
-    elif folder.is_absolute() or (folder.parent.is_dir() and folder.parent != Path()):
-        raise FileNotFoundError("there is no such folder")  # before the Hub is asked for it, again and again
-    builder = open_cache(lambda: datasets.load_dataset_builder(path, config, cache_dir=cache_dir), cache_dir)
-    if base not in (*builder.info.splits, "all") and "+" not in split:
-        raise DataError(no_such_split(path, split, list(builder.info.splits)))
-    return builder.as_dataset(split=split)
-
-
-def _split_of(saved: datasets.Dataset | datasets.DatasetDict, split: str, where: object) -> datasets.Dataset:
-    if isinstance(saved, datasets.Dataset):  # without splits
-        saved = datasets.DatasetDict(train=saved)
-    if split not in saved:
-        raise DataError(no_such_split(where, split, list(saved)))
-    return saved[split]
 
 
 def with_image_column(source: datasets.Dataset, where: str, needed: Sequence[str]) -> datasets.Dataset:
@@ -190,11 +160,25 @@ def with_image_column(source: datasets.Dataset, where: str, needed: Sequence[str
     return source.with_format(None).cast_column("image", datasets.Image(decode=False))
 
 
+def check_class_names(source: datasets.Dataset, label_names: Sequence[str], where: str) -> None:
+    """Raise DataError if neither a stream nor `label_names` has class names."""
+    if not (label_names or isinstance(category_feature(source, where), datasets.ClassLabel)):
+        raise DataError(
+            f"{where} has no class names of its own, and a stream can't be searched for all of them: set "
+            "data.label_names, and data.category_ids if its numbers aren't 0, 1, 2, ..."
+        )
+
+
 def refuse_foreign_paths(source: datasets.Dataset, where: str, path: str, cache_dir: CacheDir) -> None:
     """A row may name an image instead of holding it; only files of the data set itself are opened."""
     roots = [path, cache_dir or datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
     allowed = [Path(root).expanduser().resolve() for root in roots]
     for file, is_embedded in _paths(source):
+        if file and "://" in file and not is_embedded:
+            raise DataError(
+                f"{where}: the image {printable(file)} is a file elsewhere, which can't be streamed: only images "
+                "inside the rows can (Parquet, WebDataset). Set data.streaming=false"
+            )
         if file and not (is_embedded or any(Path(file).resolve().is_relative_to(root) for root in allowed)):
             raise DataError(
                 f"{where}: the image {printable(file)} lies outside the data set: put it there, or embed its bytes"
@@ -209,8 +193,14 @@ def _paths(source: datasets.Dataset) -> Iterator[tuple[str | None, bool]]:
         yield from zip(column.field("path").to_pylist(), is_embedded.to_pylist(), strict=True)
 
 
-def records_of(source: datasets.Dataset, vocabulary: Vocabulary, where: str, problems: Problems) -> list[ImageRecord]:
-    """The annotations as they are; `problems` takes the categories that aren't known."""
+def records_of(
+    source: datasets.Dataset, vocabulary: Vocabulary, where: str, problems: Problems, numbered: bool = True
+) -> list[ImageRecord]:
+    """The annotations as they are; `problems` takes the categories that aren't known.
+
+    Args:
+        numbered: rows without a name are called by their number.
+    """
     key = category_key(source, where)
     optional = [name for name in ("image_id", "file_name", "width", "height") if name in source.column_names]
     columns = {name: source.with_format("arrow", columns=[name])[:][name].to_pylist() for name in optional}
@@ -218,7 +208,8 @@ def records_of(source: datasets.Dataset, vocabulary: Vocabulary, where: str, pro
     if not ids or not all(isinstance(i, int) and abs(i) <= LARGEST_INTEGER for i in ids):
         ids = list(range(len(source)))
     names = columns.get("file_name") or [
-        os.path.basename(path) if path else f"row {row}" for row, (path, _) in enumerate(_paths(source))
+        os.path.basename(path) if path else f"row {row}" if numbered else "an unnamed image"
+        for row, (path, _) in enumerate(_paths(source))
     ]
     records, number = [], 0
     for position, row in enumerate(object_rows(source)):

@@ -1,7 +1,6 @@
 """Settings of a data set -> splits and data sets."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pyarrow.compute as pc
@@ -15,7 +14,7 @@ from .layouts import with_layout
 from .settings import DataSection
 from .shapes import load_shapes
 from .split import DetectionSplit, keep_for_training, split_and_part
-from .stream import DetectionStream, StreamedSplit, load_stream, read_whole
+from .stream import DetectionStream, StreamedSplit, load_stream
 from .unlabeled import load_unlabeled
 from .voc import load_voc
 from .yolo import load_yolo
@@ -46,10 +45,9 @@ def load_split(data: DataSection, name: str, limit: int | None = None) -> Detect
             cache_dir=data.cache_dir,
         )
     elif data.layout == "datasets":
-        source = read_whole(data.path, name, data.config, limit, data.cache_dir) if data.streaming else data.path
         whole = load_columns(
-            source,
-            "train" if data.streaming else name,
+            data.path,
+            name,
             columns=data.columns,
             other_splits=(data.train_split, data.val_split),
             config=data.config,
@@ -59,8 +57,9 @@ def load_split(data: DataSection, name: str, limit: int | None = None) -> Detect
             category_ids=data.category_ids,
             on_error=data.on_error,
             cache_dir=data.cache_dir,
+            streamed=data.streaming,
+            limit=limit,
         )
-        whole = replace(whole, name=name, source=data.path) if data.streaming else whole
     elif data.layout == "yolo":
         whole = load_yolo(data.path, name, on_error=data.on_error, cache_dir=data.cache_dir)
     elif data.layout == "voc":

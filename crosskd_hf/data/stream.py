@@ -5,11 +5,11 @@ rows are dealt to processes and workers, each shuffled in a buffer of its own.
 """
 
 import hashlib
+import inspect
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
@@ -18,23 +18,23 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..utils.escaping import printable
 from ..utils.images import ImageError, load_tensor
-from .cache import CacheDir, cached_rows
 from .checks import ImageRecord, arrow_row, check_objects, check_records, with_size
-from .column_classes import Vocabulary, build_vocabulary, category_feature
-from .column_names import with_usual_names
-from .columns import cannot_open, open_split, records_of, refuse_foreign_paths, sources_of, with_image_column
+from .column_classes import Vocabulary, build_vocabulary
+from .columns import check_class_names, records_of, refuse_foreign_paths, sources_of, usual_split
 from .errors import DataError, Problems
-from .image_folder import check_metadata
 from .items import Item, Items
+from .opening import GIVEN, open_stream, told
 from .sampler import SampleKey, stable_seed
-from .split import no_such_split, split_and_part
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 16  # rows that are read at once
 LOOKED_AT = 64  # rows that are checked before training begins
-SHARDS = 64  # of a data set that was saved whole
-GIVEN = "the given stream"
+MOST_EMPTY_PASSES = 100  # in a row: others may have dealt a worker only files without boxes
+# `datasets` from 5 on fills its buffer from ten files at once, each with some hundred rows, and sleeps at their ends.
+ONE_FILE = {"max_buffer_input_shards": 1}
+if "max_buffer_input_shards" not in inspect.signature(datasets.IterableDataset.shuffle).parameters:
+    ONE_FILE = {}
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class StreamedSplit:
         filter_empty, min_image_side: see `keep_for_training`.
         shuffle_buffer: rows that are shuffled at a time; 0 leaves them in their order.
         name, source: of the split, and where it comes from.
+        told: faults that were logged already.
     """
 
     rows: datasets.IterableDataset
@@ -61,6 +62,7 @@ class StreamedSplit:
     shuffle_buffer: int
     name: str
     source: str
+    told: set[str] = field(default_factory=set, compare=False)
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -82,13 +84,25 @@ class StreamedSplit:
 
         Args:
             epoch, seed: of the shuffle.
-            part, parts: which of how many this is; a part has files of its own where their number can be divided.
+            part, parts: which of how many this is. A part has files of its own, others in each epoch, if there are
+                enough; otherwise it reads all, and takes every n-th row.
+
+        Raises:
+            DataError: a file can't be read any further.
         """
         rows = self.rows
         if self.shuffle_buffer:
-            rows = rows.shuffle(seed=stable_seed(seed, epoch), buffer_size=self.shuffle_buffer)
-        for block in split_dataset_by_node(rows, rank=part, world_size=parts).iter(BLOCK):
+            rows = rows.shuffle(seed=stable_seed(seed, epoch), buffer_size=self.shuffle_buffer, **ONE_FILE)
+        if self.has_files_for(parts):
+            rows = rows.shard(parts, part, contiguous=False)
+        else:
+            rows = split_dataset_by_node(rows, rank=part, world_size=parts)
+        for block in told(rows.iter(BLOCK), self.where):
             yield as_block(block, rows.features, self.columns, self.where)
+
+    def has_files_for(self, parts: int) -> bool:
+        """Whether each of so many parts can have files of its own."""
+        return self.rows.num_shards >= parts
 
     def checked(self, block: datasets.Dataset) -> Iterator[dict[str, Any]]:
         """The rows of a block that are trained on, as `DetectionSplit` has them, with decoded images.
@@ -98,8 +112,11 @@ class StreamedSplit:
         """
         if self.source != GIVEN:
             refuse_foreign_paths(block, self.where, self.source, None)
-        records = records_of(block, self.vocabulary, self.where, problems := Problems())
+        records = records_of(block, self.vocabulary, self.where, problems := Problems(), numbered=False)
         for record, source in zip(records, sources_of(block), strict=True):
+            number = content_number(source if isinstance(source, bytes) else str(record.file_name).encode())
+            if "image_id" not in block.column_names:
+                record = replace(record, id=number)
             try:
                 image = load_tensor(source)
                 size: tuple[int, int] | str = (image.shape[2], image.shape[1])
@@ -110,10 +127,10 @@ class StreamedSplit:
             if self.on_error == "stop":
                 problems.raise_if_stopping(self.where)
             if usable is not None and self._is_trained_on(usable):
-                content = source if isinstance(source, bytes) else str(record.file_name).encode()
-                yield {**arrow_row(usable), "image": image, "content": content}
-        for line in problems.lines(stopping=True):
+                yield {**arrow_row(usable), "image": image, "number": number}
+        for line in set(problems.lines(stopping=True)) - self.told:
             logger.warning("%s: left out: %s", printable(self.where), line)
+            self.told.add(line)
 
     def _is_trained_on(self, record: ImageRecord) -> bool:
         large = min(record.width or 0, record.height or 0) >= self.min_image_side
@@ -134,27 +151,37 @@ class DetectionStream(Items[StreamedSplit], IterableDataset[Item]):
 
     process, processes, batch_size = 0, 1, 1
 
-    def deal(self, process: int, processes: int, batch_size: int) -> None:
-        """Say which of how many processes reads, and how many images its batches have."""
+    def deal(self, process: int, processes: int, batch_size: int, workers: int = 1) -> None:
+        """Say which of how many processes reads, how many images its batches have, and how many workers it has."""
         self.process, self.processes, self.batch_size = process, processes, batch_size
+        parts = processes * max(workers, 1)
+        if process == 0 and not self.split.has_files_for(parts):
+            logger.warning(
+                "%s has %d files, fewer than processes times workers, %d: each of these reads all of them. Lower "
+                "training.dataloader_num_workers, or divide the data into more files",
+                printable(self.split.where),
+                self.split.rows.num_shards,
+                parts,
+            )
 
     def __iter__(self) -> Iterator[Item]:
         """Items of this process and worker.
 
         Raises:
-            DataError: see `StreamedSplit.checked`; or there is nothing to train on.
+            DataError: see `StreamedSplit.blocks` and `checked`; or there is nothing to train on.
         """
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
-        part, parts, count = self.process * workers + number, self.processes * workers, 0
+        part, parts, count, empty = self.process * workers + number, self.processes * workers, 0, 0
         for epoch in itertools.count():
             before = count
             for block in self.split.blocks(epoch, self.seed, part, parts):
                 for row in self.split.checked(block):
                     batch = part + parts * (count // self.batch_size)
-                    yield self.make_item(row, SampleKey(epoch, content_number(row["content"]), batch))
+                    yield self.make_item(row, SampleKey(epoch, row["number"], batch))
                     count += 1
-            if count == before:
+            empty = empty + 1 if count == before else 0
+            if empty == (MOST_EMPTY_PASSES if self.split.shuffle_buffer else 1):
                 raise DataError(
                     f"{self.split.where}: worker {part} of {parts} got no image to train on. Lower "
                     "training.dataloader_num_workers, or check data.filter_empty and data.min_image_side"
@@ -203,18 +230,14 @@ def load_stream(
     name = path if isinstance(path, str) else GIVEN
     where = f"{name}, split {split!r}"
     usual = columns or {}
-    rows = with_undecoded_images(_open(path, split, config, where), usual.get("image", "image"))
-    first = next(iter(rows.iter(LOOKED_AT)), None)
+    rows = open_stream(path, split, config, columns, where)
+    first = next(told(rows.iter(LOOKED_AT), where), None)
     if first is None:
         raise DataError(f"{where} is empty: it has no image")
     block = as_block(first, rows.features, usual, where)
     if name != GIVEN:
         refuse_foreign_paths(block, where, name, None)
-    if not (label_names or isinstance(category_feature(block, where), datasets.ClassLabel)):
-        raise DataError(
-            f"{where} has no class names of its own, and a stream can't be searched for all of them: set "
-            "data.label_names, and data.category_ids if its numbers aren't 0, 1, 2, ..."
-        )
+    check_class_names(block, label_names, where)
     vocabulary = build_vocabulary({where: block}, label_names, category_ids, where)
     records = records_of(block, vocabulary, where, problems := Problems())
     what = f"{where} (its first {len(block)} rows)"
@@ -223,77 +246,12 @@ def load_stream(
     return StreamedSplit(rows, vocabulary, *settings, split, name)
 
 
-def _open(
-    path: str | datasets.IterableDataset | datasets.IterableDatasetDict, split: str, config: str | None, where: str
-) -> datasets.IterableDataset:
-    if isinstance(path, datasets.IterableDataset):
-        return path
-    if split_and_part(split)[1]:
-        raise DataError(f"{where}: a stream can't be sliced; name a whole split, or set data.streaming=false")
-    if isinstance(path, str) and _is_saved(path):
-        saved = open_split(path, split, config, None, needed=())
-        return saved.to_iterable_dataset(num_shards=min(SHARDS, len(saved)))
-    streams = _builder(path, config, where).as_streaming_dataset() if isinstance(path, str) else path
-    if split not in streams:
-        raise DataError(no_such_split(path if isinstance(path, str) else GIVEN, split, list(streams)))
-    return streams[split]
-
-
-def _is_saved(path: str) -> bool:
-    folder = Path(path).expanduser()
-    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-
-
-def _builder(path: str, config: str | None, where: str) -> datasets.DatasetBuilder:
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        check_metadata(folder)
-    elif folder.is_absolute():
-        raise cannot_open(path, where, FileNotFoundError("there is no such folder"))
-    try:
-        return datasets.load_dataset_builder(str(folder) if folder.is_dir() else path, config)
-    except Exception as error:  # the library raises a dozen kinds of its own
-        raise cannot_open(path, where, error) from error
-
-
-def with_undecoded_images(rows: datasets.IterableDataset, column: str = "image") -> datasets.IterableDataset:
-    """A stream that gives images as they are stored, and knows its features."""
-    features = rows.features or rows._resolve_features().features
-    if column not in features:  # told where all columns are looked for
-        return rows.cast(features)
-    return rows.cast(datasets.Features({**features, column: datasets.Image(decode=False)}))
-
-
-def read_whole(path: str, split: str, config: str | None, limit: int | None, cache_dir: CacheDir) -> datasets.Dataset:
-    """A split to evaluate on: a stream read to its end and kept in the Arrow cache, without the splits beside it.
-
-    Args:
-        path, split, config: see `load_stream`.
-        limit: only the first rows.
-        cache_dir: see `load_columns`.
-
-    Raises:
-        DataError: it can't be opened.
-        CacheError: see `cached_rows`.
-    """
-    where = f"{path}, split {split!r}"
-    if _is_saved(path):
-        return open_split(path, split, config, cache_dir, needed=())
-    rows = with_undecoded_images(_open(path, split, config, where))
-    made_from = (where, limit, _builder(path, config, where).cache_dir)  # which has a hash of the files in it
-    first = rows if limit is None else rows.take(limit)
-    return cached_rows("crosskd_stream", made_from, lambda: (rows.features, "", iter(first)), cache_dir)
-
-
 def as_block(
     rows: Mapping[str, Any], features: datasets.Features, columns: Mapping[str, str], where: str
 ) -> datasets.Dataset:
     """Some rows of a stream as a data set with the columns `image` and `objects`.
 
     Raises:
-        DataError: see `with_usual_names`; a column isn't there.
+        DataError: see `usual_split`.
     """
-    block = datasets.Dataset.from_dict(dict(rows), features=features)
-    return with_image_column(
-        with_usual_names(block, columns, where) if columns else block, where, ("image", "objects")
-    )
+    return usual_split(datasets.Dataset.from_dict(dict(rows), features=features), columns, where)

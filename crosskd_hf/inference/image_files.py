@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -196,19 +196,26 @@ def relative_names(paths: Sequence[Path]) -> list[str]:
     return [Path(os.path.relpath(path, root)).as_posix() for path in absolute]
 
 
-def picture_names(names: Sequence[str]) -> list[str]:
-    """The names of pictures: those of the images, with .png added where it isn't a format that pictures have.
+def picture_names(
+    names: Sequence[str], extensions: Collection[str] = tuple(PICTURE_FORMATS), extension: str = ".png"
+) -> list[str]:
+    """The names of pictures: those of the images, with an extension added where it isn't one that pictures have.
 
-    Each part is made a `file_name`; where two would then be one, .png is added, too.
+    Each part is made a `file_name`; where two would then be one, the extension is added, too.
+
+    Args:
+        names: of images, or of videos.
+        extensions: that pictures have, in lower case.
+        extension: that is added.
     """
     taken = set(names)
     pictures = []
     for name in names:
         picture = "/".join(map(file_name, name.split("/")))
-        if PurePath(picture).suffix.lower() not in PICTURE_FORMATS:
-            picture += ".png"
+        if PurePath(picture).suffix.lower() not in extensions:
+            picture += extension
         while picture != name and picture in taken:  # x.bmp beside an image x.bmp.png
-            picture += ".png"
+            picture += extension
         taken.add(picture)
         pictures.append(picture)
     return pictures

@@ -122,6 +122,8 @@ def recipe_changes(before: Recipe, now: Recipe) -> dict[str, str]:
     methods = [set(recipe.distillation.methods) if recipe.distillation else set() for recipe in (before, now)]
     added = tuple(f"distillation.{name}." for name in methods[0] ^ methods[1])
     ignored = {"data.cache_dir", *(f"training.{name}" for name in (*MAY_CHANGE, *BATCH))}
+    if now.data.streaming:
+        ignored.discard("training.dataloader_num_workers")  # each reads files of its own
     return {
         key: _change(key, old.get(key), new.get(key))
         for key in sorted({*old, *new} - ignored)

@@ -22,6 +22,7 @@ from ..utils.progress import say
 from ..utils.visualization import contact_sheet, draw_boxes, label_color
 
 # Square roots of box areas, in pixels; 32 and 96 are COCO's limits of small and medium.
+STREAMED = 2000  # rows of a stream that are looked at
 SIZE_EDGES = (0, 8, 16, 32, 64, 96, 128, 256, 512, float("inf"))
 MANY_CLASSES, SAMPLES = 30, 6
 
@@ -93,7 +94,11 @@ def report(data: DataSection, name: str, *, training: bool) -> Report:
         training: whether it is trained on, which leaves some images out.
     """
     limit = data.max_train_images if training else data.max_val_images
-    split = load_split(replace(data, on_error="skip"), name, limit if data.layout == "shapes" else None)
+    if data.streaming and training:
+        limit = STREAMED
+    split = load_split(
+        replace(data, on_error="skip"), name, limit if data.layout == "shapes" or data.streaming else None
+    )
     table = split.dataset.with_format("arrow", columns=["width", "height", "objects"])[:].to_pydict()
     widths, heights = np.array(table["width"]), np.array(table["height"])
     crowds = [crowd for objects in table["objects"] for crowd in objects["iscrowd"]]
@@ -112,6 +117,8 @@ def report(data: DataSection, name: str, *, training: bool) -> Report:
         f"square {int((widths == heights).sum())}; longest side up to "
         f"{(np.maximum(widths, heights) / np.minimum(widths, heights)).max():.1f} x the other",
     ]
+    if data.streaming and training:
+        lines.append(f"  streamed: only its first {STREAMED} rows are looked at here")
     unusable = []
     if training:
         try:

@@ -2,20 +2,22 @@
 
 In a Hub Space, `app.py` is these two lines (see `examples/space`):
 
-    from crosskd_hf.studies.show import build_page
-    build_page(["user/student", "user/teacher"]).launch()
+    from crosskd_hf.studies.show import show
+    show(["user/student", "user/teacher"], host="0.0.0.0")
 
 What one visitor uploads is kept for an hour in a folder of this process, under names that nobody can guess, and never
-shown to another one.
+shown to another one. Only files in that folder are opened, whatever a request names. A process has one page.
 """
 
 import json
 import os
+import signal
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,8 +149,51 @@ def boxes_as_json(models: Sequence[ShownModel], seen: Seen, threshold: float) ->
     return json.dumps(content, indent=1)
 
 
+class _Page:
+    """What the page does for its visitors; each has a `Seen` of their own.
+
+    Args:
+        models: that are shown.
+        folder: of uploads and of files to download.
+        gradio: the module.
+    """
+
+    def __init__(self, models: Sequence[ShownModel], folder: Path, gradio: Any) -> None:
+        self.models, self.folder, self.gradio = models, folder.resolve(), gradio
+
+    def look(self, path: str | None) -> Seen:
+        """What models find in an upload; nothing, and a warning, if it can't be read."""
+        try:
+            return look(self.models, own_file(path, self.folder)) if path else Seen()
+        except (ImageError, NonFiniteOutputError) as error:
+            self.gradio.Warning(f"This file {error}." if isinstance(error, ImageError) else str(error))
+            return Seen()
+
+    def draw(self, seen: Seen, threshold: float) -> list[Any]:
+        """Values of the pictures, of the lines below them, and of the button."""
+        if not seen.predictions:
+            return [None, ""] * len(self.models) + [self.gradio.DownloadButton(value=None, interactive=False)]
+        parts = [part for pair in pictures(self.models, seen, threshold) for part in pair]
+        content = boxes_as_json(self.models, seen, threshold)
+        file = self.folder / sha256(content.encode()).hexdigest() / "boxes.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(content, encoding="utf-8")
+        return [*parts, self.gradio.DownloadButton(value=str(file), interactive=True)]
+
+
+def own_file(path: str, folder: Path) -> str:
+    """A file of a folder. gradio trusts what some requests name.
+
+    Raises:
+        ImageError: it lies elsewhere, whether it is there or not.
+    """
+    if not Path(path).resolve().is_relative_to(folder.resolve()):
+        raise ImageError("was not uploaded here")
+    return path
+
+
 def build_page(sources: Sequence[str], device: str | None = None) -> "gradio.Blocks":
-    """The page of some models, as an app of gradio; `launch()` serves it.
+    """The page of some models, as an app of gradio.
 
     Args:
         sources, device: see `load_models`.
@@ -164,61 +209,34 @@ def build_page(sources: Sequence[str], device: str | None = None) -> "gradio.Blo
         import gradio
     except ImportError as error:
         raise ShowError('the page needs gradio: pip install gradio, or pip install -e ".[show]".') from error
-    models = load_models(sources, device)
-
-    def looked_at(path: str | None) -> Seen:
-        if path is None:
-            return Seen()
-        try:
-            return look(models, path)
-        except ImageError as error:
-            raise gradio.Error(f"This file {error}.", print_exception=False) from error
-        except NonFiniteOutputError as error:
-            raise gradio.Error(str(error), print_exception=False) from error
-
-    def drawn(seen: Seen, threshold: float) -> list[Any]:
-        if not seen.predictions:
-            return [None, ""] * len(models) + [gradio.DownloadButton(interactive=False)]
-        parts = [part for pair in pictures(models, seen, threshold) for part in pair]
-        file = Path(tempfile.mkdtemp(dir=folder.name)) / "boxes.json"
-        file.write_text(boxes_as_json(models, seen, threshold), encoding="utf-8")
-        return [*parts, gradio.DownloadButton(value=str(file), interactive=True)]
-
+    does = _Page(load_models(sources, device), Path(folder.name), gradio)
     with gradio.Blocks(title="Detectors side by side", delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
         state = gradio.State(Seen(), time_to_live=KEPT_SECONDS)
         with gradio.Row():
             image = gradio.Image(label="Your image", type="filepath", sources=["upload", "clipboard"], height=320)
-            # As it was uploaded: `looked_at` tells in words what can't be read. (gradio writes a file beside the
-            # module of each class that is derived from its own.)
+            # As it was uploaded: `look` tells in words what can't be read. (gradio writes a file beside the module of
+            # each class that is derived from its own.)
             image.preprocess = lambda payload: payload.path if payload else None
             with gradio.Column():
                 threshold = gradio.Slider(LEAST_SCORE, 1, 0.3, step=0.05, label="Show boxes with a score above")
                 download = gradio.DownloadButton("Download the boxes (JSON)", interactive=False)
         outputs: list[Any] = []
         with gradio.Row():
-            for model in models:
+            for model in does.models:
                 with gradio.Column(min_width=320):
-                    picture = gradio.Image(
-                        label=model.name, format="png", interactive=False, buttons=["download", "fullscreen"]
-                    )
-                    outputs += [picture, gradio.Markdown()]
+                    buttons = ["download", "fullscreen"]
+                    outputs.append(gradio.Image(label=model.name, format="png", interactive=False, buttons=buttons))
+                    outputs.append(gradio.Markdown())
         outputs.append(download)
-        image.change(looked_at, image, state, api_visibility="private").success(
-            drawn, [state, threshold], outputs, api_visibility="private", show_progress="hidden"
-        )
-        threshold.change(
-            drawn,
-            [state, threshold],
-            outputs,
-            api_visibility="private",
-            show_progress="hidden",
-            trigger_mode="always_last",
-        )
+        shown = {"inputs": [state, threshold], "outputs": outputs, "show_progress": "hidden"}
+        looked = image.change(does.look, image, state, api_visibility="private")
+        looked.success(does.draw, **shown, api_visibility="private")
+        threshold.change(does.draw, **shown, api_visibility="private", trigger_mode="always_last")
     page.folder_of_uploads = folder  # removed with the page
     return page
 
 
-def show(sources: Sequence[str], host: str, port: int | None, device: str | None = None) -> None:
+def show(sources: Sequence[str], host: str = "127.0.0.1", port: int | None = None, device: str | None = None) -> None:
     """Serve the page until it is interrupted.
 
     Args:
@@ -230,9 +248,11 @@ def show(sources: Sequence[str], host: str, port: int | None, device: str | None
         ShowError: see `build_page`; or the port is taken.
     """
     page = build_page(sources, device)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, and the uploads are removed
     try:
         page.launch(server_name=host, server_port=port, max_file_size=LARGEST_UPLOAD, share=False, footer_links=[])
     except OSError as error:
         raise ShowError(f"the page can't listen on {host}:{port or 7860} ({error}). Name another --port.") from error
     finally:
         page.close()
+        page.folder_of_uploads.cleanup()

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.trainer_utils import HubStrategy, SaveStrategy, SchedulerType
 from transformers.utils.hub import PushInProgress, hf_api
 
-from ..data.stream import number_of_images
+from ..data.stream import DetectionStream, number_of_images
 from ..hub.model_card import COCO_METRICS, CardFacts, DataFacts, DetectorFacts, TeacherFacts, unique, write_model_card
 from ..hub.upload import METRICS_FILE, Content, files_to_upload, public_recipe, read_recipe, upload
 from ..models.families import backbone_name, label_names_of
@@ -253,7 +253,7 @@ def _training_facts(trainer: BaseTrainer) -> dict[str, str]:
         schedule = SchedulerType(args.lr_scheduler_type).value
     facts = {
         "Steps": f"{state.global_step}" + (f" of {state.max_steps}" if state.global_step < state.max_steps else ""),
-        "Epochs": f"{state.epoch or 0:.4g}",
+        "Epochs": "" if isinstance(trainer.train_dataset, DetectionStream) else f"{state.epoch or 0:.4g}",
         "Training images": number_of_images(trainer.train_dataset) if trainer.train_dataset is not None else "",
         "Global batch": f"{args.global_batch_size} images ({args.per_device_train_batch_size} a device x "
         f"{args.world_size} processes x {args.gradient_accumulation_steps} accumulated)",

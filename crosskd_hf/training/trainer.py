@@ -160,7 +160,8 @@ class DetectionTrainer(SafeSaving, CocoEvaluation):
     def _stream_dataloader(self, stream: DetectionStream) -> DataLoader:
         """Each process and worker reads its own part, so that accelerate has nothing to deal out."""
         size = self.args.per_device_train_batch_size
-        stream.deal(self.accelerator.process_index, self.accelerator.num_processes, size)
+        processes, workers = self.accelerator.num_processes, self.args.dataloader_num_workers
+        stream.deal(self.accelerator.process_index, processes, size, workers)
         self._batches_per_epoch = self.args.max_steps * self.args.gradient_accumulation_steps
         return DataLoader(stream, batch_size=size, **self._loader_options())
 

@@ -150,6 +150,8 @@ def prepare_stream(stream: DetectionStream, processor: Any, args: DetectionTrain
     lines = [f"training.{name} is {shown[name]}: {reason}" for name, reason in wrong.items() if reason]
     if lines:
         raise ValueError("a stream has no epochs:\n  - " + "\n  - ".join(lines))
+    if stream.plain_epochs:
+        raise ValueError("a stream has no last epochs: leave plain_epochs out")
     if not isinstance(processor, DenseDetectorImageProcessor):
         stream.use_processor(processor)
 

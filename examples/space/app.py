@@ -2,7 +2,7 @@
 
 import os
 
-from crosskd_hf.studies.show import build_page
+from crosskd_hf.studies.show import show
 
 # Hub ids or folders, with blanks between them: a variable of the Space, or written here.
-build_page(os.environ.get("MODELS", "").split()).launch()
+show(os.environ.get("MODELS", "").split(), host=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))

@@ -1,11 +1,13 @@
 """The page with models side by side: what it shows, and in a real browser, where there is one."""
 
+import itertools
 import json
 import re
 import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from crosskd_hf.studies.show import (
     build_page,
     load_models,
     look,
+    own_file,
     pictures,
     short_names,
 )
@@ -94,6 +97,18 @@ def test_what_cannot_be_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         main(["show", str(tmp_path)])
 
 
+def test_only_uploads_are_opened(tmp_path: Path) -> None:
+    """Whatever a request names, and whether it is there or not."""
+    folder = tmp_path / "uploads"
+    folder.mkdir()
+    mine, secret = noise(folder / "mine.png", 96, 64), noise(tmp_path / "secret.png", 96, 64)
+    (folder / "link.png").symlink_to(secret)
+    assert own_file(str(mine), folder) == str(mine)
+    for path in (secret, folder / ".." / "secret.png", folder / "link.png", tmp_path / "missing.png", "/etc/passwd"):
+        with pytest.raises(ImageError, match=r"^was not uploaded here$"):
+            own_file(str(path), folder)
+
+
 def test_names_hide_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a/run", "b/run", "other"):
         (tmp_path / name).mkdir(parents=True)
@@ -152,10 +167,25 @@ def test_the_page_in_a_browser(saved: list[str], tmp_path: Path) -> None:
                 url.split("/")[2]
             }
             browser.close()
+        secret = noise(tmp_path / "secret.png", 96, 64)
+        assert "not uploaded here" in asked_for(url, str(secret)), "gradio checks no path without meta"
         assert server.poll() is None
+        folders = [Path(address.split("file=")[1]).parents[1] for address in addresses if "file=" in address]
+        assert folders[0].name.startswith("crosskd-show-") and folders[0].exists()
     finally:
         server.terminate()
         server.wait(60)
+    assert not folders[0].exists(), "uploads are removed when the page ends"
+
+
+def asked_for(url: str, path: str) -> str:
+    """What the server answers to a request that names a file of its own."""
+    body = {"data": [{"path": path}, None], "fn_index": 0, "session_hash": "somebody"}
+    request = urllib.request.Request(f"{url}/gradio_api/queue/join", json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    urllib.request.urlopen(request, timeout=SECONDS).read()
+    answer = urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash=somebody", timeout=SECONDS)
+    return "".join(itertools.takewhile(lambda line: "process_completed" not in line, map(bytes.decode, answer)))
 
 
 def counts(page) -> list[int]:

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import equality
 import pytest
 import torch
@@ -173,10 +172,7 @@ def test_a_run_resumed_in_mid_epoch_ends_as_an_undisturbed_one(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_on_a_stream_is_resumed_in_its_second_pass(
-    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+def test_a_run_on_a_stream_is_resumed_in_its_second_pass(tmp_path: Path, workers: int) -> None:
     options = {"dataloader_num_workers": workers, "stream": True, "lr_milestones": None}
     whole = undisturbed(tmp_path, **options)
     interrupted(tmp_path, 6, **options)
