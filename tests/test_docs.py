@@ -29,7 +29,7 @@ from crosskd_hf.commands.main import COMMANDS, main
 from crosskd_hf.recipe.load import load_recipe, parse_recipe
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))]
-OF_CI = ("pip install", "pytest", "ruff", ".ci/")
+OF_CI = ("pip install", "pytest", "ruff", ".ci/", "mkdocs serve", "python docs/")
 LAUNCH = re.compile(r"accelerate launch .*?(?:train\.py|-m crosskd_hf train) ")
 RUNS = ("your_data", "mine", "alone", "crosskd", "gfl_r50", "gfl_r50_crosskd")  # that pages name
 

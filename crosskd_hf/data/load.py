@@ -45,21 +45,7 @@ def load_split(data: DataSection, name: str, limit: int | None = None) -> Detect
             cache_dir=data.cache_dir,
         )
     elif data.layout == "datasets":
-        whole = load_columns(
-            data.path,
-            name,
-            columns=data.columns,
-            other_splits=(data.train_split, data.val_split),
-            config=data.config,
-            box_format=data.box_format,
-            box_unit=data.box_unit,
-            label_names=data.label_names,
-            category_ids=data.category_ids,
-            on_error=data.on_error,
-            cache_dir=data.cache_dir,
-            streamed=data.streaming,
-            limit=limit,
-        )
+        whole = _load_columns(data, name, limit)
     elif data.layout == "yolo":
         whole = load_yolo(data.path, name, on_error=data.on_error, cache_dir=data.cache_dir)
     elif data.layout == "voc":
@@ -81,6 +67,24 @@ def load_split(data: DataSection, name: str, limit: int | None = None) -> Detect
             cache_dir=data.cache_dir,
         )
     return whole.first(limit)
+
+
+def _load_columns(data: DataSection, name: str, limit: int | None) -> DetectionSplit:
+    return load_columns(
+        data.path,
+        name,
+        columns=data.columns,
+        other_splits=(data.train_split, data.val_split),
+        config=data.config,
+        box_format=data.box_format,
+        box_unit=data.box_unit,
+        label_names=data.label_names,
+        category_ids=data.category_ids,
+        on_error=data.on_error,
+        cache_dir=data.cache_dir,
+        streamed=data.streaming,
+        limit=limit,
+    )
 
 
 def load_datasets(data: DataSection, seed: int) -> tuple[DetectionDataset | DetectionStream, DetectionDataset]:

@@ -141,7 +141,7 @@ def read_stream(
     try:
         return cached_rows("crosskd_stream", made_from, lambda: (rows.features, "", told(first, where)), cache_dir)
     except datasets.exceptions.DatasetGenerationError as error:  # around that of `told`
-        raise error.__cause__ or error
+        raise (error.__cause__ or error) from None
 
 
 def told(rows: Iterable[Row], where: str) -> Iterator[Row]:
