@@ -22,6 +22,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="folder that holds coco_mini/ and bccd/ (default: $CROSSKD_DATA, else ./data)",
     )
     parser.addoption(
+        "--kd-golden",
+        default=str(Path(__file__).parent / "kd_golden"),
+        help="folder that holds the golden cases of other methods (default: tests/kd_golden)",
+    )
+    parser.addoption(
         "--golden",
         default=str(Path(__file__).parent / "golden"),
         help="folder that holds the golden cases (default: tests/golden)",

@@ -32,3 +32,8 @@ class Adapters(nn.ModuleDict):
             return maps
         weight = self[place].weight
         return [nn.functional.conv2d(level, weight.to(level.dtype)) for level in maps]
+
+
+def aligning(channels: int, teacher_channels: int) -> nn.Module:
+    """A 1x1 convolution with bias between two widths, for methods whose loss sees means; nothing if they agree."""
+    return nn.Identity() if channels == teacher_channels else nn.Conv2d(channels, teacher_channels, 1)

@@ -97,6 +97,12 @@ def atss_assign(
     return Assignment(positive, box_index * positive, valid.to(anchors.dtype))
 
 
+def atss_thresholds(anchors: Tensor, level_sizes: list[int], valid: Tensor, boxes: Tensor, topk: int = 9) -> Tensor:
+    """The IoU that a candidate of each box must reach in `atss_assign`, (N, G, 1); arguments as there."""
+    candidates, is_candidate = _nearest_anchors(box_centers(anchors), level_sizes, valid, boxes, topk)
+    return _mean_plus_std(box_iou(anchors[candidates], boxes.unsqueeze(2)), is_candidate)
+
+
 def _nearest_anchors(
     centers: Tensor, level_sizes: list[int], valid: Tensor, boxes: Tensor, topk: int
 ) -> tuple[Tensor, Tensor]:
