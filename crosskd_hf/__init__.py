@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from .data.split import DetectionSplit, keep_for_training
     from .data.stream import DetectionStream, load_stream
     from .distillation import (
+        BCKD,
+        CWD,
+        FGD,
+        LD,
+        MGD,
         PKD,
         CrossKD,
         DistillationPair,
@@ -67,6 +72,11 @@ HOMES = {
     "data.split": ("DetectionSplit", "keep_for_training"),
     "data.stream": ("DetectionStream", "load_stream"),
     "distillation": (
+        "BCKD",
+        "CWD",
+        "FGD",
+        "LD",
+        "MGD",
         "PKD",
         "CrossKD",
         "DistillationPair",
@@ -108,7 +118,12 @@ __getattr__, __dir__ = lazy_names(__name__, HOMES)
 registration.install()
 
 __all__ = [
+    "BCKD",
     "CONFIGS",
+    "CWD",
+    "FGD",
+    "LD",
+    "MGD",
     "MODELS",
     "PKD",
     "ATSSConfig",

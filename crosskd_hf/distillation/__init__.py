@@ -11,7 +11,12 @@ if TYPE_CHECKING:
     from .compatibility import pair_up
     from .method import KDMethod
     from .methods import method_class, method_names
+    from .methods.bckd import BCKD
     from .methods.crosskd import CrossKD
+    from .methods.cwd import CWD
+    from .methods.fgd import FGD
+    from .methods.ld import LD
+    from .methods.mgd import MGD
     from .methods.mimic import Mimic
     from .methods.pkd import PKD
     from .methods.query_crosskd import QueryCrossKD
@@ -25,7 +30,12 @@ HOMES = {
     "compatibility": ("pair_up",),
     "method": ("KDMethod",),
     "methods": ("method_class", "method_names"),
+    "methods.bckd": ("BCKD",),
     "methods.crosskd": ("CrossKD",),
+    "methods.cwd": ("CWD",),
+    "methods.fgd": ("FGD",),
+    "methods.ld": ("LD",),
+    "methods.mgd": ("MGD",),
     "methods.mimic": ("Mimic",),
     "methods.pkd": ("PKD",),
     "methods.query_crosskd": ("QueryCrossKD",),
@@ -37,6 +47,11 @@ HOMES = {
 __getattr__, __dir__ = lazy_names(__name__, HOMES)
 
 __all__ = [
+    "BCKD",
+    "CWD",
+    "FGD",
+    "LD",
+    "MGD",
     "PKD",
     "CrossKD",
     "DistillationPair",

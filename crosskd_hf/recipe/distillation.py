@@ -18,7 +18,6 @@ from ..utils.recipe_fields import Problem, settings_of
 from .reading import cast_section
 
 DEFAULT = ("crosskd",)
-TERM_WEIGHTS = ("cls_weight", "box_weight", "centerness_weight", "l1_weight", "giou_weight")
 
 
 @dataclass
@@ -97,9 +96,8 @@ def _wrong_key(key: Any, value: Any, known: list[str]) -> str:
             f"values, such as distillation.{key}: {{weight: 1.0}}; to turn {key} off, leave it out of the methods."
         )
     if owners := [name for name in known if key in {f.name for f in settings_of(settings_class(name))}]:
-        return (
-            f"distillation.{key} is a key of {', '.join(owners)}: write distillation.{owners[0]}: {{{key}: {value}}}."
-        )
+        likely = next((name for name in DEFAULT if name in owners), owners[0])
+        return f"distillation.{key} is a key of {', '.join(owners)}: write distillation.{likely}: {{{key}: {value}}}."
     return f"unknown key distillation.{key} (value {value!r}). {nearest(str(key), ['methods', *known])}"
 
 
@@ -124,7 +122,7 @@ def _zero_weights(settings: Any, centerness: bool) -> list[str]:
     """The keys with which a method is turned off; none if it isn't."""
     if getattr(settings, "weight", 1.0) == 0:
         return ["weight"]
-    terms = {name: getattr(settings, name) for name in TERM_WEIGHTS if hasattr(settings, name)}
+    terms = {name: value for name, value in vars(settings).items() if name.endswith("_weight")}
     published = {"centerness_weight": None if centerness else 0.0}  # of what is null
     zero = [name for name, weight in terms.items() if (published.get(name) if weight is None else weight) == 0]
     return zero if terms and len(zero) == len(terms) else []

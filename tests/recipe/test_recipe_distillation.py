@@ -73,7 +73,7 @@ def test_refused_values(method: str, key: str, value: object, message: str) -> N
         ({"methods": ["pkd", "pkd"]}, "distillation.methods has 'pkd' twice"),
         ({"methods": ["__init__"]}, "there is no method '__init__'"),
         ({"methods": ["pkd.x"]}, "there is no method 'pkd.x'"),
-        ({"methods": []}, "distillation.methods is empty: name some of crosskd,"),
+        ({"methods": []}, "distillation.methods is empty: name some of bckd, crosskd,"),
         ({"methods": ["pkd"], "crosskd": {}}, "distillation.crosskd is given, but crosskd isn't among"),
         ({"methods": ["crosskd"], "crosskd": [1]}, "distillation.crosskd: [1] is no section"),
         ({"metods": ["crosskd"]}, "unknown key distillation.metods (value ['crosskd']). Did you mean methods"),
@@ -83,13 +83,14 @@ def test_refused_values(method: str, key: str, value: object, message: str) -> N
         ({"tap_index": 3}, "distillation.tap_index is a key of crosskd: write distillation.crosskd: {tap_index: 3}"),
         (
             {"cls_weight": 0.5},
-            "is a key of crosskd, mimic, query_crosskd, query_mimic: write distillation.crosskd: {cls_weight: 0.5}",
+            "bckd, crosskd, mimic, query_crosskd, query_mimic: write distillation.crosskd: {cls_weight: 0.5}",
         ),
         # Nothing would be distilled.
         ({"crosskd": {"weight": 0}}, "distillation.crosskd.weight: all are 0"),
         ({"methods": ["crosskd", "pkd"], "crosskd": {"weight": 0}, "pkd": {"weight": 0}}, "distillation.pkd.weight"),
         ({"crosskd": {"cls_weight": 0, "box_weight": 0}}, "distillation.crosskd.box_weight"),
         ({"methods": ["mimic"], "mimic": {"cls_weight": 0, "box_weight": 0}}, "distillation.mimic.cls_weight"),
+        ({"methods": ["bckd"], "bckd": {"cls_weight": 0, "box_weight": 0}}, "distillation.bckd.box_weight"),
     ],
 )
 def test_refused_sections(distillation: object, message: str) -> None:

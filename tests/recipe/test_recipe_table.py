@@ -18,6 +18,8 @@ NOT_PUBLISHED = {
     "your_data",
     "your_data_dfine",
 }
+# Other methods in the settings that they are published with; no AP is known here.
+NOT_PUBLISHED |= {"gfl_r50_bckd", "gfl_r50_cwd", "gfl_r50_fgd", "gfl_r50_ld", "retinanet_r50_cwd", "retinanet_r50_fgd"}
 NOT_PUBLISHED |= {f"{name}{twin}" for name in QUERY_STUDENTS for twin in ("", "_crosskd")}
 
 # How a detector starts: backbone, initial weights, frozen stages, whether BatchNorm is trained, drop path.

@@ -41,6 +41,8 @@ class BCKD(KDMethod):
         """
         if reason := student.incomparable(teacher):
             raise PairError(f"bckd: student and teacher have {reason}: leave bckd out")
+        if student.levels is not None:  # what the student learnt from the labels is of all of its levels
+            raise PairError("bckd: student and teacher have different strides: leave bckd out")
         student.ask_for_predictions()
         teacher.ask_for_predictions()
 

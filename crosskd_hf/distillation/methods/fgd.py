@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ...models.families import is_dense
 from ...utils.recipe_fields import setting
 from ..adapters import aligning
 from ..method import KDMethod
@@ -46,6 +47,8 @@ class FGD(KDMethod):
         Raises:
             PairError: they have none of the same stride.
         """
+        if not is_dense(student.model.config):
+            raise PairError(f"fgd: {student.model_type} doesn't show where objects are: take pkd, cwd or mgd instead")
         if not student.strides:
             raise PairError("fgd: student and teacher have no level of the same stride: leave fgd out")
         published = PUBLISHED.get(teacher.model_type, DEFAULT)
@@ -110,8 +113,8 @@ class ContextBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels // 2, 1)
         self.norm = nn.LayerNorm([channels // 2, 1, 1])
         self.conv2 = nn.Conv2d(channels // 2, channels, 1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        for parameter in self.conv2.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, C, H, W) -> the same shape."""
