@@ -4,6 +4,7 @@ import copy
 
 import torch
 import torch.fx.experimental._config as symbolic_config
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import box_convert
@@ -172,7 +173,7 @@ def _trace_query(model: PreTrainedModel, processor: BaseImageProcessor) -> torch
 def _trace_dense(
     model: DenseDetector, processor: DenseDetectorImageProcessor, nms: bool
 ) -> torch.export.ExportedProgram:
-    exportable = ExportableDetector(portable(model), processor, nms).eval()
+    exportable = ExportableDetector(with_static_padding(portable(model)), processor, nms).eval()
     # No map of this batch has a side of 1, and no two sizes are the same: both would be taken for rules.
     multiple, stride = processor.size_divisor, model.config.strides[-1]
     cells = -(-2 * stride // multiple)
@@ -188,6 +189,31 @@ def _trace_dense(
     # The patch: maps may have sides of 1, as P7 of a small image has.
     with torch.no_grad(), symbolic_config.patch(backed_size_oblivious=True):
         return torch.export.export(exportable, (), inputs, dynamic_shapes=shapes, strict=False)
+
+
+def with_static_padding(model: DenseDetector) -> DenseDetector:
+    """The model, with TensorFlow's padding as it is where sides are multiples of all strides.
+
+    That of `tf_` backbones of timm depends on each map's size: traced so, PyTorch works on its formulas for an hour.
+    """
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, Conv2dSame):
+            continue
+        kernels = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+        height, width = (max((kernel - 1) * dilation + 1 - stride, 0) for kernel, stride, dilation in kernels)
+        padding = nn.ZeroPad2d((width // 2, width - width // 2, height // 2, height - height // 2))
+        plain = nn.Conv2d(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            module.stride,
+            dilation=module.dilation,
+            groups=module.groups,
+        )
+        plain.weight, plain.bias = module.weight, module.bias
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, nn.Sequential(padding, plain))
+    return model
 
 
 def portable(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """Exported files give what PyTorch gives: detectors, two formats, with and without suppression, other sizes."""
 
 import argparse
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -8,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import files_of_at_most, tiny_model
+from tiny import files_of_at_most, tiny_batch, tiny_model
 from torchvision.ops import batched_nms
 
 from crosskd_hf.commands import export as command
 from crosskd_hf.inference import export
 from crosskd_hf.inference.export import ExportError, export_detector
 from crosskd_hf.inference.export_check import Difference, compare, detections, load_exported
-from crosskd_hf.inference.export_graph import ExportableDetector, batched_nms_mask, trace
+from crosskd_hf.inference.export_graph import ExportableDetector, batched_nms_mask, trace, with_static_padding
 from crosskd_hf.models import MODELS, DenseDetector
 from crosskd_hf.models.image_processing import DenseDetectorImageProcessor
 
@@ -289,3 +290,22 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path: Path, missing: str, che
     with pytest.raises(ExportError, match=r'pip install -e "\.\[onnx\]"') as raised:
         export_detector(model, processor_of(model), tmp_path / "m.onnx", check=check)
     assert missing in str(raised.value)
+
+
+def test_tensorflow_s_padding_is_made_static() -> None:
+    """Traced as it is, an export takes more than 10 minutes."""
+    model = tiny_model(backbone="tf_efficientnet_lite0", frozen_stages=0).eval()
+    pixels = tiny_batch(height=96, width=64)["pixel_values"]
+    with torch.no_grad():
+        expected = model(pixels)
+        found = with_static_padding(copy.deepcopy(model))(pixels)
+    assert any(type(module).__name__ == "Conv2dSame" for module in model.modules())
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=0)
+    torch.testing.assert_close(found.pred_boxes, expected.pred_boxes, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_a_backbone_of_tensorflow_s_is_exported(tmp_path: Path) -> None:
+    model = tiny_model(backbone="tf_efficientnet_lite0", frozen_stages=0).eval()
+    difference = export_detector(model, processor_of(model), tmp_path / "model.onnx", check=True)
+    assert difference.unmatched <= 0.01 * difference.detections and difference.box < 1e-2
