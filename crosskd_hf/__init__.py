@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .data.shapes import load_shapes
     from .data.split import DetectionSplit, keep_for_training
     from .data.stream import DetectionStream, load_stream
+    from .data.voc import load_voc
+    from .data.yolo import load_yolo
     from .distillation import (
         BCKD,
         CWD,
@@ -71,6 +73,8 @@ HOMES = {
     "data.shapes": ("load_shapes",),
     "data.split": ("DetectionSplit", "keep_for_training"),
     "data.stream": ("DetectionStream", "load_stream"),
+    "data.voc": ("load_voc",),
+    "data.yolo": ("load_yolo",),
     "distillation": (
         "BCKD",
         "CWD",
@@ -165,5 +169,7 @@ __all__ = [
     "load_recipe",
     "load_shapes",
     "load_stream",
+    "load_voc",
+    "load_yolo",
     "pair_up",
 ]

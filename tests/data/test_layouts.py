@@ -99,3 +99,9 @@ def test_a_layout_that_is_named_is_not_looked_for(tmp_path) -> None:
     data = DataSection(path=str(tmp_path / "data"), layout="coco")
     assert with_layout(data) is data
     assert with_layout(DataSection(path="nobody/nothing")).layout == "datasets"  # a Hub id
+
+
+def test_a_file_is_no_data_set(tmp_path) -> None:
+    (tmp_path / "clip.mp4").write_bytes(b"\xe9")
+    with pytest.raises(DataError, match=r"clip.mp4 is a file: data.path must be the folder"):
+        with_layout(DataSection(path=str(tmp_path / "clip.mp4")))
