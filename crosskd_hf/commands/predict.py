@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="coco",
         help="beside predictions.json: drawn boxes as OUTPUT_DIR/labels of YOLO or Pascal VOC, or as predictions.csv",
     )
-    parser.add_argument("--no-pictures", action="store_true", help="write predictions.json only")
+    parser.add_argument("--no-pictures", action="store_true", help="draw nothing")
     parser.add_argument(
         "--annotations",
         metavar="FILE",
@@ -101,7 +101,9 @@ def _predict_images(arguments: argparse.Namespace, sources: list[str]) -> bool:
         f"{count} images, {sum(written.detections)} detections, {written.drawn} of them above "
         f"{arguments.threshold}, {count / written.seconds:.1f} images/s"
     )
-    say(f"written to {written.results}" + (f" and {written.pictures}" if written.pictures else ""))
+    further = {"coco": None, "csv": "predictions.csv"}.get(arguments.format, "labels")
+    files = [written.results, written.pictures, further and written.results.with_name(further)]
+    say(f"written to {' and '.join(str(file) for file in files if file)}")
     if left_out:
         total = count + len(left_out)
         print(f"{len(left_out)} of {total} images were left out:\n  " + "\n  ".join(left_out.values()))

@@ -39,11 +39,13 @@ def open_whole(path: str, split: str, config: str | None, cache_dir: CacheDir, w
 def cannot_open(path: str, where: str, error: Exception) -> DataError:
     """The error of a path that `datasets` can't make anything of."""
     text = first_line(error)
-    if not (Path(path).expanduser().is_dir() or isinstance(error, FileNotFoundError)):
+    if isinstance(error, FileNotFoundError) and not Path(path).expanduser().exists():
+        return DataError(f"{where} can't be opened as a data set ({text}).")
+    if not Path(path).expanduser().is_dir():
         text = f"there is no such folder here, and as a Hub id: {text}"
     return DataError(
         f"{where} can't be opened as a data set ({text}). data.path must be a Hub id, or a folder of Parquet files, "
-        "of save_to_disk, or of images with metadata.jsonl; for a folder with annotations/ set data.layout=coco."
+        "of save_to_disk, of images with metadata.jsonl, or in the layout of COCO, YOLO or Pascal VOC (data.layout)."
     )
 
 

@@ -34,7 +34,9 @@ class DataSection:
     streaming: bool = setting(
         False, "layout datasets: read training images while they are trained on; needs training.max_steps"
     )
-    shuffle_buffer: int = setting(1000, "streaming: images that each worker shuffles at a time", minimum=0)
+    shuffle_buffer: int = setting(
+        1000, "layout datasets, streaming: images that each worker shuffles at a time", minimum=0
+    )
     box_format: str = setting("xywh", "layout datasets: order of a box's numbers", FORMATS)
     box_unit: str = setting("pixel", "layout datasets: pixel, or relative to the image (0..1)", UNITS)
     # setting() copies a list.

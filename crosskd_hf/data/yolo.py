@@ -81,11 +81,15 @@ def find_yaml(path: Path) -> Path:
     """
     if path.is_file():
         return path.resolve()
+    if not path.exists():
+        raise FileNotFoundError(f"there is no folder {path}")
     files = sorted(file for suffix in ("yaml", "yml") for file in path.glob(f"*.{suffix}"))
     named = [file for file in files if file.stem == "data"] or files
     if len(named) != 1:
         there = ", ".join(file.name for file in files) or "none"
-        raise FileNotFoundError(f"{path} has no data.yaml, and not one other YAML file instead ({there})")
+        raise FileNotFoundError(
+            f"{path} has no data.yaml, which describes a YOLO data set (YAML files there: {there})"
+        )
     return named[0].resolve()
 
 
@@ -118,6 +122,8 @@ def class_names(content: dict[str, Any], file: Path) -> list[str]:
     if not isinstance(names, list) or not names:
         raise DataError(f"{file} has no list of class names under names")
     texts = [str(name) for name in names]
+    if content.get("nc", len(texts)) != len(texts):
+        raise DataError(f"{file}: nc is {content['nc']}, but names has {len(texts)} names; correct one or the other")
     if twice := next((name for name in texts if texts.count(name) > 1), None):
         raise DataError(f"{file}: names has {twice!r} twice; rename one of them")
     return texts

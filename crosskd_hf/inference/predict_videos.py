@@ -256,7 +256,8 @@ class _Reader:
         if self.damaged:
             notes.append(f"{self.damaged} damaged pieces were left out")
         end, whole = (self.last + 1) * self.time_base + 1 / self.rate, self.container.duration
-        if whole and end < Fraction(whole, 1_000_000) - 1:
+        # Sound may end later.
+        if whole and end < Fraction(whole, 1_000_000) - max(2 / self.rate, min(1, Fraction(whole, 10_000_000))):
             notes.append(f"it ends after {float(end):.1f} s of {whole / 1e6:.1f}: the file is cut off")
         return "; ".join(notes)
 

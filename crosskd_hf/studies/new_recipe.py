@@ -39,19 +39,18 @@ GIGABYTES_PER_IMAGE = 5.0
 PIXELS = 800 * 1333
 STUDENT, TEACHER = "gfl/resnet18.tv_in1k", "gfl/resnet50.tv_in1k"
 
+COMMAND = "accelerate launch -m crosskd_hf train"
 HEADER = """\
 # {images} images of {classes} classes to train on, {val_images} to evaluate on: {names}.
 # Look at the data first:
 #   crosskd check-data {recipe}
-{teacher_help}# Then the student with its teacher, alone, and the two side by side:
-#   accelerate launch -m crosskd_hf train {recipe}
+{teacher_help}# Then the student alone, and with its teacher: the second run's report has both.
 #   accelerate launch -m crosskd_hf train {recipe} teacher=null distillation=null training.output_dir={output}_alone
-#   crosskd report {output}_alone {output}
+#   accelerate launch -m crosskd_hf train {recipe}
 """
 TEACHER_HELP = """\
 # Train the teacher:
-#   accelerate launch -m crosskd_hf train {recipe} teacher=null distillation=null {overrides}
-#     training.output_dir={output}     (one line)
+#   {command} {recipe} teacher=null distillation=null {overrides} training.output_dir={output}
 """
 
 
@@ -121,7 +120,12 @@ def write_recipe(path: Path, data: DataSection, student: str = STUDENT, teacher:
     """
     pupil, master = Detector.named(student), Detector.named(teacher)
     train, val, data = splits_of(data)
-    size = sides(train)
+    default = DataSection()
+    short, long = sides(train)
+    size = (
+        short if data.short_side == default.short_side else data.short_side,
+        long if data.long_side == default.long_side else data.long_side,
+    )
     batch, accumulation = batches(size[0] * size[1], len(train))
     epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(STEPS * batch * accumulation / len(train))))
     steps = math.ceil(len(train) / (batch * accumulation)) * epochs
@@ -164,7 +168,9 @@ def _commands(path: Path, output: str, trained: str, master: Detector) -> dict[s
     """What the header's commands name, quoted for a shell, and how to train a new teacher."""
     quoted = {name: printable(shlex.quote(str(word))) for name, word in (("recipe", path), ("output", output))}
     overrides = " ".join(f"model.{name}={value}" for name, value in master.section().items())
-    first = TEACHER_HELP.format(recipe=quoted["recipe"], overrides=overrides, output=printable(shlex.quote(trained)))
+    first = TEACHER_HELP.format(
+        command=COMMAND, recipe=quoted["recipe"], overrides=overrides, output=printable(shlex.quote(trained))
+    )
     return {**quoted, "teacher_help": first if master.new else ""}
 
 

@@ -187,7 +187,9 @@ def _read(path: Path, kind: type) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ReportError(f"{path} is missing: a report needs the folder of a finished run") from error
+        run = path.parent.parent if path.parent.name == "evaluation" else path.parent
+        what = f"{path} is missing" if run.is_dir() else f"there is no folder {run}"
+        raise ReportError(f"{what}: a report needs the folder of a finished run") from error
     except ValueError as error:
         raise ReportError(f"{path} is no JSON ({error})") from error
     if not isinstance(content, kind):

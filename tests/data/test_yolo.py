@@ -60,6 +60,7 @@ def test_lines_that_cannot_be_read(root, load, line, message):
         ("train: images/train\n", DataError, "no list of class names"),
         ("train: images/train\nnames: {0: a, 2: b}\n", DataError, "names must have the keys 0 to 1"),
         ("train: images/train\nnames: [a, a]\n", DataError, "names has 'a' twice"),
+        ("train: images/train\nnames: [a, b]\nnc: 3\n", DataError, "nc is 3, but names has 2 names"),
         ("names: [a, b]\nval: images/train\n", DataError, "no split 'train'; it has val"),
         ("names: [a, b]\ntrain: images/trains\n", FileNotFoundError, "images/trains does not exist"),
         ("names: [a, b]\ntrain: labels/train\n", DataError, "there is no image in labels/train"),

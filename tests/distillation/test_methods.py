@@ -67,7 +67,12 @@ def test_images_without_boxes_and_without_labels(kind: type) -> None:
         ),
         (LD(), "atss", "atss", r"ld: .* whose boxes are distributions"),
         (BCKD(), "gfl", "retinanet", r"bckd: student and teacher have 1 and 9 priors per cell"),
-        (CWD(CWD.Settings(on="logits")), "gfl", "retinanet", r"1 and 9 priors per cell: set cwd.on=features"),
+        (
+            CWD(CWD.Settings(maps="logits")),
+            "gfl",
+            "retinanet",
+            r"1 and 9 priors per cell: set distillation.cwd.maps=features",
+        ),
     ],
 )
 def test_pairs_that_cannot_be(method, student: str, teacher: str, message: str) -> None:

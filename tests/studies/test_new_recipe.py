@@ -32,7 +32,8 @@ def test_a_recipe_is_written_and_told(data: Path, tmp_path: Path, capsys: pytest
     assert "5 images of train, 5 of val" in printed and "classes    2: cat, dog" in printed
     text = path.read_text()
     assert "teacher=null distillation=null model.detector=gfl model.backbone=resnet50.tv_in1k" in text
-    assert "crosskd report runs/mine_alone runs/mine" in text
+    assert "training.output_dir=runs/mine_teacher\n" in text, "on one line, to be copied"
+    assert text.index("training.output_dir=runs/mine_alone\n") < text.index(f"train {path}\nmodel:")
     with pytest.raises(SystemExit, match="is there already"):
         main(["new", str(path), "--data", str(data)])
 
@@ -87,7 +88,8 @@ def test_paths_that_yaml_would_read_otherwise(name: str, tmp_path: Path) -> None
 
 def test_what_the_user_says_of_the_data_stays(data: Path, tmp_path: Path) -> None:
     said = {"on_error": "skip", "max_train_images": 3, "filter_empty": False, "augment": ["flip"], "short_side": 64}
-    write_recipe(tmp_path / "mine.yaml", DataSection(path=str(data), **said))
+    lines = write_recipe(tmp_path / "mine.yaml", DataSection(path=str(data), **said))
+    assert "images     resized to 64 x 96 at most" in lines
     written = load_recipe(tmp_path / "mine.yaml", []).data
     assert {name: getattr(written, name) for name in said} == said
 

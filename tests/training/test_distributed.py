@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest import mock
 
 import equality
+import pytest
 import torch
 from processes import run_processes
 from tiny import tiny_args, tiny_model, tiny_processor, tiny_split
@@ -108,6 +109,7 @@ def images_of_a_stream(rank: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_read_halves_of_a_stream(tmp_path: Path) -> None:
     tiny_split(tmp_path / "data", images=6)
     run_processes(images_of_a_stream, (equality.free_port(), str(tmp_path)), 2)

@@ -171,7 +171,7 @@ def test_a_run_resumed_in_mid_epoch_ends_as_an_undisturbed_one(
     assert_same(whole, resumed(tmp_path, "checkpoint-3", **options))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_on_a_stream_is_resumed_in_its_second_pass(tmp_path: Path, workers: int) -> None:
     options = {"dataloader_num_workers": workers, "stream": True, "lr_milestones": None}
     whole = undisturbed(tmp_path, **options)

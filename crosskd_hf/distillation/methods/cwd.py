@@ -23,7 +23,7 @@ DEFAULT = ("features", 10.0)
 class Settings:
     """What is compared. null takes the value published for the teacher's detector."""
 
-    on: str | None = setting(None, "maps of class logits, or the neck's features", ("logits", "features"))
+    maps: str | None = setting(None, "of class logits, or the neck's features", ("logits", "features"))
     weight: float | None = setting(None, "weight of cwd", minimum=0, maximum=1e6)
     temperature: float = setting(1.0, "above 1 the distributions are flatter", minimum=0.01, maximum=1000)
 
@@ -43,16 +43,16 @@ class CWD(KDMethod):
         """
         if not student.strides:
             raise PairError("cwd: student and teacher have no level of the same stride: leave cwd out")
-        on, weight = PUBLISHED.get(teacher.model_type, DEFAULT)
+        kind, weight = PUBLISHED.get(teacher.model_type, DEFAULT)
         given = self.settings
-        on = given.on or on
-        self.resolved = Settings(on, weight if given.weight is None else given.weight, given.temperature)
-        if on == "logits":
+        kind = given.maps or kind
+        self.resolved = Settings(kind, weight if given.weight is None else given.weight, given.temperature)
+        if kind == "logits":
             if reason := student.incomparable(teacher):
-                raise PairError(f"cwd: student and teacher have {reason}: set cwd.on=features")
+                raise PairError(f"cwd: student and teacher have {reason}: set distillation.cwd.maps=features")
             student.ask_for_predictions()
             teacher.ask_for_predictions()
-        channels = {} if on == "logits" else {"fpn": student.feature_channels}
+        channels = {} if kind == "logits" else {"fpn": student.feature_channels}
         self.adapters = Adapters(channels, {"fpn": teacher.feature_channels})
 
     def terms(
@@ -60,7 +60,7 @@ class CWD(KDMethod):
     ) -> dict[str, Tensor]:
         """See `KDMethod.terms`; (levels,)."""
         settings = self.resolved
-        if settings.on == "logits":
+        if settings.maps == "logits":
             maps, goals = logit_maps(student), logit_maps(teacher)
         else:
             maps, goals = self.adapters.adapt("fpn", student.features), teacher.features
