@@ -35,7 +35,7 @@ def target(folder: Path, code: str, before: str = "", **changes) -> faults.Targe
         process = subprocess.Popen([sys.executable, "-uc", f"import signal, sys, time\n{code}"], stdout=file)
     while READY not in log.read_text() and process.poll() is None:
         time.sleep(0.01)
-    values = {"processes": 1, "number": 1, "rng": random.Random(0), "grace": 5.0, "limit": 5.0} | changes
+    values = {"processes": 1, "number": 1, "rng": random.Random(0), "grace": 60.0, "limit": 60.0} | changes
     return faults.Target(process=process, output=folder / "run", log=log, **values)
 
 
