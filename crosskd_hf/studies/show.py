@@ -96,9 +96,8 @@ def load_models(sources: Sequence[str], device: str | None = None) -> list[Shown
 
 def short_names(sources: Sequence[str]) -> list[str]:
     """The last part of each path or Hub id; where two are the same, numbered. Folders above it stay private."""
-    last = [
-        printable(Path(source).expanduser().resolve().name if Path(source).exists() else source) for source in sources
-    ]
+    paths = [Path(source).expanduser() for source in sources]
+    last = [printable(path.resolve().name if path.exists() else str(path)) for path in paths]
     times, seen = Counter(last), Counter[str]()
     names = []
     for name in last:

@@ -112,6 +112,8 @@ def test_only_uploads_are_opened(tmp_path: Path) -> None:
 def test_names_hide_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a/run", "b/run", "other"):
         (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert short_names(["~/other"]) == ["other"]
     monkeypatch.chdir(tmp_path / "a" / "run")
     assert short_names([str(tmp_path / "a" / "run"), "../../b/run", str(tmp_path / "other"), ".", "you/student"]) == [
         "run (1)",
